@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from wsss_hf.data.examples import TaggedExamples
+from wsss_hf.data.tagged import DataError, tagged_features
+from wsss_hf.data.toy import make_toy
+from wsss_hf.data.transforms import TrainTransform
+
+
+@pytest.fixture(scope="module")
+def train():
+    return make_toy(6, 1, image_size=32)["train"]
+
+
+def test_an_example_is_pixels_and_tags(train):
+    examples = TaggedExamples(train, TrainTransform(24))
+    assert len(examples) == 6
+    for example, tags in zip(examples, train["tags"], strict=True):
+        assert set(example) == {"pixel_values", "tags"} and example["pixel_values"].shape == (3, 24, 24)
+        assert example["tags"].dtype == torch.float32 and example["tags"].nonzero().flatten().tolist() == tags
+
+
+def test_weak_examples_never_read_a_mask(train):
+    broken = train.remove_columns("mask").add_column("mask", ["no mask"] * 6)
+    assert TaggedExamples(broken, TrainTransform(24))[0]["tags"].sum() > 0
+
+
+def test_with_a_mask_column_rows_without_a_mask_are_left_out(train):
+    masks = [mask if index in (1, 4) else None for index, mask in enumerate(train["mask"])]
+    columns = {name: train[name][:] for name in ("image_id", "image", "tags")} | {"pseudo_mask": masks}
+    partial = Dataset.from_dict(columns, features=tagged_features(train.features["tags"].feature.names, "pseudo_mask"))
+    examples = TaggedExamples(partial, TrainTransform(32, scale=(1, 1), flip=0), mask_column="pseudo_mask")
+    assert len(examples) == 2
+    assert np.array_equal(examples[1]["labels"], train[4]["mask"]) and examples[1]["labels"].dtype == torch.int64
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(train):
+    examples, same, other = (TaggedExamples(train, TrainTransform(24), seed=seed) for seed in (0, 0, 1))
+    torch.manual_seed(7), np.random.seed(7)
+    first = [examples[index]["pixel_values"] for index in range(6)]
+    assert all(torch.equal(same[index]["pixel_values"], first[index]) for index in reversed(range(6)))
+    assert not torch.equal(other[0]["pixel_values"], first[0])
+    examples.set_epoch(1)
+    assert not torch.equal(examples[0]["pixel_values"], first[0])
+    examples.set_epoch(0)
+    assert torch.equal(examples[0]["pixel_values"], first[0])
+
+
+def test_workers_that_live_on_see_the_new_epoch(train):
+    examples = TaggedExamples(train, TrainTransform(24))
+    loader = torch.utils.data.DataLoader(examples, batch_size=3, num_workers=2, persistent_workers=True)
+    for epoch in (0, 1):
+        examples.set_epoch(epoch)
+        batches = torch.cat([batch["pixel_values"] for batch in loader])
+        assert torch.equal(batches, torch.stack([examples[index]["pixel_values"] for index in range(6)]))
+
+
+def rows(image, mask):
+    columns = {"image_id": ["x1"], "image": [image], "tags": [[0]], "mask": [mask]}
+    return Dataset.from_dict(columns, features=tagged_features(["cat"], "mask"))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (rows({"bytes": b"no", "path": "b.jpg"}, Image.new("L", (4, 4))), "row 'x1', b.jpg: cannot be decoded"),
+        (rows(Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4))), "row 'x1', column mask: the mask has mode RGB"),
+        (rows(Image.new("RGB", (4, 4)), Image.new("L", (4, 5))), "row 'x1': mask is 4x5 but its image is 4x4"),
+    ],
+)
+def test_bad_rows_are_named_when_they_are_read(dataset, message):
+    with pytest.raises(DataError, match=message):
+        TaggedExamples(dataset, TrainTransform(8), mask_column="mask")[0]
+
+
+def test_a_mask_column_that_cannot_teach_is_refused(train):
+    with pytest.raises(
+        DataError, match="no column 'pseudo_mask' to learn from; there are image_id, image, tags, mask"
+    ):
+        TaggedExamples(train, TrainTransform(8), mask_column="pseudo_mask")
+    with pytest.raises(DataError, match="no row has a 'mask' to learn from"):
+        TaggedExamples(rows(Image.new("RGB", (4, 4)), None), TrainTransform(8), mask_column="mask")

@@ -1,0 +1,43 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from wsss_hf.data.palette import colorize, save_mask_png, voc_palette
+
+
+def test_palette_is_that_of_voc():
+    palette = np.array(voc_palette()).reshape(256, 3)
+    assert palette[[0, 1, 8, 15, 20, 255]].tolist() == [
+        [0, 0, 0], [128, 0, 0], [64, 0, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192],
+    ]  # fmt: skip
+    assert len(np.unique(palette, axis=0)) == 256
+
+
+def test_saved_mask_keeps_its_labels_and_shows_its_colors(tmp_path):
+    labels = np.arange(256, dtype=np.uint8).reshape(8, 32)
+    save_mask_png(tmp_path / "mask.png", labels)
+    saved = Image.open(tmp_path / "mask.png")
+    assert saved.mode == "P" and np.array_equal(saved, labels)
+    assert np.array_equal(saved.convert("RGB"), colorize(labels))
+
+
+def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "mask.png"
+    save_mask_png(path, np.zeros((2, 2), dtype=np.uint8))
+    before = path.read_bytes()
+
+    def breaks_half_way(self, file, format):
+        file.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", breaks_half_way)
+    with pytest.raises(OSError, match="disk full"):
+        save_mask_png(path, np.ones((2, 2), dtype=np.uint8))
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("labels", [np.zeros((2, 2)), np.zeros((2, 2, 3), dtype=np.uint8)])
+def test_what_is_no_label_map_is_refused(tmp_path, labels):
+    with pytest.raises(ValueError, match="uint8 array"):
+        save_mask_png(tmp_path / "mask.png", labels)
+    assert not list(tmp_path.iterdir())

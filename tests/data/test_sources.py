@@ -1,0 +1,178 @@
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from wsss_hf.data import sources
+from wsss_hf.data.sources import load_data
+from wsss_hf.data.tagged import DataError, class_names, tagged_features
+from wsss_hf.data.toy import TOY_CLASSES, make_toy
+
+PICTURE = Image.new("RGB", (6, 4))
+
+
+def foreign(tags, feature):
+    features = Features({"img": ImageFeature(), "label": feature, "note": Value("string")})
+    return Dataset.from_dict(
+        {"img": [PICTURE] * len(tags), "label": tags, "note": ["x"] * len(tags)}, features=features
+    )
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What load_dataset returns, or raises, and how it was called."""
+    state = {}
+
+    def fake(name, **options):
+        state["call"] = (name, options)
+        if isinstance(state["answer"], Exception):
+            raise state["answer"]
+        return state["answer"]
+
+    monkeypatch.setattr(sources, "load_dataset", fake)
+    return state
+
+
+def test_toy_with_its_own_size():
+    dataset = load_data("toy", toy={"num_train": 3, "num_val": 2, "image_size": 32})
+    assert [len(rows) for rows in dataset.values()] == [3, 2]
+    assert dataset["train"][0]["image"].size == (32, 32)
+
+
+def test_saved_data_come_back_as_they_were(tmp_path):
+    toy = make_toy(3, 2, image_size=32)
+    toy["train"] = toy["train"].rename_column("mask", "pseudo_mask")
+    toy.save_to_disk(tmp_path / "both")
+    toy["val"].save_to_disk(tmp_path / "one")
+    both, one = load_data(tmp_path / "both"), load_data(str(tmp_path / "one"))
+    assert both["train"].column_names == ["image_id", "image", "tags", "pseudo_mask"]
+    assert both["train"]["image_id"][:] == toy["train"]["image_id"][:] and class_names(both) == list(TOY_CLASSES)
+    assert list(one) == ["train"] and np.array_equal(one["train"][1]["mask"], toy["val"][1]["mask"])
+
+
+def test_a_folder_of_tagged_images(tmp_path):
+    (tmp_path / "cat").mkdir()
+    PICTURE.save(tmp_path / "cat/a.png")
+    assert class_names(load_data(tmp_path)) == ["cat"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "feature", "names", "wanted"),
+    [
+        (["cat", "ant", None], Value("string"), ["ant", "cat"], [[1], [0], []]),
+        ([["cat", "ant"], [], ["ant"]], List(Value("string")), ["ant", "cat"], [[1, 0], [], [0]]),
+        ([1, 0, 1], ClassLabel(names=["x", "y"]), ["x", "y"], [[1], [0], [1]]),
+        ([[1, 0], [], [1]], List(ClassLabel(names=["x", "y"])), ["x", "y"], [[1, 0], [], [1]]),
+    ],
+)
+def test_hub_tags_may_be_names_or_labels_one_or_many(hub, tags, feature, names, wanted):
+    hub["answer"] = DatasetDict(train=foreign(tags, feature), validation=foreign(tags, feature))
+    dataset = load_data(
+        "owner/pets", columns={"image": "img", "tags": "label"}, revision="v1", token="secret", cache_dir="here"
+    )
+    assert hub["call"] == ("owner/pets", {"revision": "v1", "token": "secret", "cache_dir": "here"})
+    assert list(dataset) == ["train", "val"] and class_names(dataset) == names
+    assert dataset["train"]["tags"][:] == wanted
+    assert sorted(dataset["train"].column_names) == ["image", "image_id", "tags"]
+    assert dataset["val"]["image_id"][:] == ["val_000000", "val_000001", "val_000002"]
+
+
+def test_given_classes_order_the_names_of_the_hub(hub):
+    hub["answer"] = DatasetDict(train=foreign(["b", "a"], Value("string")))
+    columns = {"image": "img", "tags": "label"}
+    assert load_data("owner/pets", columns=columns, classes=["b", "a"])["train"]["tags"][:] == [[0], [1]]
+    with pytest.raises(DataError, match="'owner/pets' has the unknown class 'b'; known are a, c"):
+        load_data("owner/pets", columns=columns, classes=["a", "c"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({}, "'owner/pets' has no column 'image', only img, label, note; name yours in `columns`"),
+        ({"image": "img"}, "'owner/pets' has no column 'tags', only image, label, note"),
+        ({"image": "photo"}, "'owner/pets' has no column 'photo'; it has img, label, note"),
+        ({"picture": "img"}, "columns maps 'picture', which is none of image_id, image"),
+        ({"image": "img", "tags": "label"}, "column 'tags' of 'owner/pets' must hold class names or ClassLabels"),
+    ],
+)
+def test_foreign_columns_that_do_not_fit_are_named(hub, columns, message):
+    hub["answer"] = DatasetDict(train=foreign([1, 2], Value("int64")))
+    with pytest.raises(DataError, match=message):
+        load_data("owner/pets", columns=columns)
+
+
+def test_a_hub_data_set_needs_a_train_split(hub):
+    hub["answer"] = DatasetDict(test=foreign(["a"], Value("string")))
+    with pytest.raises(DataError, match="'owner/pets' has no split 'train', only test"):
+        load_data("owner/pets")
+
+
+@pytest.mark.parametrize("source", ["owner/pets", "/no/such/folder", "./nowhere"])
+def test_a_source_that_is_nothing_gets_the_five_forms_in_one_line(hub, source):
+    hub["answer"] = FileNotFoundError("not on the Hub\nand more lines")
+    with pytest.raises(DataError, match=f"no data at '{source}'.*'toy', 'voc' .*save_to_disk.*tagged.*Hub") as caught:
+        load_data(source)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("voc", {}, "source 'voc' needs root"),
+        ("toy", {"limit": 0}, "limit must be at least 1 row, not 0"),
+        (
+            "toy",
+            {"columns": {"image": "img"}},
+            "columns maps the columns of saved and Hub data sets; 'toy' is neither",
+        ),
+        (
+            "toy",
+            {"classes": ["cat"], "toy": {"num_train": 1, "num_val": 1}},
+            "classes cat are not those of the data set",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_the_source(source, options, message):
+    with pytest.raises(DataError, match=message):
+        load_data(source, **options)
+
+
+@pytest.fixture
+def unbalanced(tmp_path):
+    """40 rows of class 0, masks on the last 4; class 1 only on row 20, without a mask."""
+    columns = {
+        "image_id": [f"{index:02d}" for index in range(40)],
+        "image": [PICTURE] * 40,
+        "tags": [[1] if index == 20 else [0] for index in range(40)],
+        "mask": [Image.new("L", (6, 4)) if index >= 36 else None for index in range(40)],
+    }
+    rows = Dataset.from_dict(columns, features=tagged_features(["common", "rare"], "mask"))
+    DatasetDict(train=rows).save_to_disk(tmp_path)
+    return tmp_path
+
+
+def test_limit_keeps_every_class_then_masks_and_depends_on_the_seed_alone(unbalanced):
+    draws = [load_data(unbalanced, limit=8, seed=seed)["train"]["image_id"][:] for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    for draw in draws:
+        assert len(draw) == 8 and draw == sorted(draw)
+        assert {"20", "36", "37", "38", "39"} <= set(draw)
+    assert len(load_data(unbalanced, limit=100)["train"]) == 40
+
+
+def test_what_is_loaded_is_checked(tmp_path):
+    rows = Dataset.from_dict(
+        {"image_id": ["a"], "image": [PICTURE], "tags": [[0]], "mask": [Image.new("L", (5, 4))]},
+        features=tagged_features(["cat"], "mask"),
+    )
+    rows.save_to_disk(tmp_path)
+    with pytest.raises(DataError, match="row 'a': the mask is 5x4 but its image is 6x4"):
+        load_data(tmp_path)
+
+
+def test_numbers_as_image_ids_become_text(tmp_path):
+    features = tagged_features(["cat"]) | {"image_id": Value("int64")}
+    rows = Dataset.from_dict({"image_id": [7], "image": [PICTURE], "tags": [[0]]}, features=Features(features))
+    rows.save_to_disk(tmp_path)
+    assert load_data(tmp_path)["train"]["image_id"][:] == ["7"]

@@ -1,0 +1,171 @@
+import io
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Value
+from PIL import Image
+
+from wsss_hf.data.tagged import (
+    DataError,
+    check_dataset,
+    class_names,
+    decode_image,
+    decode_mask,
+    has_value,
+    tagged_features,
+    tags_to_multi_hot,
+)
+
+
+def encoded(image, format="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, format=format, **options)
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def rows(**changes):
+    """Two good rows of 6x4 images, one with a mask, with some columns replaced."""
+    columns = {
+        "image_id": ["one", "two"],
+        "image": [encoded(Image.new("RGB", (6, 4), "red"))] * 2,
+        "tags": [[0], [0, 1]],
+        "mask": [encoded(Image.new("L", (6, 4), 1)), None],
+    } | changes
+    return Dataset.from_dict(columns, features=tagged_features(["cat", "dog"], "mask"))
+
+
+def test_good_data_pass_and_tell_their_classes():
+    dataset = DatasetDict(train=rows(), val=rows())
+    check_dataset(dataset)
+    assert class_names(dataset) == class_names(dataset["val"]) == ["cat", "dog"]
+    assert has_value(dataset["train"], "mask").tolist() == [True, False]
+    assert has_value(dataset["train"].select([1, 0, 1]), "mask").tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_id": ["one", "one"]}, "split 'train', row 'one': every row needs an image_id of its own"),
+        ({"image": [encoded(Image.new("RGB", (6, 4))), None]}, "row 'two', column image: has no image"),
+        (
+            {"image": [encoded(Image.new("RGB", (6, 4))), {"bytes": b"no", "path": "b.jpg"}]},
+            "row 'two', b.jpg: cannot be",
+        ),
+        ({"mask": [None, encoded(Image.new("L", (4, 6)))]}, "row 'two': the mask is 4x6 but its image is 6x4"),
+        (
+            {"mask": [None, encoded(Image.new("L", (6, 4), 3))]},
+            "row 'two': the mask has the value 3; right are 0 to 2 and",
+        ),
+        ({"mask": [None, encoded(Image.new("RGB", (6, 4)))]}, "row 'two', column mask: the mask has mode RGB"),
+        ({"mask": [None, {"bytes": b"no", "path": None}]}, "row 'two', column mask: cannot be decoded"),
+        ({"tags": [[0], None]}, r"row 'two': tags None must be a list of class indices 0\.\.1"),
+        ({"tags": [[], []]}, "no row of split 'train' has tags"),
+    ],
+)
+def test_bad_rows_are_named(changes, message):
+    with pytest.raises(DataError, match=message) as caught:
+        check_dataset(DatasetDict(train=rows(**changes)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"val": rows()}, "no split 'train'"),
+        ({"train": rows(), "val": rows().select([])}, "split 'val' is empty"),
+        ({"train": rows().rename_column("tags", "labels")}, "lacks column tags; it has image_id, image, labels, mask"),
+        (
+            {"train": rows().cast_column("image_id", Value("string")).remove_columns("image_id")},
+            "lacks column image_id",
+        ),
+        (
+            {"train": rows().remove_columns("mask").add_column("mask", ["a.png", "b.png"])},
+            "column 'mask' of split 'train' must hold images",
+        ),
+        ({"train": rows().remove_columns("tags").add_column("tags", ["cat", "dog"])}, "column 'tags' must be List"),
+        (
+            {"train": rows(), "val": rows().cast(tagged_features(["cow", "pig"], "mask"))},
+            "split 'val' has classes .'cow', 'pig'., 'train' has",
+        ),
+    ],
+)
+def test_bad_splits_are_named(splits, message):
+    with pytest.raises(DataError, match=message):
+        check_dataset(DatasetDict(splits))
+
+
+def test_tag_out_of_range_is_named():
+    loose = rows().remove_columns("tags").add_column("tags", [[0], [-1]])
+    features = rows().features
+    loose = loose.cast(type(features)({name: features[name] for name in loose.column_names}))
+    with pytest.raises(DataError, match=r"row 'two': tags \[-1\]"):
+        check_dataset(DatasetDict(train=loose))
+
+
+def test_void_is_allowed_and_a_turned_photograph_has_its_upright_size():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(Image.new("RGB", (4, 6)), format="JPEG", exif=exif)
+    upright = encoded(Image.new("L", (6, 4), 255))
+    check_dataset(DatasetDict(train=rows(image=[turned] * 2, mask=[upright, None])))
+    assert decode_image(turned, "row").size == (6, 4)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P", "1", "RGBA", "LA", "I;16", "I"])
+def test_any_mode_becomes_the_same_gray_rgb(mode):
+    if mode in ("I;16", "I"):
+        dtype = np.uint16 if mode == "I;16" else np.int32
+        image = Image.fromarray(np.full((3, 5), 255 * 257, dtype=dtype))
+    else:
+        image = Image.new("RGB", (5, 3), "white").convert(mode)
+    decoded = decode_image(image if mode == "I" else encoded(image, "TIFF" if mode == "CMYK" else "PNG"), "row")
+    assert decoded.mode == "RGB" and decoded.size == (5, 3)
+    assert (np.asarray(decoded) == 255).all()
+
+
+def test_transparent_pixels_are_white_and_16_bits_are_scaled():
+    assert decode_image(encoded(Image.new("RGBA", (1, 1), (9, 9, 9, 0))), "row").getpixel((0, 0)) == (255, 255, 255)
+    half = Image.fromarray(np.full((1, 1), 128 * 257, dtype=np.uint16))
+    assert decode_image(encoded(half), "row").getpixel((0, 0)) == (128, 128, 128)
+
+
+def test_an_image_cut_short_is_named():
+    noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
+    whole = encoded(Image.fromarray(noise), "JPEG")["bytes"]
+    with pytest.raises(
+        DataError, match=r"^row 'x': cannot be decoded as an image \(.*truncated.*\); replace or remove it$"
+    ):
+        decode_image({"bytes": whole[: len(whole) // 2], "path": None}, "row 'x'")
+    with pytest.raises(DataError, match=r"^row 'x': cannot be decoded as an image \(.*gone\.jpg"):
+        decode_image({"bytes": None, "path": "gone.jpg"}, "row 'x'")
+
+
+def test_masks_keep_their_palette_indices():
+    mask = Image.new("P", (2, 1), 7)
+    mask.putpalette([200] * 768)
+    labels = decode_mask(encoded(mask), "row")
+    assert labels.dtype == np.uint8 and labels.tolist() == [[7, 7]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "1", "LA"])
+def test_color_masks_are_refused(mode):
+    with pytest.raises(DataError, match=f"^row 'x': the mask has mode {mode}; right is one 8-bit channel"):
+        decode_mask(encoded(Image.new(mode, (2, 2))), "row 'x'")
+
+
+def test_multi_hot():
+    assert tags_to_multi_hot([2, 0, 2], 4).tolist() == [1, 0, 1, 0]
+    assert tags_to_multi_hot([], 2).tolist() == [0, 0]
+    for outside in (2, -1):
+        with pytest.raises(DataError, match=f"tag {outside} is not a class index 0..1"):
+            tags_to_multi_hot([outside], 2)
+
+
+@pytest.mark.parametrize("count", [0, 255])
+def test_number_of_classes_must_fit_a_mask(count):
+    with pytest.raises(DataError, match=f"1 to 254 classes, not {count}"):
+        tagged_features([str(number) for number in range(count)])
+
+
+def test_features_name_the_classes():
+    assert tagged_features(["a", "b"])["tags"].feature == ClassLabel(names=["a", "b"])

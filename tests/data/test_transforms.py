@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wsss_hf.data.transforms import TrainTransform
+
+PLAIN = {"color_jitter": 0, "image_mean": (0, 0, 0), "image_std": (1, 1, 1)}
+
+
+def gradient(width, height):
+    """An image whose red is its mask: column number times 4."""
+    columns = np.tile(np.arange(width, dtype=np.uint8) * 4, (height, 1))
+    return Image.fromarray(np.stack([columns, columns * 0, columns * 0], axis=-1)), columns
+
+
+def test_scale_one_of_a_square_image_is_the_image():
+    image, mask = gradient(32, 32)
+    pixels, labels = TrainTransform(32, scale=(1, 1), flip=0, **PLAIN)(image, mask, np.random.default_rng(0))
+    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32
+    assert labels.shape == (32, 32) and labels.dtype == torch.int64
+    assert np.array_equal(labels, mask) and torch.allclose(pixels[0] * 255, labels.float())
+
+
+@pytest.mark.parametrize("size", [(40, 30), (30, 50), (61, 17)])
+def test_mask_follows_image_through_scale_crop_and_flip(size):
+    image, mask = gradient(*size)
+    transform = TrainTransform(24, scale=(0.5, 2), **PLAIN)
+    directions = set()
+    for seed in range(30):
+        pixels, labels = transform(image, mask, np.random.default_rng(seed))
+        inside = labels < 255
+        assert ((pixels[0] * 255 - labels)[inside].abs() <= 8).all()  # at most two columns off
+        assert (pixels[:, ~inside] == 0).all()
+        directions.add(bool((labels.diff(dim=1)[inside[:, 1:] & inside[:, :-1]] >= 0).all()))
+    assert directions == {True, False}
+
+
+def test_smaller_images_are_padded_at_a_random_place():
+    image = Image.new("RGB", (20, 20), "white")
+    transform = TrainTransform(20, scale=(0.5, 0.5), image_mean=(0.5,) * 3, image_std=(0.5,) * 3, color_jitter=0)
+    places = set()
+    for seed in range(20):
+        pixels, labels = transform(image, np.full((20, 20), 3, dtype=np.uint8), np.random.default_rng(seed))
+        inside = labels == 3
+        assert inside.sum() == 100 and (labels[~inside] == 255).all()
+        assert (pixels[:, inside] == 1).all() and (pixels[:, ~inside] == 0).all()
+        places.add(int(inside.flatten().int().argmax()))
+    assert len(places) > 10
+
+
+def test_colors_are_jittered_and_normalised_and_the_mask_is_optional():
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    transform = TrainTransform(8, scale=(1, 1), color_jitter=0.2)
+    first, labels = transform(image, None, np.random.default_rng(0))
+    second, _ = transform(image, None, np.random.default_rng(1))
+    assert labels is None and not torch.allclose(first, second)
+    plain, _ = TrainTransform(8, scale=(1, 1), color_jitter=0)(image, None, np.random.default_rng(0))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    assert torch.allclose(plain[:, 0, 0], (torch.tensor([200, 100, 50]) / 255 - mean) / std, atol=1e-5)
+    colors = first[:, 0, 0] * std + mean
+    assert (
+        (colors >= 0).all()
+        and (colors <= 1).all()
+        and ((colors - torch.tensor([200, 100, 50]) / 255).abs() < 0.4).all()
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop_size": 0}, "crop_size must be a positive number of pixels, not 0"),
+        ({"scale": (0, 1)}, r"scale must be two positive numbers, the smaller first, not \(0, 1\)"),
+        ({"scale": (2, 1)}, "scale must be"),
+        ({"flip": 2}, "flip must be in 0..1"),
+        ({"color_jitter": 1}, "color_jitter in 0..1"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainTransform(**{"crop_size": 8} | options)

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from wsss_hf.data.tagged import DataError, check_dataset, class_names
+from wsss_hf.data.voc import VOC_CLASSES, load_voc
+
+CAT, DOG, PERSON = (VOC_CLASSES.index(name) + 1 for name in ("cat", "dog", "person"))
+IMAGES = {"a": ["cat"], "b": ["dog", "person", "dog"], "c": ["person"], "d": ["cat", "dog"], "v": ["dog", "person"]}
+
+
+@pytest.fixture
+def devkit(tmp_path):
+    """Train a b; train_aug a b c d (no mask of c); val v. A mask has one column per object, then a column of void."""
+    for folder in ("JPEGImages", "Annotations", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    for image_id, names in IMAGES.items():
+        Image.new("RGB", (6, 4)).save(tmp_path / f"JPEGImages/{image_id}.jpg")
+        objects = "".join(f"<object><name>{name}</name><part><name>head</name></part></object>" for name in names)
+        (tmp_path / f"Annotations/{image_id}.xml").write_text(f"<annotation>{objects}</annotation>")
+        mask = np.zeros((4, 6), dtype=np.uint8)
+        for column, label in enumerate([*(VOC_CLASSES.index(name) + 1 for name in names), 255]):
+            mask[:, column] = label
+        if image_id != "c":
+            Image.fromarray(mask).save(tmp_path / f"SegmentationClassAug/{image_id}.png")
+    for split, image_ids in {"train": "ab", "train_aug": "abcd", "val": "v"}.items():
+        (tmp_path / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(image_ids) + "\n")
+    return tmp_path
+
+
+def test_all_classes_with_masks_for_evaluation(devkit):
+    dataset = load_voc(devkit)
+    check_dataset(dataset)
+    assert class_names(dataset) == list(VOC_CLASSES)
+    assert dataset["train"]["image_id"][:] == ["a", "b", "c", "d"] and dataset["val"]["image_id"][:] == ["v"]
+    assert dataset["train"]["tags"][1] == [DOG - 1, PERSON - 1]
+    assert [mask is not None for mask in dataset["train"]["mask"]] == [True, True, False, False]
+    assert np.asarray(dataset["val"][0]["mask"])[0].tolist() == [DOG, PERSON, 255, 0, 0, 0]
+    assert dataset["val"][0]["image"].filename == str(devkit / "JPEGImages/v.jpg")
+
+
+def test_all_masks_for_the_upper_bound(devkit):
+    dataset = load_voc(devkit, masks="all")
+    assert [mask is not None for mask in dataset["train"]["mask"]] == [True, True, False, True]
+
+
+def test_restricted_classes_are_renumbered_in_the_order_given(devkit):
+    files = {path: path.stat().st_mtime_ns for path in devkit.rglob("*")}
+    dataset = load_voc(devkit, classes=["person", "dog"])
+    check_dataset(dataset)
+    assert class_names(dataset) == ["person", "dog"]
+    assert dataset["train"]["image_id"][:] == ["b", "c", "d"]  # a shows a cat only
+    assert dataset["train"]["tags"][:] == [[0, 1], [0], [1]]
+    assert np.asarray(dataset["train"][0]["mask"])[0].tolist() == [2, 1, 2, 255, 0, 0]
+    assert files == {path: path.stat().st_mtime_ns for path in devkit.rglob("*")}
+
+
+def test_pixels_of_other_classes_become_background(devkit):
+    dataset = load_voc(devkit, classes=["dog"], masks="all")
+    by_id = {row["image_id"]: row["mask"] for row in dataset["train"]}
+    assert np.asarray(by_id["d"])[0].tolist() == [0, 1, 255, 0, 0, 0]
+
+
+def test_without_train_aug_the_plain_devkit_is_read(devkit):
+    (devkit / "ImageSets/Segmentation/train_aug.txt").unlink()
+    (devkit / "SegmentationClassAug").rename(devkit / "SegmentationClass")
+    dataset = load_voc(devkit)
+    assert dataset["train"]["image_id"][:] == ["a", "b"]
+    assert all(dataset["train"]["mask"])
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("JPEGImages/c.jpg", "the image .*c.jpg is missing"),
+        ("Annotations/c.xml", "the annotation .*c.xml is missing"),
+        ("SegmentationClassAug/b.png", "the mask .*b.png is missing"),
+        ("ImageSets/Segmentation/train.txt", "the split file .*train.txt is missing"),
+        ("ImageSets/Segmentation/val.txt", "the split file .*val.txt is missing"),
+    ],
+)
+def test_missing_files_are_named(devkit, missing, message):
+    (devkit / missing).unlink()
+    with pytest.raises(DataError, match=message):
+        load_voc(devkit)
+
+
+def test_missing_folders_are_named(devkit):
+    with pytest.raises(DataError, match="no folder .*JPEGImages; the root of a devkit is its VOC2012 folder"):
+        load_voc(devkit.parent)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": ["cat", "unicorn"]}, "unknown VOC class 'unicorn'; choose from aeroplane, .*, tvmonitor"),
+        ({"classes": ["cat", "cat"]}, "a class occurs twice in cat, cat"),
+        ({"classes": ["boat"]}, "split 'train' is empty: none of its 4 images shows boat"),
+        ({"masks": "some"}, "masks must be 'evaluation' or 'all', not 'some'"),
+    ],
+)
+def test_bad_options_are_named(devkit, options, message):
+    with pytest.raises(DataError, match=message):
+        load_voc(devkit, **options)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<annotation><object>", "the annotation .*a.xml is not XML"),
+        ("<annotation><object><name>yak</name></object></annotation>", "a.xml names the unknown class 'yak'"),
+    ],
+)
+def test_bad_annotations_are_named(devkit, text, message):
+    (devkit / "Annotations/a.xml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_voc(devkit)

@@ -1,0 +1,56 @@
+"""wsss_hf: image tags in, segmentation model out.
+
+Importing the package registers its models with the Auto classes of transformers and its pipeline with
+`pipeline("image-segmentation")`.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .models import (
+    CamClassifier,
+    CamConfig,
+    CamOutput,
+    DrsConfig,
+    Method,
+    Segmenter,
+    SegmenterConfig,
+    TrainingStep,
+    WeakSegmentationPipeline,
+    WsssImageProcessor,
+    register_method,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CamClassifier",
+    "CamConfig",
+    "CamOutput",
+    "DrsConfig",
+    "Method",
+    "Segmenter",
+    "SegmenterConfig",
+    "TrainingStep",
+    "WeakSegmentationPipeline",
+    "WsssImageProcessor",
+    "register_method",
+]
+
+for _config_class, _model_class in ((CamConfig, CamClassifier), (SegmenterConfig, Segmenter)):
+    AutoConfig.register(_config_class.model_type, _config_class)
+    AutoModel.register(_config_class, _model_class)
+    AutoModelForSemanticSegmentation.register(_config_class, _model_class)
+    AutoImageProcessor.register(_config_class, image_processor_classes={"pil": WsssImageProcessor})
+AutoModelForImageClassification.register(CamConfig, CamClassifier)
+# The image-classification pipeline looks for the names of models it supports here, and nowhere else.
+MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[CamConfig.model_type] = CamClassifier.__name__
+# Ours does for every other model what the library's own does, so it takes its place without a warning.
+PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = WeakSegmentationPipeline

@@ -1,0 +1,304 @@
+"""The command line: `wsss STAGE …`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from accelerate import PartialState
+from datasets import DatasetDict
+from datasets import logging as datasets_logging
+from datasets.utils import disable_progress_bars as disable_datasets_progress
+from rich.console import Console
+from transformers import logging as transformers_logging
+
+from .data.sources import load_data
+from .evaluation.tables import print_table
+from .stages.demo import demo as run_demo
+from .stages.make_masks import make_masks as run_make_masks
+from .stages.run import COLUMNS, maps_row, masks_row, segmenter_row
+from .stages.run import run as run_all
+from .stages.train_cam import train_cam as run_train_cam
+from .stages.train_segmenter import train_segmenter as run_train_segmenter
+from .training.loop import TrainingError
+from .training.recipes import RecipeError, load_recipe, recipe_names
+
+app = typer.Typer(
+    help="Image tags in, segmentation model out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Source = Annotated[
+    str,
+    typer.Option(
+        "--data", help="toy | voc | a folder of tagged images | a saved data set | a Hub id.", rich_help_panel="Data"
+    ),
+]
+Root = Annotated[
+    Path | None, typer.Option(help="The VOC2012 folder of a devkit, for --data voc.", rich_help_panel="Data")
+]
+Classes = Annotated[
+    str | None, typer.Option(help="Class names a,b,c: restrict to these, in this order.", rich_help_panel="Data")
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="Names of our columns in your data: image=img,tags=labels.", rich_help_panel="Data"),
+]
+Limit = Annotated[int | None, typer.Option(help="At most so many images per split.", rich_help_panel="Data")]
+Revision = Annotated[str | None, typer.Option(help="Revision of what comes from the Hub.", rich_help_panel="Data")]
+Token = Annotated[
+    str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN", show_envvar=True, rich_help_panel="Data")
+]
+CacheDir = Annotated[Path | None, typer.Option(help="Where Hub downloads are kept.", rich_help_panel="Data")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help=f"{' | '.join(recipe_names())} | a YAML file.", rich_help_panel="Recipe"),
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Change a setting: cam.train.epochs=3.", rich_help_panel="Recipe")
+]
+BackboneName = Annotated[
+    str | None, typer.Option("--backbone", help="Directory or Hub id of the backbone.", rich_help_panel="Recipe")
+]
+Seed = Annotated[int | None, typer.Option(help="Seed of the recipe.", rich_help_panel="Recipe")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write; must not hold something else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, for logs.")]
+Cam = Annotated[str, typer.Option("--cam", help="A trained CAM classifier, directory or Hub id.")]
+
+
+class _Inputs:
+    """Data and recipe as the options of a command name them."""
+
+    def __init__(
+        self, source, root, classes, columns, limit, revision, token, cache_dir, recipe, changes, backbone, seed, masks
+    ):
+        self.recipe = load_recipe(recipe or ("toy" if source == "toy" else "default"), changes or [])
+        if backbone is not None:
+            self.recipe["cam"]["backbone"] = self.recipe["segmenter"]["backbone"] = backbone
+        if seed is not None:
+            self.recipe["seed"] = seed
+        toy = {"image_size": self.recipe["image"]["size"]} if source == "toy" else None
+        described = {
+            "source": source,
+            "root": None if root is None else str(root),
+            "classes": None if classes is None else [name.strip() for name in classes.split(",")],
+            "columns": _pairs(columns),
+            "limit": limit,
+            "revision": revision,
+        }
+        self.settings = {key: value for key, value in described.items() if value is not None}
+        self.hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir and str(cache_dir)}
+        self.hub_kwargs = {key: value for key, value in self.hub_kwargs.items() if value is not None}
+        self.data: DatasetDict = load_data(
+            source,
+            root=root,
+            classes=described["classes"],
+            columns=described["columns"],
+            limit=limit,
+            seed=self.recipe["seed"],
+            masks=masks,
+            toy=toy,
+            **self.hub_kwargs,
+        )
+
+    @property
+    def backbone_kwargs(self) -> dict:
+        """What to load a backbone with; a revision given for data does not speak of it."""
+        return {key: value for key, value in self.hub_kwargs.items() if key != "revision"}
+
+
+def _pairs(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(ours and equals and theirs for ours, equals, theirs in pairs):
+        raise RecipeError(f"--columns {text}: ours=theirs pairs would be right, for example image=img,tags=labels")
+    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
+
+
+@app.command()
+def demo(out: Out = Path("runs/demo"), recipe: RecipeName = "toy", changes: Set = None, quiet: Quiet = False):
+    """The whole way on generated images, in minutes, with plain CAM and full supervision for scale."""
+    inputs = _Inputs("toy", None, None, None, None, None, None, None, recipe, changes, None, None, "evaluation")
+    run_demo(inputs.data, inputs.recipe, out, data_settings=inputs.settings, quiet=quiet)
+
+
+@app.command()
+def run(
+    source: Source,
+    out: Out,
+    root: Root = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    limit: Limit = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    recipe: RecipeName = None,
+    changes: Set = None,
+    backbone: BackboneName = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+):
+    """All stages in order: train-cam, make-masks, train-segmenter, evaluate, report."""
+    inputs = _Inputs(
+        source,
+        root,
+        classes,
+        columns,
+        limit,
+        revision,
+        token,
+        cache_dir,
+        recipe,
+        changes,
+        backbone,
+        seed,
+        "evaluation",
+    )
+    run_all(inputs.data, inputs.recipe, out, inputs.settings, inputs.backbone_kwargs, quiet)
+
+
+@app.command()
+def train_cam(
+    source: Source,
+    out: Out,
+    root: Root = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    limit: Limit = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    recipe: RecipeName = None,
+    changes: Set = None,
+    backbone: BackboneName = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+):
+    """Tagged images → CAM classifier."""
+    inputs = _Inputs(
+        source,
+        root,
+        classes,
+        columns,
+        limit,
+        revision,
+        token,
+        cache_dir,
+        recipe,
+        changes,
+        backbone,
+        seed,
+        "evaluation",
+    )
+    run_train_cam(inputs.data, inputs.recipe, out, inputs.settings, inputs.backbone_kwargs, quiet)
+
+
+@app.command()
+def make_masks(
+    source: Source,
+    cam: Cam,
+    out: Out,
+    root: Root = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    limit: Limit = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    recipe: RecipeName = None,
+    changes: Set = None,
+    quiet: Quiet = False,
+):
+    """Tagged images and a CAM classifier → the data set with a column pseudo_mask."""
+    inputs = _Inputs(
+        source, root, classes, columns, limit, revision, token, cache_dir, recipe, changes, None, None, "evaluation"
+    )
+    run_make_masks(inputs.data, cam, inputs.recipe, out, inputs.settings, inputs.backbone_kwargs, quiet)
+
+
+@app.command()
+def train_segmenter(
+    source: Source,
+    out: Out,
+    root: Root = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    limit: Limit = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    recipe: RecipeName = None,
+    changes: Set = None,
+    backbone: BackboneName = None,
+    seed: Seed = None,
+    cam: Annotated[str | None, typer.Option(help="CAM classifier to start from (segmenter.from_cam).")] = None,
+    supervised: Annotated[bool, typer.Option("--supervised", help="Train on TRUE masks: the upper bound.")] = False,
+    quiet: Quiet = False,
+):
+    """Images with pseudo masks → segmenter."""
+    masks = "all" if supervised else "evaluation"
+    inputs = _Inputs(
+        source, root, classes, columns, limit, revision, token, cache_dir, recipe, changes, backbone, seed, masks
+    )
+    column = "mask" if supervised else "pseudo_mask"
+    run_train_segmenter(inputs.data, inputs.recipe, out, column, cam, inputs.settings, inputs.backbone_kwargs, quiet)
+
+
+@app.command()
+def evaluate(
+    source: Source,
+    model: Annotated[str | None, typer.Option(help="A segmenter, held against split val.")] = None,
+    cam: Annotated[str | None, typer.Option(help="A CAM classifier, its masks held against split train.")] = None,
+    root: Root = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    limit: Limit = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    recipe: RecipeName = None,
+    changes: Set = None,
+    quiet: Quiet = False,
+):
+    """Hold pseudo masks (without --model and --cam), a segmenter or a CAM classifier against true masks."""
+    inputs = _Inputs(
+        source, root, classes, columns, limit, revision, token, cache_dir, recipe, changes, None, None, "evaluation"
+    )
+    rows = []
+    if cam is not None:
+        rows.append(maps_row(f"masks of {cam}", cam, inputs.data, inputs.recipe, quiet))
+    if model is not None:
+        rows.append(segmenter_row(f"segmenter {model}", model, inputs.data, inputs.recipe, quiet))
+    if not rows:
+        rows.append(masks_row(f"pseudo masks of {source}", inputs.data, quiet))
+    if PartialState().is_main_process:
+        print_table(rows, "Results (percent)", columns=COLUMNS)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; what the user can mend is one line on standard error and exit status 1."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets_logging.set_verbosity_error()
+    disable_datasets_progress()
+    try:
+        app(args=arguments)
+    except (ValueError, OSError, TrainingError) as error:
+        if os.environ.get("WSSS_TRACEBACK"):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/] ", end="")
+        print(message, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Training examples: one split of a tagged data set, decoded and augmented."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from .tagged import DataError, class_names, decode_image, decode_mask, has_value, tags_to_multi_hot, undecoded
+
+
+class TaggedExamples(torch.utils.data.Dataset):
+    """Item i → {"pixel_values": float32 (3, S, S), "tags": float32 (C,)}; with masks also "labels": int64 (S, S).
+
+    `transform(image, mask, rng)` makes the tensors (see TrainTransform). Its random numbers depend on (seed, epoch, i)
+    alone, so they are the same for any number of workers and processes. With `mask_column`, rows without a mask are
+    left out. Raises DataError for a column that does not exist or holds no mask, and for a file that does not decode.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Callable[..., tuple[Tensor, Tensor | None]],
+        mask_column: str | None = None,
+        seed: int = 0,
+    ):
+        columns = ["image_id", "image", "tags"]
+        if mask_column is not None:
+            if mask_column not in dataset.features:
+                raise DataError(f"no column {mask_column!r} to learn from; there are {', '.join(dataset.features)}")
+            dataset = dataset.select(np.flatnonzero(has_value(dataset, mask_column)))
+            if not len(dataset):
+                raise DataError(f"no row has a {mask_column!r} to learn from")
+            columns.append(mask_column)
+        self.num_classes = len(class_names(dataset))
+        self.rows = undecoded(dataset.select_columns(columns))
+        self.transform, self.mask_column, self.seed = transform, mask_column, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see the new epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.rows[index]
+        where = f"row {row['image_id']!r}"
+        image = decode_image(row["image"], f"{where}, {row['image'] and row['image']['path'] or 'column image'}")
+        mask = None
+        if self.mask_column is not None:
+            mask = decode_mask(row[self.mask_column], f"{where}, column {self.mask_column}")
+            if mask.shape != (image.height, image.width):
+                raise DataError(
+                    f"{where}: {self.mask_column} is {mask.shape[1]}x{mask.shape[0]} but its image is "
+                    f"{image.width}x{image.height}; they must be the same"
+                )
+        rng = np.random.default_rng((self.seed, int(self._epoch), index))
+        pixel_values, labels = self.transform(image, mask, rng)
+        example = {"pixel_values": pixel_values, "tags": tags_to_multi_hot(row["tags"], self.num_classes)}
+        return example if labels is None else example | {"labels": labels}

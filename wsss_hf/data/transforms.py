@@ -1,0 +1,80 @@
+"""Augmentation of an image together with its mask."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .tagged import IGNORE_INDEX
+
+_LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+
+
+class TrainTransform:
+    """Random scale, crop, flip and colour; then normalisation.
+
+    At scale 1 the short side of the image is `crop_size`. Where the scaled image is smaller than the crop it lies at a
+    random place in it; the rest has pixel value 0 (after normalisation) and label 255.
+    """
+
+    def __init__(
+        self,
+        crop_size: int,
+        scale: tuple[float, float] = (0.7, 1.4),
+        flip: float = 0.5,
+        color_jitter: float = 0.2,
+        image_mean: Sequence[float] = (0.485, 0.456, 0.406),
+        image_std: Sequence[float] = (0.229, 0.224, 0.225),
+    ):
+        if crop_size < 1:
+            raise ValueError(f"crop_size must be a positive number of pixels, not {crop_size}")
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError(f"scale must be two positive numbers, the smaller first, not {scale}")
+        if not 0 <= flip <= 1 or not 0 <= color_jitter < 1:
+            raise ValueError(f"flip must be in 0..1 and color_jitter in 0..1 without 1, not {flip} and {color_jitter}")
+        self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
+        self.mean = torch.tensor(image_mean).view(3, 1, 1)
+        self.std = torch.tensor(image_std).view(3, 1, 1)
+
+    def __call__(
+        self, image: Image.Image, mask: np.ndarray | None, rng: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """RGB image, mask uint8 (H, W) or None → pixel_values float32 (3, S, S), mask int64 (S, S) or None."""
+        size = self.crop_size
+        factor = size / min(image.size) * rng.uniform(*self.scale)
+        (left, width, x), (top, height, y) = (self._crop_axis(length, factor, rng) for length in image.size)
+        box = (left, top, left + width / factor, top + height / factor)
+        box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # no rounding beyond the border
+        flip = rng.random() < self.flip
+
+        crop = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 255
+        pixels = (self._jitter(pixels, rng) - self.mean) / self.std
+        pixel_values = torch.zeros(3, size, size)
+        pixel_values[:, y : y + height, x : x + width] = pixels
+        pixel_values = pixel_values.flip(-1) if flip else pixel_values
+        if mask is None:
+            return pixel_values, None
+
+        crop = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST, box=box)
+        labels = torch.full((size, size), IGNORE_INDEX)
+        labels[y : y + height, x : x + width] = torch.from_numpy(np.array(crop)).long()
+        return pixel_values, labels.flip(-1) if flip else labels
+
+    def _crop_axis(self, length: int, factor: float, rng: np.random.Generator) -> tuple[float, int, int]:
+        """One axis → where the crop begins in the image, its length in the output, where it is put in the output."""
+        scaled = max(round(length * factor), 1)
+        place = rng.random()
+        if scaled >= self.crop_size:
+            return place * (length - min(self.crop_size / factor, length)), self.crop_size, 0
+        return 0.0, scaled, int(place * (self.crop_size - scaled + 1))
+
+    def _jitter(self, pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+        """Brightness, contrast and saturation, each by a factor in 1 ± color_jitter."""
+        brightness, contrast, saturation = rng.uniform(1 - self.color_jitter, 1 + self.color_jitter, 3).tolist()
+        pixels = pixels * brightness
+        mean = pixels.mean()
+        pixels = mean + contrast * (pixels - mean)
+        gray = (pixels * _LUMA).sum(0, keepdim=True)
+        return (gray + saturation * (pixels - gray)).clamp(0, 1)

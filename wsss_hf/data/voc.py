@@ -1,0 +1,114 @@
+"""PASCAL VOC 2012, read from its devkit folder: tags from the annotations, masks from SegmentationClass(Aug)."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+
+from .palette import mask_image
+from .tagged import IGNORE_INDEX, DataError, decode_mask, tagged_features
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
+)  # fmt: skip
+
+
+def load_voc(
+    root: str | Path, classes: Sequence[str] | None = None, masks: Literal["evaluation", "all"] = "evaluation"
+) -> DatasetDict:
+    """Read a folder VOC2012 (JPEGImages, Annotations, ImageSets/Segmentation, SegmentationClassAug or …Class).
+
+    "train" is train_aug.txt or, without one, train.txt; "val" is val.txt. In "train" only the images of train.txt have
+    a mask, to evaluate pseudo masks on; masks="all" gives every mask there is, for the fully supervised upper bound.
+    `classes` restricts and orders the classes: images with none of them are dropped, their pixels become background.
+    Images stay files where they are. Raises DataError that names the missing folder or file, or the unknown class.
+    """
+    root = Path(root)
+    classes = tuple(classes or VOC_CLASSES)
+    unknown = [name for name in classes if name not in VOC_CLASSES]
+    if unknown or len(set(classes)) < len(classes):
+        culprit = f"unknown VOC class {unknown[0]!r}" if unknown else f"a class occurs twice in {', '.join(classes)}"
+        raise DataError(f"{culprit}; choose from {', '.join(VOC_CLASSES)}")
+    if masks not in ("evaluation", "all"):
+        raise DataError(f"masks must be 'evaluation' or 'all', not {masks!r}")
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
+        if not (root / folder).is_dir():
+            raise DataError(
+                f"no folder {root / folder}; the root of a devkit is its VOC2012 folder, which holds {folder}"
+            )
+
+    evaluated = _read_ids(root, "train")
+    augmented = (root / "ImageSets/Segmentation/train_aug.txt").is_file()
+    train = _read_ids(root, "train_aug") if augmented else evaluated
+    val = _read_ids(root, "val")
+    return DatasetDict(
+        {
+            "train": _read_split(root, "train", train, classes, needs_mask=set(evaluated), wants_all=masks == "all"),
+            "val": _read_split(root, "val", val, classes, needs_mask=set(val), wants_all=False),
+        }
+    )
+
+
+def _existing(path: Path, what: str) -> Path:
+    if not path.is_file():
+        raise DataError(f"{what} {path} is missing")
+    return path
+
+
+def _read_ids(root: Path, name: str) -> list[str]:
+    path = _existing(root / "ImageSets" / "Segmentation" / f"{name}.txt", "the split file")
+    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+
+
+def _read_split(
+    root: Path, split: str, image_ids: list[str], classes: tuple[str, ...], needs_mask: set[str], wants_all: bool
+) -> Dataset:
+    columns = {"image_id": [], "image": [], "tags": [], "mask": []}
+    for image_id in image_ids:
+        tags = _read_tags(_existing(root / "Annotations" / f"{image_id}.xml", "the annotation"), classes)
+        if not tags:
+            continue
+        columns["image_id"].append(image_id)
+        columns["image"].append(str(_existing(root / "JPEGImages" / f"{image_id}.jpg", "the image")))
+        columns["tags"].append(tags)
+        columns["mask"].append(_read_mask(root, image_id, classes, image_id in needs_mask, wants_all))
+    if not columns["image_id"]:
+        raise DataError(f"split {split!r} is empty: none of its {len(image_ids)} images shows {', '.join(classes)}")
+    return Dataset.from_dict(columns, features=tagged_features(classes, "mask"))
+
+
+def _read_tags(path: Path, classes: tuple[str, ...]) -> list[int]:
+    try:
+        objects = {node.text for node in ElementTree.parse(path).iterfind("object/name")}
+    except ElementTree.ParseError as error:
+        raise DataError(f"the annotation {path} is not XML ({error})") from error
+    unknown = sorted(str(name) for name in objects.difference(VOC_CLASSES))
+    if unknown:
+        raise DataError(
+            f"the annotation {path} names the unknown class {unknown[0]!r}; known are {', '.join(VOC_CLASSES)}"
+        )
+    return [index for index, name in enumerate(classes) if name in objects]
+
+
+def _read_mask(root: Path, image_id: str, classes: tuple[str, ...], needed: bool, wanted: bool) -> str | dict | None:
+    """The mask's path or, where classes are restricted, a PNG with the labels renumbered."""
+    augmented = root / "SegmentationClassAug"
+    path = (augmented if augmented.is_dir() else root / "SegmentationClass") / f"{image_id}.png"
+    if needed:
+        _existing(path, "the mask")
+    elif not (wanted and path.is_file()):
+        return None
+    if classes == VOC_CLASSES:
+        return str(path)
+    new_labels = np.zeros(256, dtype=np.uint8)
+    new_labels[IGNORE_INDEX] = IGNORE_INDEX
+    for index, name in enumerate(classes):
+        new_labels[VOC_CLASSES.index(name) + 1] = index + 1
+    stream = io.BytesIO()
+    mask_image(new_labels[decode_mask({"path": str(path)}, str(path))]).save(stream, format="PNG")
+    return {"bytes": stream.getvalue(), "path": None}

@@ -1,0 +1,124 @@
+"""Holding pseudo masks, maps and segmenters against true masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+
+from ..data.batches import batches_by_size
+from ..data.tagged import DataError, class_names, decode_mask, has_value, tags_to_multi_hot, undecoded
+from ..labeling.prediction import predict_scores
+from ..labeling.pseudo_masks import label_images
+from ..training.progress import Progress
+from .classification import mean_average_precision
+from .mean_iou import MeanIoU
+from .thresholds import ThresholdCurve
+
+
+def rows_with(rows: Dataset, column: str) -> Dataset:
+    """The rows whose image column `column` is filled.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = np.flatnonzero(has_value(rows, column)) if column in rows.column_names else []
+    if not len(found):
+        raise DataError(f"no row has a {column}: there is nothing to evaluate on")
+    return rows.select(found)
+
+
+def evaluate_masks(rows: Dataset, column: str = "pseudo_mask", quiet: bool = False) -> dict:
+    """Figures of the masks in `column` against the true ones, over the rows that have both; see [`MeanIoU`]."""
+    rows = rows_with(rows_with(rows, "mask"), column)
+    metric = MeanIoU(["background", *class_names(rows)], intervals=True)
+    mine = _share(rows)
+    with _progress("evaluating masks", mine, quiet) as progress:
+        for row in undecoded(mine.select_columns(["image_id", "mask", column])):
+            prediction = decode_mask(row[column], f"row {row['image_id']!r}, column {column}")
+            metric.add(prediction=prediction, reference=_truth(row), name=f"row {row['image_id']!r}")
+            progress.advance(1)
+    return metric.all_reduce().compute()
+
+
+def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quiet: bool = False) -> dict:
+    """Figures of the pseudo masks that a CAM classifier makes of `rows`, and of its maps and tags.
+
+    Args:
+        settings: a recipe's `masks` section.
+
+    Returns:
+        the figures of [`MeanIoU`] at the fixed background threshold; `threshold_curve` and `best_threshold`, which
+        read true masks and are for analysis only; `mean_average_precision` of the tags.
+    """
+    rows = rows_with(rows, "mask")
+    names = class_names(rows)
+    metric = MeanIoU(["background", *names], intervals=True)
+    curve = ThresholdCurve(["background", *names])
+    mine = _share(rows)
+    truths = undecoded(mine.select_columns(["image_id", "mask", "tags"]))
+    scores, tags = [], []
+    with _progress("evaluating maps", mine, quiet) as progress:
+        for labelled in label_images(model, processor, mine, settings):
+            row = truths[labelled.index]
+            name, truth = f"row {row['image_id']!r}", _truth(row)
+            metric.add(prediction=labelled.pseudo_mask, reference=truth, name=name)
+            maps = np.zeros((len(names), *truth.shape), dtype=np.float32)
+            maps[labelled.classes] = labelled.maps
+            curve.add(maps, truth, name=name)
+            scores.append(labelled.logits)
+            tags.append(tags_to_multi_hot(row["tags"], len(names)).numpy())
+            progress.advance(1)
+    points = curve.all_reduce().compute()
+    return metric.all_reduce().compute() | {
+        "threshold_curve": points["curve"],
+        "best_threshold": points["best"],
+        "mean_average_precision": mean_average_precision(np.stack(scores), np.stack(tags))["mean_average_precision"],
+    }
+
+
+def evaluate_segmenter(model, processor: Callable, rows: Dataset, settings: dict, quiet: bool = False) -> dict:
+    """Figures of a segmenter on the rows of `rows` that have a mask, at the images' own size; see [`MeanIoU`].
+
+    Args:
+        model: any model with `logits` (B, C+1, h, w), in eval mode, on the device to work on.
+        processor: its image processor.
+        settings: a recipe's `evaluation` section.
+
+    Raises:
+        DataError: no row has a mask, or the model has other classes than the data.
+    """
+    rows = rows_with(rows, "mask")
+    names = ["background", *class_names(rows)]
+    known = [model.config.id2label[i] for i in sorted(model.config.id2label)]
+    if known != names:
+        raise DataError(f"the segmenter knows {', '.join(known)}; the data have {', '.join(names)}")
+    metric = MeanIoU(names, intervals=True)
+    mine = _share(rows)
+    truths = undecoded(mine.select_columns(["image_id", "mask"]))
+    with _progress("evaluating segmenter", mine, quiet) as progress:
+        for batch in batches_by_size(mine, processor, settings["batch_size"]):
+            pixel_values = batch.pixel_values.to(model.device)
+            scores = predict_scores(model, pixel_values, batch.size, settings["scales"], settings["flip"])
+            labels = scores.argmax(dim=1).cpu().numpy()
+            for index, prediction in zip(batch.indices, labels, strict=True):
+                row = truths[index]
+                metric.add(prediction=prediction, reference=_truth(row), name=f"row {row['image_id']!r}")
+            progress.advance(len(batch.indices))
+    return metric.all_reduce().compute()
+
+
+def _truth(row: dict) -> np.ndarray:
+    return decode_mask(row["mask"], f"row {row['image_id']!r}, column mask")
+
+
+def _share(rows: Dataset) -> Dataset:
+    """This process's part of the rows."""
+    state = PartialState()
+    return rows.select(range(state.process_index, len(rows), state.num_processes))
+
+
+def _progress(title: str, rows: Dataset, quiet: bool) -> Progress:
+    return Progress(title, len(rows), quiet or not PartialState().is_main_process, unit="image")

@@ -1,0 +1,73 @@
+"""Tagged images in, pseudo masks out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from transformers import AutoImageProcessor, BaseImageProcessor
+
+from ..data.batches import batches_by_size
+from ..models.modeling_cam import CamClassifier
+from .localization import label_map, localize
+
+
+@dataclass
+class Labelled:
+    """What labelling made of one image.
+
+    Attributes:
+        index: its row in the data set.
+        image: the RGB image.
+        classes: (K,) indices of its tags.
+        maps: (K, H, W) float32 localisation maps in [0, 1].
+        pseudo_mask: (H, W) uint8, 0 = background, c + 1 = class c.
+        confidence: (H, W) float32 in [0, 1], margin of the winning label.
+        logits: (C,) float32 tag logits.
+    """
+
+    index: int
+    image: Image.Image
+    classes: np.ndarray
+    maps: np.ndarray
+    pseudo_mask: np.ndarray
+    confidence: np.ndarray
+    logits: np.ndarray
+
+
+def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict) -> Iterator[Labelled]:
+    """Label every row of `rows` from its tags; true masks are never read.
+
+    Args:
+        model: in eval mode, on the device to work on.
+        processor: the model's image processor.
+        settings: a recipe's `masks` section.
+    """
+    views = {key: settings[key] for key in ("scales", "flip", "fusion")}
+    for batch in batches_by_size(rows, processor, settings["batch_size"]):
+        maps, logits = localize(
+            model, batch.pixel_values.to(model.device), batch.tags.to(model.device), batch.size, **views
+        )
+        per_image = maps.split([int(count) for count in batch.tags.sum(dim=1)])
+        for i, (index, image) in enumerate(zip(batch.indices, batch.images, strict=True)):
+            classes = batch.tags[i].nonzero()[:, 0].to(model.device)
+            labels, confidence = label_map(per_image[i], classes, settings["background_threshold"])
+            yield Labelled(
+                index=index,
+                image=image,
+                classes=classes.cpu().numpy(),
+                maps=per_image[i].cpu().numpy(),
+                pseudo_mask=labels.cpu().numpy(),
+                confidence=confidence.cpu().numpy(),
+                logits=logits[i].cpu().numpy(),
+            )
+
+
+def load_labeler(directory: str, device: torch.device | str, **hub_kwargs) -> tuple[CamClassifier, BaseImageProcessor]:
+    """A trained CAM classifier in eval mode and its image processor, from a directory or Hub id."""
+    model = CamClassifier.from_pretrained(directory, **hub_kwargs).to(device).eval()
+    return model, AutoImageProcessor.from_pretrained(directory, **hub_kwargs)

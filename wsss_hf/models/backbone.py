@@ -1,0 +1,187 @@
+"""Any vision network of transformers as a stack of spatial feature maps, with the output stride one asks for."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig
+from transformers.activations import ACT2CLS
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+
+
+def resolve_backbone_config(backbone: str | None, backbone_config: PreTrainedConfig | dict | None, **hub_kwargs):
+    """The configuration of a backbone from a directory, a Hub id, a dict with `model_type`, or a configuration.
+
+    Its label names are dropped: they are those of another task.
+    """
+    if backbone_config is None:
+        if backbone is None:
+            raise ValueError("no backbone: give `backbone` (a directory or Hub id) or `backbone_config`")
+        backbone_config = AutoConfig.from_pretrained(backbone, **hub_kwargs)
+    elif isinstance(backbone_config, dict):
+        values = dict(backbone_config)
+        backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
+    backbone_config.id2label = None
+    backbone_config.num_labels = 2
+    return backbone_config
+
+
+def pretrained_body(backbone: str, config: PreTrainedConfig, **hub_kwargs) -> nn.Module:
+    """The transformers model behind `backbone` (a directory or Hub id) with its published weights."""
+    auto_class, kwargs = _auto_class(config)
+    return auto_class.from_pretrained(backbone, config=config, **kwargs, **hub_kwargs)
+
+
+def _auto_class(config: PreTrainedConfig) -> tuple[type, dict]:
+    """AutoBackbone with all its stages where transformers has one for this configuration, else the plain AutoModel."""
+    if type(config) in MODEL_FOR_BACKBONE_MAPPING:
+        config.out_indices = list(range(len(config.stage_names)))
+        return AutoBackbone, {}
+    model_class = AutoModel._model_mapping[type(config)]
+    # A pooler would hold parameters that never get a gradient, which distributed training refuses.
+    takes_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
+    return AutoModel, {"add_pooling_layer": False} if takes_pooler else {}
+
+
+class Backbone(nn.Module):
+    """Feature maps of any vision network of transformers, one per resolution, shallow to deep.
+
+    A convolutional network can be dilated: from `output_stride` on, strides become dilations, so that pretrained
+    weights keep their meaning while the maps stay large.
+
+    Args:
+        config: configuration of any transformers vision model.
+        output_stride: largest allowed ratio of input size to deepest map size; None leaves the network as it is.
+
+    Attributes:
+        channels: channels of each stage, shallow to deep.
+        strides: input size / map size of each stage, after dilation.
+
+    Raises:
+        ValueError: the network takes no images, gives no spatial map, or can't be dilated to `output_stride`.
+    """
+
+    def __init__(self, config: PreTrainedConfig, output_stride: int | None = None):
+        super().__init__()
+        auto_class, kwargs = _auto_class(config)
+        self.body = auto_class.from_config(config, **kwargs)
+        if self.body.main_input_name != "pixel_values":
+            raise ValueError(
+                f"backbone {config.model_type!r} takes {self.body.main_input_name}, not images; "
+                "a vision network with spatial feature maps would be right"
+            )
+        self.patch_size = getattr(config, "patch_size", None)
+        parameters = inspect.signature(self.body.forward).parameters
+        self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
+
+        sizes, _, layers = self._probe()
+        natural_stride = round(_PROBE_SIZE / sizes[-1])
+        if output_stride is not None and natural_stride > output_stride:
+            if getattr(config, "num_attention_heads", None) is None:
+                _dilate(layers, output_stride)
+        # The last map of each resolution (as it was before dilation) is a stage.
+        self.stage_indices = [i for i, size in enumerate(sizes) if i + 1 == len(sizes) or sizes[i + 1] != size]
+        sizes, channels, _ = self._probe()
+        self.channels = [channels[i] for i in self.stage_indices]
+        self.strides = [round(_PROBE_SIZE / sizes[i]) for i in self.stage_indices]
+        if output_stride is not None and self.strides[-1] != min(natural_stride, output_stride):
+            raise ValueError(
+                f"output_stride={output_stride}: backbone {config.model_type!r} can't be dilated; "
+                f"output_stride={natural_stride} or none would be right"
+            )
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+        """Images (B, 3, H, W) → stage maps (B, D_i, h_i, w_i), shallow to deep."""
+        maps = self._all_maps(pixel_values)
+        return tuple(maps[i] for i in self.stage_indices)
+
+    def _all_maps(self, pixel_values: Tensor) -> list[Tensor]:
+        outputs = self.body(pixel_values, output_hidden_states=True, **self._options)
+        maps = getattr(outputs, "feature_maps", None)
+        if maps is None:
+            maps = (*(getattr(outputs, "hidden_states", None) or ()), outputs.last_hidden_state)
+        return [self._as_map(m, pixel_values.shape[-2:]) for m in maps]
+
+    def _as_map(self, hidden: Tensor, image_size: torch.Size) -> Tensor:
+        """(B, N, D) tokens, class and register tokens first, → (B, D, h, w); maps pass through."""
+        if hidden.ndim == 4:
+            return hidden
+        if hidden.ndim == 3 and self.patch_size:
+            height, width = (side // self.patch_size for side in image_size)
+            if hidden.shape[1] >= height * width:
+                return hidden[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
+        raise ValueError(
+            f"backbone {self.body.config.model_type!r} has no spatial feature map: it gives hidden states of shape "
+            f"{tuple(hidden.shape)}; a network whose hidden states are (B, D, h, w) or patch tokens would be right"
+        )
+
+    def activations(self) -> dict[str, tuple[int, int]]:
+        """Name in `body` → (channels, channel axis) of every activation function's output, in order of execution."""
+        found = {}
+
+        def recorder(name: str):
+            def record(_module: nn.Module, _inputs: tuple[Tensor], output: Tensor):
+                shape = output.shape
+                channels_last = len(shape) == 3 or (shape[1] == shape[2] != shape[3])
+                axis = len(shape) - 1 if channels_last else 1
+                found[name] = (shape[axis], axis)
+
+            return record
+
+        self._run_probe({m: recorder(n) for n, m in self.body.named_modules() if isinstance(m, _ACTIVATIONS)})
+        return found
+
+    def _probe(self) -> tuple[list[int], list[int], list[tuple[nn.Module, int]]]:
+        """Widths and channels of all maps, and (layer, input stride) of all convolutions and poolings, as executed."""
+        layers = []
+
+        def record(layer: nn.Module, _inputs: tuple[Tensor], output: Tensor):
+            # Read off the output: some networks pad the input of a convolution by hand.
+            layers.append((layer, max(1, round(_PROBE_SIZE / output.shape[-1] / _first(layer.stride)))))
+
+        maps = self._run_probe({m: record for m in self.body.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)})
+        return [m.shape[-1] for m in maps], [m.shape[1] for m in maps], layers
+
+    @torch.no_grad()
+    def _run_probe(self, hooks: dict[nn.Module, Callable]) -> list[Tensor]:
+        """All maps of an empty image, with forward hooks in place meanwhile."""
+        handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
+        weight = next(self.body.parameters())
+        training = self.body.training
+        try:
+            self.body.eval()
+            return self._all_maps(weight.new_zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE))
+        finally:
+            self.body.train(training)
+            for handle in handles:
+                handle.remove()
+
+
+_PROBE_SIZE = 224  # divisible by the strides 2 … 32 and by the patch sizes 14 and 16
+_ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
+
+
+def _dilate(layers: list[tuple[nn.Module, int]], output_stride: int):
+    """Replace strides beyond `output_stride` by dilation, so that each weight meets the pixels it was trained on."""
+    for layer, input_stride in layers:
+        kernel, stride = _first(layer.kernel_size), _first(layer.stride)
+        if input_stride * stride <= output_stride:
+            continue
+        rate = max(1, input_stride // output_stride)
+        layer.stride = _like(layer.stride, max(1, output_stride // input_stride))
+        layer.dilation = _like(layer.dilation, _first(layer.dilation) * rate)
+        if isinstance(layer, nn.Conv2d) and kernel % 2 == 0 and layer.stride[0] == 1:
+            layer.padding = "same"  # patch-merging kernels have no centre and no padding of their own
+        elif not isinstance(layer.padding, str):
+            layer.padding = _like(layer.padding, _first(layer.padding) * rate)
+
+
+def _first(value) -> int:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _like(old, value: int):
+    return (value, value) if isinstance(old, tuple) else value

@@ -1,0 +1,80 @@
+"""Configuration of the CAM classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from transformers import PreTrainedConfig
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .drs import DrsConfig
+from .hub_mixins import BackboneConfigMixin
+from .methods import METHODS
+
+
+class CamConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of a [`CamClassifier`]: a backbone, the classes, and the methods that are on.
+
+    Args:
+        backbone: directory or Hub id whose configuration is read; its weights come with `CamClassifier.from_backbone`.
+        backbone_config: the backbone's configuration itself (or a dict with `model_type`) instead.
+        output_stride: largest allowed input size / map size; None leaves the backbone as it is.
+        drs: discriminative region suppression; None is off.
+        background_threshold: where every normalised map is below it, `segmentation_scores` says background.
+        tag_threshold: probability above which a tag counts as predicted.
+        image_mean, image_std: the normalisation of `pixel_values`, per channel, for images in [0, 1].
+        kwargs: `id2label` (object classes only; background is none of them), the options of any other registered
+            method under its name, and whatever `PreTrainedConfig` takes.
+
+    Raises:
+        ValueError: an option of a method is unknown or out of range.
+    """
+
+    model_type = "wsss_cam"
+
+    def __init__(
+        self,
+        backbone: str | None = None,
+        backbone_config: PreTrainedConfig | dict | None = None,
+        output_stride: int | None = None,
+        drs: DrsConfig | dict | None = None,
+        background_threshold: float = 0.4,
+        tag_threshold: float = 0.5,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        **kwargs,
+    ):
+        self._set_backbone(backbone, backbone_config)
+        self.output_stride = output_stride
+        for name, (config_class, _) in METHODS.items():
+            setattr(self, name, _method_config(name, config_class, drs if name == "drs" else kwargs.pop(name, None)))
+        self.background_threshold = background_threshold
+        self.tag_threshold = tag_threshold
+        self.image_mean = list(image_mean or IMAGENET_DEFAULT_MEAN)
+        self.image_std = list(image_std or IMAGENET_DEFAULT_STD)
+        kwargs.setdefault("problem_type", "multi_label_classification")
+        super().__init__(**self._completed(kwargs))
+
+    @property
+    def methods(self) -> dict:
+        """Name → options of every method that is on."""
+        options = {name: getattr(self, name, None) for name in METHODS}
+        return {name: value for name, value in options.items() if value is not None}
+
+    def to_dict(self) -> dict:
+        values = super().to_dict()
+        for name in METHODS:
+            options = values.pop(name, None)
+            if options is not None:
+                values[name] = dataclasses.asdict(options)
+        return values
+
+
+def _method_config(name: str, config_class: type, options):
+    if options is None or isinstance(options, config_class):
+        return options
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for key in options:
+        if key not in known:
+            raise ValueError(f"{name}.{key}: no such option; {name} has {', '.join(known)}")
+    return config_class(**options)

@@ -1,0 +1,54 @@
+"""What makes our configurations and models loadable by a stranger who has not installed this package."""
+
+from __future__ import annotations
+
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .backbone import resolve_backbone_config
+from .pipeline_wsss import WeakSegmentationPipeline
+
+
+class BackboneConfigMixin:
+    """A configuration that holds the configuration of a backbone."""
+
+    def _set_backbone(self, backbone: str | None, backbone_config) -> None:
+        # transformers builds a configuration without arguments to learn its defaults.
+        given = backbone is not None or backbone_config is not None
+        self.backbone_config = resolve_backbone_config(backbone, backbone_config) if given else None
+
+    @staticmethod
+    def _completed(kwargs: dict) -> dict:
+        """The arguments that `PreTrainedConfig` gets."""
+        kwargs.setdefault("initializer_range", 0.01)  # of heads and controllers, as all four papers have it
+        if kwargs.get("id2label"):
+            kwargs["label2id"] = {name: int(index) for index, name in kwargs["id2label"].items()}
+        # Where the package is installed its pipeline is in the registry; only remote code finds it by its file.
+        registered = PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"]
+        if getattr(registered, "__name__", None) == WeakSegmentationPipeline.__name__:
+            kwargs.pop("custom_pipelines", None)
+        return kwargs
+
+
+class PortableModelMixin:
+    """`save_pretrained` writes, beside weights and config, the flat code files that `trust_remote_code=True` runs."""
+
+    auto_classes: tuple[str, ...] = ()
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        classes = {"AutoConfig": type(self.config)} | dict.fromkeys(self.auto_classes, type(self))
+        self.config.auto_map = {auto_class: _code_reference(cls) for auto_class, cls in classes.items()}
+        self.config.custom_pipelines = {
+            "image-segmentation": {
+                "impl": _code_reference(WeakSegmentationPipeline),
+                "pt": ["AutoModelForSemanticSegmentation"],
+                "type": "image",
+            }
+        }
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            custom_object_save(self, save_directory)
+
+
+def _code_reference(cls: type) -> str:
+    return f"{cls.__module__.split('.')[-1]}.{cls.__name__}"

@@ -1,0 +1,101 @@
+"""What every method has in common: what it sees of a step, what it returns, where it is registered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class TrainingStep:
+    """What a method sees of one step.
+
+    Attributes:
+        pixel_values: (B, 3, H, W) normalised images.
+        images: (B, 3, H, W) the same images in [0, 1], for colour affinities.
+        tags: (B, C) float 0/1, the image-level labels.
+        features: backbone stage maps, shallow to deep, (B, D_i, h_i, w_i); the last one feeds the classifier.
+        cams: (B, C, h, w) CAM logits before the relu, with gradient.
+        progress: training progress in [0, 1].
+        classify: `classify(pixel_values) -> (features, cams)`, the same network once more.
+        superpixels: (B, H, W) int64 superpixel indices, or None.
+        saliency: (B, H, W) float in [0, 1], or None.
+    """
+
+    pixel_values: Tensor
+    images: Tensor
+    tags: Tensor
+    features: tuple[Tensor, ...]
+    cams: Tensor
+    progress: float
+    classify: Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]]
+    superpixels: Tensor | None = None
+    saliency: Tensor | None = None
+
+
+class Method(nn.Module):
+    """Base of all methods: turns features, maps and tags into named losses and, if it has any, better maps.
+
+    Args:
+        config: the method's own config dataclass.
+        backbone: the [`Backbone`] it will stand on; read its `channels` and `strides`, do not keep it.
+        num_classes: number of object classes C.
+    """
+
+    def __init__(self, config, backbone: nn.Module, num_classes: int):
+        super().__init__()
+        self.config = config
+        self.num_classes = num_classes
+
+    def losses(self, step: TrainingStep) -> dict[str, Tensor]:
+        """Named, weighted, scalar float32 losses of this step."""
+        return {}
+
+    def maps(self, step: TrainingStep) -> Tensor | None:
+        """(B, C, h, w) non-negative localisation maps that are better than the CAM, or None."""
+        return None
+
+
+METHODS: dict[str, tuple[type, type[Method]]] = {}
+"""Name of a method → (its config dataclass, its module). The name is its field in `CamConfig`."""
+
+
+def register_method(name: str, config_class: type) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: from now on `CamConfig(name=config_class(...))` trains with the decorated method.
+
+    Raises:
+        ValueError: another class holds the name.
+    """
+
+    def register(module_class: type[Method]) -> type[Method]:
+        holder = METHODS.get(name, (None, module_class))[1]
+        if holder.__qualname__ != module_class.__qualname__:
+            raise ValueError(f"method {name!r} is {holder.__qualname__} already; give the new one another name")
+        METHODS[name] = (config_class, module_class)
+        return module_class
+
+    return register
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all training processes, differentiable (the tensor itself where there is only one)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return _AllReduceSum.apply(tensor)
+    return tensor

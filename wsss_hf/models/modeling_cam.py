@@ -1,0 +1,158 @@
+"""The CAM classifier: learns image tags, gives class activation maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .backbone import Backbone, pretrained_body
+from .configuration_cam import CamConfig
+from .hub_mixins import PortableModelMixin
+from .maps import add_background, normalize_maps
+from .methods import METHODS, TrainingStep
+
+
+@dataclass
+class CamOutput(ModelOutput):
+    """Output of [`CamClassifier`].
+
+    Attributes:
+        loss: sum of `losses`, when tags were given.
+        logits: (B, C) tag logits.
+        cams: (B, C, h, w) class activation maps before the relu; their spatial mean is `logits`.
+        losses: the named, weighted losses that `loss` sums.
+        features: deepest backbone map (B, D, h, w), with `output_hidden_states=True` the tuple of all stage maps.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cams: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+
+
+class CamClassifier(PortableModelMixin, PreTrainedModel):
+    """Any backbone, a 1×1 convolution to C maps, and their global average as tag logits.
+
+    The maps *are* the class activation maps. Methods that are on in the configuration change the backbone's
+    activations (DRS) or add named losses.
+    """
+
+    config_class = CamConfig
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    auto_classes = ("AutoModel", "AutoModelForImageClassification", "AutoModelForSemanticSegmentation")
+
+    def __init__(self, config: CamConfig):
+        super().__init__(config)
+        self.progress = 0.0  # share of the training that is done; the training loop moves it
+        self.backbone = Backbone(config.backbone_config, config.output_stride)
+        self.classifier = nn.Conv2d(self.backbone.channels[-1], config.num_labels, kernel_size=1, bias=False)
+        self.methods = nn.ModuleDict(
+            {
+                name: METHODS[name][1](options, self.backbone, config.num_labels)
+                for name, options in config.methods.items()
+            }
+        )
+        self.post_init()
+
+    @classmethod
+    def from_backbone(cls, backbone: str, hub_kwargs: dict | None = None, **config_kwargs) -> CamClassifier:
+        """A classifier with a new head on the published weights of `backbone`, a directory or Hub id.
+
+        Args:
+            hub_kwargs: `revision`, `token`, `cache_dir` … for the download.
+            config_kwargs: arguments of [`CamConfig`].
+        """
+        model = cls(cls.config_class(backbone, **config_kwargs))
+        body = pretrained_body(backbone, model.config.backbone_config, **(hub_kwargs or {}))
+        model.backbone.body.load_state_dict(body.state_dict())
+        return model
+
+    def classify(self, pixel_values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Images (B, 3, H, W) → stage maps of the backbone, and CAM logits (B, C, h, w)."""
+        features = self.backbone(pixel_values)
+        return features, self.classifier(features[-1])
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        tags: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> CamOutput:
+        """
+        Args:
+            pixel_values: (B, 3, H, W) normalised images.
+            tags: (B, C) 0/1 image-level labels; gives a loss.
+            output_hidden_states: also return the stage maps of the backbone.
+            kwargs: `superpixels` and `saliency`, (B, H, W), for methods that use them.
+
+        Raises:
+            ValueError: tags are not (B, C).
+        """
+        features, cams = self.classify(pixel_values)
+        logits = cams.mean(dim=(-2, -1))
+        losses = None
+        if tags is not None:
+            if tags.shape != logits.shape:
+                raise ValueError(f"tags have shape {tuple(tags.shape)}; {tuple(logits.shape)} would be right")
+            losses = {"classification": F.multilabel_soft_margin_loss(logits.float(), tags.float())}
+            if self.training:
+                step = self._step(pixel_values, tags, features, cams, **kwargs)
+                for method in self.methods.values():
+                    losses |= method.losses(step)
+        return CamOutput(
+            loss=None if losses is None else sum(losses.values()),
+            logits=logits,
+            cams=cams,
+            losses=losses,
+            hidden_states=features if output_hidden_states else None,
+        )
+
+    def _step(self, pixel_values: Tensor, tags: Tensor, features, cams: Tensor, **inputs) -> TrainingStep:
+        mean, std = (
+            pixel_values.new_tensor(v)[:, None, None] for v in (self.config.image_mean, self.config.image_std)
+        )
+        return TrainingStep(
+            pixel_values=pixel_values,
+            images=(pixel_values * std + mean).clamp(0, 1),
+            tags=tags.float(),
+            features=features,
+            cams=cams,
+            progress=self.progress,
+            classify=self.classify,
+            **inputs,
+        )
+
+    @property
+    def mask_id2label(self) -> dict[int, str]:
+        """Names of the values of a mask: background is 0, class c is c + 1."""
+        return {0: "background"} | {c + 1: name for c, name in self.config.id2label.items()}
+
+    def segmentation_scores(
+        self,
+        outputs: CamOutput,
+        size: tuple[int, int],
+        tags: Tensor | None = None,
+        background_threshold: float | None = None,
+    ) -> Tensor:
+        """Scores (B, C+1, H, W) whose argmax is the label map; channel 0 is background.
+
+        Args:
+            outputs: what `forward` gave.
+            size: (H, W) of the label map.
+            tags: (B, C) 0/1; None takes the tags that the model predicts.
+            background_threshold: None takes the configured one.
+        """
+        if tags is None:
+            tags = outputs.logits.float().sigmoid() > self.config.tag_threshold
+        if background_threshold is None:
+            background_threshold = self.config.background_threshold
+        return add_background(normalize_maps(outputs.cams, tags, size), background_threshold)

@@ -1,0 +1,63 @@
+"""`pipeline("image-segmentation")` for the CAM classifier and the segmenter, and for every other model as before."""
+
+from __future__ import annotations
+
+import torch
+from PIL import Image
+from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
+
+
+class WeakSegmentationPipeline(ImageSegmentationPipeline):
+    """The library's image-segmentation pipeline, which also knows image tags.
+
+    With our models, every class found gives `{"label", "score", "mask"}`: the mask is a black-and-white PIL image of
+    the input's size, the score the mean score of its pixels in [0, 1].
+
+    Call arguments beside the library's own:
+        tags: names of the classes that are in the image (or images), if known; without them the CAM classifier takes
+            the tags it predicts, and the segmenter allows every class.
+        threshold: background threshold of the CAM classifier, in [0, 1].
+    """
+
+    # Left open, transformers takes the image processor's code for a video processor's and asks whether to run it.
+    _load_video_processor = False
+
+    def check_model_type(self, supported_models):
+        if not hasattr(self.model, "segmentation_scores"):
+            super().check_model_type(supported_models)
+
+    def _sanitize_parameters(self, tags=None, **kwargs):
+        preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
+        if tags is not None:
+            postprocess["tags"] = [tags] if isinstance(tags, str) else list(tags)
+        return preprocess, forward, postprocess
+
+    def postprocess(self, model_outputs, tags: list[str] | None = None, threshold: float | None = None, **kwargs):
+        if not hasattr(self.model, "segmentation_scores"):
+            if tags is not None:
+                raise ValueError(f"tags: {type(self.model).__name__} can't use them; leave them out")
+            if threshold is not None:
+                kwargs["threshold"] = threshold
+            return super().postprocess(model_outputs, **kwargs)
+
+        options = {} if threshold is None else {"background_threshold": threshold}
+        if tags is not None:
+            options["tags"] = self._multi_hot(tags)
+        scores = self.model.segmentation_scores(model_outputs, tuple(model_outputs["target_size"][0]), **options)[0]
+        best, labels = scores.max(dim=0)
+        names = self.model.mask_id2label
+        return [
+            {
+                "score": best[labels == label].mean().item(),
+                "label": names[label],
+                "mask": Image.fromarray((labels == label).to(torch.uint8).mul(255).numpy()),
+            }
+            for label in labels.unique().tolist()
+        ]
+
+    def _multi_hot(self, tags: list[str]) -> torch.Tensor:
+        names = list(self.model.mask_id2label.values())[1:]
+        for tag in tags:
+            if tag not in names:
+                raise ValueError(f"tags: {tag!r} is no class of this model; it knows {', '.join(names)}")
+        return torch.tensor([[float(name in tags) for name in names]])

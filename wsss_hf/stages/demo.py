@@ -1,0 +1,67 @@
+"""The whole way on the embedded data, beside plain CAM and full supervision for scale."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from datasets import DatasetDict, load_from_disk
+
+from ..data.tagged import decode_image, undecoded
+from .make_masks import make_masks
+from .run import finish_run, maps_row, masks_row, segmenter_row
+from .train_cam import train_cam
+from .train_segmenter import train_segmenter
+
+# What the last line of the demo runs: a stranger's program, in a process of its own.
+_PIPELINE_PROGRAM = """
+import json, sys
+import wsss_hf
+from transformers import logging, pipeline
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+segments = pipeline("image-segmentation", model=sys.argv[1])(sys.argv[2])
+print(json.dumps([segment["label"] for segment in segments]))
+"""
+
+
+def demo(
+    data: DatasetDict, recipe: dict, out: str | os.PathLike, data_settings: dict | None = None, quiet: bool = False
+) -> list[dict]:
+    """Run all stages on `data`, train plain CAM and a fully supervised segmenter for scale, report, load and try.
+
+    Writes what `run` writes, and `plain_cam/` and `supervised/`.
+    """
+    out = Path(out)
+    common = {"data_settings": data_settings, "quiet": quiet}
+    plain_recipe = copy.deepcopy(recipe)
+    plain_recipe["cam"]["methods"] = {}
+    started = time.perf_counter()
+    plain_cam = train_cam(data, plain_recipe, out / "plain_cam", **common)
+    cam = train_cam(data, recipe, out / "cam", **common)
+    masks = make_masks(data, cam, recipe, out / "masks", **common)
+    labelled = load_from_disk(str(masks))
+    segmenter = train_segmenter(labelled, recipe, out / "segmenter", cam=cam, **common)
+    supervised = train_segmenter(data, recipe, out / "supervised", mask_column="mask", cam=cam, **common)
+    methods = " + ".join(name.upper() for name, options in recipe["cam"]["methods"].items() if options is not None)
+    rows = [
+        maps_row("pseudo masks, plain CAM", plain_cam, data, recipe, quiet),
+        masks_row(f"pseudo masks, CAM + {methods}", labelled, quiet)
+        | {key: value for key, value in maps_row("", cam, data, recipe, quiet).items() if "threshold" in key},
+        segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe, quiet),
+        segmenter_row("segmenter trained on true masks", supervised, data, recipe, quiet),
+    ]
+    notes = {"seconds": f"{time.perf_counter() - started:.0f}"}
+    finish_run(out, rows, data, cam, segmenter, recipe, data_settings, notes, quiet)
+
+    picture = out / "example.png"
+    decode_image(undecoded(data["val"])[0]["image"], "first image of split 'val'").save(picture)
+    command = [sys.executable, "-c", _PIPELINE_PROGRAM, str(segmenter), str(picture)]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    print(f'pipeline("image-segmentation", model="{segmenter}") finds in {picture}: {", ".join(found)}')
+    return rows

@@ -1,0 +1,96 @@
+"""Stage 2: tagged images and a CAM classifier → the same data set with pseudo masks."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
+from datasets import Image as ImageFeature
+
+from ..data.palette import mask_image
+from ..labeling.pseudo_masks import label_images, load_labeler
+from ..training.progress import Progress
+from .outputs import StageOutput
+
+
+def make_masks(
+    data: DatasetDict,
+    cam: str | os.PathLike,
+    recipe: dict,
+    out: str | os.PathLike,
+    data_settings: dict | None = None,
+    hub_kwargs: dict | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Write `data` with a column `pseudo_mask` in split "train"; true masks are never read.
+
+    The images are split into shards, the shards over the processes of `accelerate launch`. A finished shard is never
+    made again, so a killed run goes on where it was.
+
+    Args:
+        data: tagged images.
+        cam: a trained CAM classifier, a directory or Hub id.
+        recipe: a resolved recipe; its `masks` section is used.
+        out: folder of the data set; as for `train_cam`.
+
+    Returns:
+        `out`, loadable by `datasets.load_from_disk`; masks are palette PNGs, 0 = background, 255 = ignore.
+    """
+    settings = {"stage": "make-masks", "data": data_settings, "cam": str(cam), "masks": recipe["masks"]}
+    output = StageOutput(out, settings)
+    if output.done:
+        return output.path
+    state = PartialState()
+    if state.is_main_process:
+        output.begin()
+    state.wait_for_everyone()
+    model, processor = load_labeler(str(cam), state.device, **(hub_kwargs or {}))
+
+    rows = data["train"]
+    shard_size = recipe["masks"]["shard_size"]
+    folder = output.partial / "shards"
+    folder.mkdir(exist_ok=True)
+    shards = [folder / f"{start:08d}.parquet" for start in range(0, len(rows), shard_size)]
+    mine = shards[state.process_index :: state.num_processes]
+    sizes = {path: min(shard_size, len(rows) - int(path.stem)) for path in mine}
+    finished = [path for path in mine if path.exists()]
+    with Progress("masks", sum(sizes.values()), quiet or not state.is_main_process, unit="image") as progress:
+        progress.advance(sum(sizes[path] for path in finished))
+        for path in mine:
+            if path not in finished:
+                start = int(path.stem)
+                shard = rows.select(range(start, start + sizes[path]))
+                masks: list[bytes] = [b""] * len(shard)
+                for labelled in label_images(model, processor, shard, recipe["masks"]):
+                    masks[labelled.index] = encode_mask(labelled.pseudo_mask)
+                    progress.advance(1)
+                _write_shard(path, shard["image_id"], masks)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        pseudo = Dataset.from_parquet([str(path) for path in shards], cache_dir=str(output.partial / "cache"))
+        train = rows.remove_columns([name for name in ("pseudo_mask",) if name in rows.column_names])
+        labelled = concatenate_datasets([train, pseudo.select_columns("pseudo_mask")], axis=1)
+        result = output.partial / "result"
+        DatasetDict({**data, "train": labelled}).save_to_disk(result)
+        output.finish(result)
+    state.wait_for_everyone()
+    return output.path
+
+
+def encode_mask(labels: np.ndarray) -> bytes:
+    """Label map (H, W) uint8 → palette PNG."""
+    buffer = io.BytesIO()
+    mask_image(labels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _write_shard(path: Path, image_ids: list[str], masks: list[bytes]) -> None:
+    features = Features({"image_id": Value("string"), "pseudo_mask": ImageFeature()})
+    pictures = [{"bytes": mask, "path": None} for mask in masks]
+    fresh = path.with_suffix(".new")
+    Dataset.from_dict({"image_id": image_ids, "pseudo_mask": pictures}, features=features).to_parquet(fresh)
+    os.replace(fresh, path)

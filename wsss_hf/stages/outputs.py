@@ -1,0 +1,77 @@
+"""Where a stage writes: nothing stands under its final name before it is whole, and nothing is overwritten."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import yaml
+
+SETTINGS_FILE = "recipe.yaml"
+
+
+class OutputError(ValueError):
+    """`--out` can't be used; the message names it and what would be right."""
+
+
+class StageOutput:
+    """The folder of one stage: built in `<out>.partial`, renamed to `<out>` when it is finished.
+
+    Args:
+        out: the final folder.
+        settings: all that determines the result; saved as `recipe.yaml` beside it.
+
+    Raises:
+        OutputError: `out` or its unfinished part holds the result of other settings, or something else.
+    """
+
+    def __init__(self, out: str | os.PathLike, settings: dict):
+        self.path = Path(out)
+        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self.settings = settings
+        for folder in (self.path, self.partial):
+            if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+                continue
+            held = folder / SETTINGS_FILE
+            if not held.is_file():
+                raise OutputError(f"--out {self.path}: {folder} exists and is no result of this stage; take another")
+            difference = _first_difference(yaml.safe_load(held.read_text()), settings)
+            if difference:
+                raise OutputError(f"--out {self.path}: {folder} holds another run ({difference}); take another folder")
+
+    @property
+    def done(self) -> bool:
+        """The result of these very settings is there already."""
+        return (self.path / SETTINGS_FILE).is_file()
+
+    def begin(self) -> Path:
+        """The folder to work in; what an interrupted run left there is still in it."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.partial / SETTINGS_FILE, yaml.safe_dump(self.settings, sort_keys=False))
+        return self.partial
+
+    def finish(self, result: Path) -> None:
+        """Move `result`, a folder inside the working folder, to its final name and drop the rest."""
+        shutil.copyfile(self.partial / SETTINGS_FILE, result / SETTINGS_FILE)
+        if self.path.exists():
+            self.path.rmdir()  # an empty folder that the user made
+        os.replace(result, self.path)
+        shutil.rmtree(self.partial)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text)
+    os.replace(fresh, path)
+
+
+def _first_difference(held, wanted, prefix: str = "") -> str | None:
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        for key in {**held, **wanted}:
+            found = _first_difference(held.get(key), wanted.get(key), f"{prefix}{key}.")
+            if found:
+                return found
+        return None
+    return None if held == wanted else f"{prefix[:-1]} is {held!r} there and {wanted!r} here"

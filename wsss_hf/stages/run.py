@@ -1,0 +1,155 @@
+"""All stages in order: tagged images in, evaluated segmenter and report out."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, load_from_disk
+from transformers import AutoImageProcessor
+
+from ..data.tagged import class_names, decode_mask, has_value, undecoded
+from ..evaluation.evaluate import evaluate_cam, evaluate_masks, evaluate_segmenter
+from ..evaluation.report import ReportExample, write_gallery, write_report
+from ..evaluation.tables import print_table
+from ..labeling.prediction import predict_scores
+from ..labeling.pseudo_masks import label_images, load_labeler
+from ..models.modeling_segmenter import Segmenter
+from .make_masks import make_masks
+from .outputs import write_atomically
+from .train_cam import train_cam
+from .train_segmenter import train_segmenter
+
+COLUMNS = ["result", "split", "mean_iou", "mean_iou_interval", "pixel_accuracy", "num_images"]
+
+
+def run(
+    data: DatasetDict,
+    recipe: dict,
+    out: str | os.PathLike,
+    data_settings: dict | None = None,
+    hub_kwargs: dict | None = None,
+    quiet: bool = False,
+) -> list[dict]:
+    """Train the CAM classifier, make pseudo masks, train the segmenter, evaluate, report.
+
+    Args:
+        data: tagged images; rows that have a `mask` serve the evaluation, and nothing else.
+        recipe: a resolved recipe.
+        out: gets `cam/`, `masks/`, `segmenter/`, `results.json`, `report.html` and `gallery.png`. Finished stages of
+            the same settings are not done again.
+
+    Returns:
+        the rows of the results table.
+    """
+    out = Path(out)
+    common = {"data_settings": data_settings, "hub_kwargs": hub_kwargs, "quiet": quiet}
+    started = time.perf_counter()
+    cam = train_cam(data, recipe, out / "cam", **common)
+    masks = make_masks(data, cam, recipe, out / "masks", **common)
+    labelled = load_from_disk(str(masks))
+    segmenter = train_segmenter(labelled, recipe, out / "segmenter", cam=cam, **common)
+    rows = [
+        masks_row("pseudo masks", labelled, quiet),
+        segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe, quiet),
+    ]
+    notes = {"minutes": f"{(time.perf_counter() - started) / 60:.1f}"}
+    return finish_run(out, rows, data, cam, segmenter, recipe, data_settings, notes, quiet)
+
+
+def masks_row(name: str, labelled: DatasetDict, quiet: bool = False) -> dict:
+    """Results row of the pseudo masks on split "train"; without figures where no row has a true mask."""
+    row = {"result": name, "split": "train"}
+    return row | evaluate_masks(labelled["train"], quiet=quiet) if _has_masks(labelled, "train") else row
+
+
+def maps_row(name: str, cam: Path, data: DatasetDict, recipe: dict, quiet: bool = False) -> dict:
+    """Results row of the pseudo masks that a CAM classifier would make of split "train"."""
+    row = {"result": name, "split": "train"}
+    if not _has_masks(data, "train"):
+        return row
+    model, processor = load_labeler(str(cam), PartialState().device)
+    return row | evaluate_cam(model, processor, data["train"], recipe["masks"], quiet)
+
+
+def segmenter_row(name: str, segmenter: Path, data: DatasetDict, recipe: dict, quiet: bool = False) -> dict:
+    """Results row of a segmenter on split "val"; without figures where it has no true mask."""
+    row = {"result": name, "split": "val"}
+    if not _has_masks(data, "val"):
+        return row
+    model, processor = _load_segmenter(segmenter)
+    return row | evaluate_segmenter(model, processor, data["val"], recipe["evaluation"], quiet)
+
+
+def finish_run(
+    out: Path,
+    rows: list[dict],
+    data: DatasetDict,
+    cam: Path,
+    segmenter: Path,
+    recipe: dict,
+    data_settings: dict | None,
+    notes: dict,
+    quiet: bool,
+) -> list[dict]:
+    """Print the table; write it with the settings as JSON, with a dozen examples as HTML page and as picture."""
+    if not PartialState().is_main_process:
+        return rows
+    results = {"data": data_settings, "recipe": recipe, "results": rows, "notes": notes}
+    write_atomically(out / "results.json", json.dumps(results, indent=1))
+    names = ["background", *class_names(data["train"])]
+    examples = report_examples(data, cam, segmenter, recipe)
+    curves = {row["result"]: row["threshold_curve"] for row in rows if "threshold_curve" in row}
+    table = [{key: value for key, value in row.items() if key in (*COLUMNS, "iou")} for row in rows]
+    described = {"data": str((data_settings or {}).get("source", "given")), "classes": len(names) - 1, **notes}
+    write_report(
+        out / "report.html", "Image tags in, segmentation model out", table, examples, names, described, curves
+    )
+    write_gallery(out / "gallery.png", examples)
+    print_table(rows, "Results (percent)", columns=COLUMNS)
+    if not quiet:
+        print(f"report: {out / 'report.html'}")
+    return rows
+
+
+def report_examples(data: DatasetDict, cam: Path, segmenter: Path, recipe: dict) -> list[ReportExample]:
+    """Held-out images (of "train" where there is no "val"), evenly spaced, with all that was made of them."""
+    rows = data["val"] if "val" in data else data["train"]
+    count = min(recipe["evaluation"]["examples"], len(rows))
+    rows = rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
+    names = class_names(rows)
+    raw = undecoded(rows)
+    classifier, cam_processor = load_labeler(str(cam), PartialState().device)
+    model, processor = _load_segmenter(segmenter)
+    examples: list[ReportExample | None] = [None] * count
+    for labelled in label_images(classifier, cam_processor, rows, recipe["masks"]):
+        row = raw[labelled.index]
+        pixel_values = processor(images=labelled.image, return_tensors="pt")["pixel_values"].to(model.device)
+        size = labelled.pseudo_mask.shape
+        evaluation = recipe["evaluation"]
+        scores = predict_scores(model, pixel_values, size, evaluation["scales"], evaluation["flip"])
+        truth = row.get("mask")
+        examples[labelled.index] = ReportExample(
+            image=labelled.image,
+            image_id=row["image_id"],
+            tags=[names[c] for c in row["tags"]],
+            map={names[c]: m for c, m in zip(labelled.classes, labelled.maps, strict=True)},
+            pseudo_mask=labelled.pseudo_mask,
+            prediction=scores[0].argmax(dim=0).cpu().numpy().astype(np.uint8),
+            truth=None if truth is None else decode_mask(truth, f"row {row['image_id']!r}, column mask"),
+        )
+    return examples
+
+
+def _has_masks(data: DatasetDict, split: str) -> bool:
+    rows: Dataset | None = data.get(split)
+    return rows is not None and "mask" in rows.column_names and bool(has_value(rows, "mask").any())
+
+
+def _load_segmenter(directory: Path):
+    model = Segmenter.from_pretrained(directory).to(PartialState().device).eval()
+    return model, AutoImageProcessor.from_pretrained(directory)

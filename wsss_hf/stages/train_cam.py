@@ -1,0 +1,68 @@
+"""Stage 1: tagged images → CAM classifier."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from datasets import DatasetDict
+
+from ..data.tagged import class_names
+from ..models.configuration_cam import CamConfig
+from ..models.methods import METHODS
+from ..models.modeling_cam import CamClassifier
+from ..training.recipes import RecipeError
+from .outputs import StageOutput
+from .train_model import build_processor, resolve_backbone, train_and_save
+
+
+def train_cam(
+    data: DatasetDict,
+    recipe: dict,
+    out: str | os.PathLike,
+    data_settings: dict | None = None,
+    hub_kwargs: dict | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Train a CAM classifier on the tags of split "train"; masks are never read.
+
+    Args:
+        data: tagged images, see `wsss_hf.data`.
+        recipe: a resolved recipe; its `image` and `cam` sections are used.
+        out: folder of the model. Where it holds the result of the same settings nothing is done; an interrupted
+            training goes on.
+        data_settings: what `data` is, for the record.
+        hub_kwargs: `revision`, `token`, `cache_dir` for the backbone.
+
+    Returns:
+        `out`, loadable by `CamClassifier.from_pretrained`.
+    """
+    section = recipe["cam"]
+    settings = {"stage": "train-cam", "data": data_settings} | {key: recipe[key] for key in ("seed", "image", "cam")}
+    output = StageOutput(out, settings)
+    if output.done:
+        return output.path
+    hub_kwargs = hub_kwargs or {}
+    for name in section["methods"]:
+        if name not in METHODS:
+            raise RecipeError(f"cam.methods.{name}: no such method; there are {', '.join(METHODS)}")
+
+    def build_model():
+        backbone = resolve_backbone(recipe, "cam", hub_kwargs)
+        options = {
+            "output_stride": section["output_stride"],
+            "id2label": dict(enumerate(class_names(data["train"]))),
+            "background_threshold": section["background_threshold"],
+            "tag_threshold": section["tag_threshold"],
+            "image_mean": backbone["image_mean"],
+            "image_std": backbone["image_std"],
+            **section["methods"],
+        }
+        if backbone["backbone"] is None:
+            model = CamClassifier(CamConfig(backbone_config=backbone["backbone_config"], **options))
+        else:
+            model = CamClassifier.from_backbone(backbone["backbone"], hub_kwargs, **options)
+        return model, build_processor(recipe, backbone["image_mean"], backbone["image_std"])
+
+    train_and_save(build_model, data["train"], None, recipe, "cam", output, quiet)
+    return output.path

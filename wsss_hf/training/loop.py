@@ -1,0 +1,162 @@
+"""The training loop of every stage: any model whose output has a `loss`, under Accelerate."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from .optimization import build_optimizer, build_scheduler, freeze_batch_norm
+from .progress import Progress
+from .recipes import RecipeError
+
+
+class TrainingError(RuntimeError):
+    """Training can't go on; the message says at which step and why."""
+
+
+def build_accelerator(settings: dict, seed: int) -> Accelerator:
+    """The Accelerator of a `train` section; the order of the examples depends on `seed` and the epoch alone."""
+    if settings["mixed_precision"] not in ("no", "bf16", "fp16"):
+        raise RecipeError(f"mixed_precision: {settings['mixed_precision']!r}; no, bf16 or fp16 would be right")
+    loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed)
+    return Accelerator(mixed_precision=settings["mixed_precision"], dataloader_config=loading)
+
+
+def fit(
+    model: nn.Module,
+    examples: Dataset,
+    settings: dict,
+    accelerator: Accelerator,
+    folder: Path,
+    seed: int = 0,
+    title: str = "training",
+    quiet: bool = False,
+) -> list[dict]:
+    """Train `model` in place; go on from the last finished epoch where `folder` holds one.
+
+    Args:
+        model: `model(**example_batch)` gives an output with `loss` and, if it has several, a dict `losses`.
+        examples: items are the model's keyword arguments; `set_epoch` is called where it exists.
+        settings: a recipe's `train` section.
+        folder: keeps the checkpoint; a killed run that is started again gives what the unbroken run gives.
+
+    Returns:
+        One record per epoch: mean losses, learning rate, images per second.
+
+    Raises:
+        RecipeError: the batch can't be split over the processes.
+        TrainingError: the loss is not finite.
+    """
+    processes = accelerator.num_processes
+    if settings["batch_size"] % processes:
+        raise RecipeError(f"batch_size: {settings['batch_size']} can't be split over {processes} processes evenly")
+    per_process = settings["batch_size"] // processes
+    loader = DataLoader(
+        examples,
+        batch_size=min(per_process, max(1, len(examples) // processes)),
+        shuffle=True,
+        drop_last=True,
+        num_workers=settings["workers"],
+        persistent_workers=settings["workers"] > 0,
+    )
+    # Identical on all processes, whatever was drawn before.
+    set_seed(seed)
+    if settings["freeze_batch_norm"]:
+        freeze_batch_norm(model)
+    optimizer = build_optimizer(model, settings)
+    inner = model
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    steps_per_epoch = len(loader)
+    total_steps = settings["epochs"] * steps_per_epoch
+    scheduler = build_scheduler(optimizer.optimizer, settings, total_steps)
+    accelerator.register_for_checkpointing(scheduler)
+
+    checkpoint = folder / "checkpoint"
+    history = _resume(accelerator, checkpoint)
+    with Progress(title, total_steps, quiet or not accelerator.is_main_process) as progress:
+        progress.advance(len(history) * steps_per_epoch)
+        for epoch in range(len(history), settings["epochs"]):
+            # Dropout and the like differ between epochs, and are the same after a resume.
+            set_seed(seed + 1000 * (epoch + 1) + accelerator.process_index)
+            loader.set_epoch(epoch)
+            if hasattr(examples, "set_epoch"):
+                examples.set_epoch(epoch)
+            model.train()
+            if settings["freeze_batch_norm"]:
+                freeze_batch_norm(model)
+            sums: dict[str, torch.Tensor] = {}
+            started = time.perf_counter()
+            for step, batch in enumerate(loader):
+                if hasattr(inner, "progress"):
+                    inner.progress = (epoch * steps_per_epoch + step) / total_steps
+                output = model(**batch)
+                accelerator.backward(output.loss)
+                if settings["clip_gradient"]:
+                    accelerator.clip_grad_norm_(model.parameters(), settings["clip_gradient"])
+                optimizer.step()
+                if not accelerator.optimizer_step_was_skipped:
+                    scheduler.step()
+                optimizer.zero_grad()
+                losses = getattr(output, "losses", None) or {"loss": output.loss}
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0) + loss.detach().float()
+                if step % 10 == 0 or step + 1 == steps_per_epoch:
+                    means = {name: (total / (step + 1)).item() for name, total in sums.items()}
+                    _check_finite(means, epoch, step)
+                    progress.show(means)
+                progress.advance(1)
+            seconds = time.perf_counter() - started
+            images = steps_per_epoch * loader.total_batch_size
+            means = accelerator.reduce({name: total / steps_per_epoch for name, total in sums.items()}, "mean")
+            record = {"epoch": epoch + 1, **{name: value.item() for name, value in means.items()}}
+            record |= {"lr": scheduler.get_last_lr()[0], "images_per_second": round(images / seconds, 2)}
+            history.append(record)
+            progress.log(record)
+            if epoch + 1 < settings["epochs"]:
+                _save(accelerator, checkpoint, history)
+    return history
+
+
+def _check_finite(means: dict[str, float], epoch: int, step: int) -> None:
+    for name, value in means.items():
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss {name!r} became {value} in epoch {epoch + 1}, step {step + 1}; "
+                "a smaller learning rate, clip_gradient=1 or mixed_precision=no may help"
+            )
+
+
+def _save(accelerator: Accelerator, checkpoint: Path, history: list[dict]) -> None:
+    """Written beside the old checkpoint and swapped in, so that one of them is whole at any time."""
+    fresh = checkpoint.with_name("checkpoint.new")
+    if accelerator.is_main_process:
+        shutil.rmtree(fresh, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(fresh))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (fresh / "history.json").write_text(json.dumps(history))
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        os.replace(fresh, checkpoint)
+    accelerator.wait_for_everyone()
+
+
+def _resume(accelerator: Accelerator, checkpoint: Path) -> list[dict]:
+    fresh = checkpoint.with_name("checkpoint.new")
+    # Killed between the removal of the old checkpoint and the renaming of the new one.
+    if not checkpoint.exists() and (fresh / "history.json").exists():
+        checkpoint = fresh
+    if not (checkpoint / "history.json").exists():
+        return []
+    accelerator.load_state(str(checkpoint))
+    return json.loads((checkpoint / "history.json").read_text())

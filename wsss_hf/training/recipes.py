@@ -1,0 +1,92 @@
+"""Recipes: every setting of every stage as data. `default.yaml` holds all keys; a recipe says what differs from it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import yaml
+
+_PACKAGED = resources.files(__package__) / "recipes"
+# Values under these keys are not checked against the default recipe, but by the class that they configure.
+_OPEN = {"cam.methods", "cam.backbone_config", "segmenter.backbone_config"}
+
+
+class RecipeError(ValueError):
+    """A recipe or a `--set` that can't be used; the message names it and what would be right."""
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.name.removesuffix(".yaml") for path in _PACKAGED.iterdir() if path.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_file: str = "default", overrides: Sequence[str] = ()) -> dict:
+    """The resolved recipe: the default one, changed by `name_or_file`, changed by `overrides`.
+
+    Args:
+        name_or_file: a packaged recipe's name, or a YAML file.
+        overrides: "dotted.key=value" strings, the value in YAML.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, an unknown key, or a value of another type than the default's.
+    """
+    recipe = _read("default")
+    if name_or_file != "default":
+        _merge(recipe, _read(name_or_file), source=f"recipe {name_or_file}")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {override}: key=value would be right, for example cam.train.epochs=3")
+        change = _parse(value, f"--set {override}")
+        for part in reversed(key.split(".")):
+            change = {part: change}
+        _merge(recipe, change, source=f"--set {override}")
+    return recipe
+
+
+def _read(name_or_file: str) -> dict:
+    packaged = _PACKAGED / f"{name_or_file}.yaml"
+    path = packaged if packaged.is_file() else Path(name_or_file)
+    if not path.is_file():
+        raise RecipeError(f"recipe {name_or_file}: no such file, and the package has {', '.join(recipe_names())}")
+    values = _parse(path.read_text(), f"recipe {name_or_file}")
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {name_or_file}: a mapping of settings would be right, not {values!r}")
+    return values
+
+
+def _parse(text: str, source: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: not YAML ({' '.join(str(error).split())})") from error
+
+
+def _merge(recipe: dict, changes: dict, source: str, prefix: str = "") -> None:
+    is_open = any(prefix == f"{key}." or prefix.startswith(f"{key}.") for key in _OPEN)
+    for key, value in changes.items():
+        dotted = f"{prefix}{key}"
+        if key not in recipe and not is_open:
+            near = difflib.get_close_matches(str(key), recipe, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(recipe)}"
+            raise RecipeError(f"{source}: no setting {dotted}; {hint}")
+        old = recipe.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            _merge(old, value, source, f"{dotted}.")
+        elif is_open or dotted in _OPEN or _same_kind(old, value):
+            recipe[key] = value
+        else:
+            raise RecipeError(f"{source}: {dotted} is {value!r}; something like {old!r} would be right")
+
+
+def _same_kind(old, new) -> bool:
+    if old is None or new is None:
+        return not isinstance(old, dict)
+    if isinstance(old, bool) or isinstance(new, bool):
+        return isinstance(old, bool) and isinstance(new, bool)
+    if isinstance(old, int | float):
+        return isinstance(new, int | float)
+    return isinstance(new, type(old))
