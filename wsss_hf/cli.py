@@ -1,9 +1,11 @@
 """The command line: `wsss STAGE …`."""
 
-from __future__ import annotations
-
+import functools
+import inspect
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,6 @@ from accelerate import PartialState
 from datasets import DatasetDict
 from datasets import logging as datasets_logging
 from datasets.utils import disable_progress_bars as disable_datasets_progress
-from rich.console import Console
 from transformers import logging as transformers_logging
 
 from .data.sources import load_data
@@ -69,216 +70,153 @@ BackboneName = Annotated[
 Seed = Annotated[int | None, typer.Option(help="Seed of the recipe.", rich_help_panel="Recipe")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write; must not hold something else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, for logs.")]
-Cam = Annotated[str, typer.Option("--cam", help="A trained CAM classifier, directory or Hub id.")]
 
 
-class _Inputs:
-    """Data and recipe as the options of a command name them."""
+@dataclass
+class Inputs:
+    """Data and recipe as the options of a command name them.
 
-    def __init__(
-        self, source, root, classes, columns, limit, revision, token, cache_dir, recipe, changes, backbone, seed, masks
-    ):
-        self.recipe = load_recipe(recipe or ("toy" if source == "toy" else "default"), changes or [])
-        if backbone is not None:
-            self.recipe["cam"]["backbone"] = self.recipe["segmenter"]["backbone"] = backbone
-        if seed is not None:
-            self.recipe["seed"] = seed
-        toy = {"image_size": self.recipe["image"]["size"]} if source == "toy" else None
-        described = {
-            "source": source,
-            "root": None if root is None else str(root),
-            "classes": None if classes is None else [name.strip() for name in classes.split(",")],
-            "columns": _pairs(columns),
-            "limit": limit,
-            "revision": revision,
-        }
-        self.settings = {key: value for key, value in described.items() if value is not None}
-        self.hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir and str(cache_dir)}
-        self.hub_kwargs = {key: value for key, value in self.hub_kwargs.items() if value is not None}
-        self.data: DatasetDict = load_data(
-            source,
-            root=root,
-            classes=described["classes"],
-            columns=described["columns"],
-            limit=limit,
-            seed=self.recipe["seed"],
-            masks=masks,
-            toy=toy,
-            **self.hub_kwargs,
-        )
+    Attributes:
+        data: the checked data set.
+        recipe: the resolved recipe.
+        settings: what `data` is, for the record; no token is in it.
+        hub_kwargs: `token` and `cache_dir` for models from the Hub (a revision speaks of the data).
+    """
 
-    @property
-    def backbone_kwargs(self) -> dict:
-        """What to load a backbone with; a revision given for data does not speak of it."""
-        return {key: value for key, value in self.hub_kwargs.items() if key != "revision"}
+    data: DatasetDict
+    recipe: dict
+    settings: dict
+    hub_kwargs: dict
 
 
-def _pairs(text: str | None) -> dict[str, str] | None:
-    if text is None:
-        return None
+def _load_inputs(
+    source: Source,
+    root: Root = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    limit: Limit = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    recipe: RecipeName = None,
+    changes: Set = None,
+    backbone: BackboneName = None,
+    seed: Seed = None,
+    masks: str = "evaluation",
+) -> Inputs:
+    resolved = load_recipe(recipe or ("toy" if source == "toy" else "default"), changes or [])
+    if backbone is not None:
+        resolved["cam"]["backbone"] = resolved["segmenter"]["backbone"] = backbone
+    if seed is not None:
+        resolved["seed"] = seed
+    settings = {
+        "source": source,
+        "root": None if root is None else str(root),
+        "classes": None if classes is None else [name.strip() for name in classes.split(",")],
+        "columns": None if columns is None else _pairs(columns),
+        "limit": limit,
+        "revision": revision,
+    }
+    hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
+    toy = {"image_size": resolved["image"]["size"], **resolved["toy"]} if source == "toy" else None
+    data = load_data(**settings, **hub_kwargs, seed=resolved["seed"], masks=masks, toy=toy)
+    return Inputs(
+        data=data,
+        recipe=resolved,
+        settings={key: value for key, value in settings.items() if value is not None},
+        hub_kwargs={key: value for key, value in hub_kwargs.items() if value is not None},
+    )
+
+
+def _pairs(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(ours and equals and theirs for ours, equals, theirs in pairs):
         raise RecipeError(f"--columns {text}: ours=theirs pairs would be right, for example image=img,tags=labels")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
+def _with_inputs(command: Callable) -> Callable:
+    """A command whose first parameter, `inputs`, becomes the options of `_load_inputs`."""
+    shared = [p for p in inspect.signature(_load_inputs).parameters.values() if p.name != "masks"]
+    own = list(inspect.signature(command).parameters.values())[1:]
+    names = [parameter.name for parameter in shared]
+
+    @functools.wraps(command)
+    def wrapper(**options):
+        shared_options = {name: options.pop(name) for name in names}
+        # Only the supervised upper bound may see the masks of all training images.
+        masks = "all" if options.get("supervised") else "evaluation"
+        command(_load_inputs(**shared_options, masks=masks), **options)
+
+    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
+    wrapper.__signature__ = inspect.Signature(parameters)
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
 @app.command()
 def demo(out: Out = Path("runs/demo"), recipe: RecipeName = "toy", changes: Set = None, quiet: Quiet = False):
     """The whole way on generated images, in minutes, with plain CAM and full supervision for scale."""
-    inputs = _Inputs("toy", None, None, None, None, None, None, None, recipe, changes, None, None, "evaluation")
-    run_demo(inputs.data, inputs.recipe, out, data_settings=inputs.settings, quiet=quiet)
+    inputs = _load_inputs("toy", recipe=recipe, changes=changes)
+    run_demo(inputs.data, inputs.recipe, out, inputs.settings, quiet)
 
 
 @app.command()
-def run(
-    source: Source,
-    out: Out,
-    root: Root = None,
-    classes: Classes = None,
-    columns: Columns = None,
-    limit: Limit = None,
-    revision: Revision = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-    recipe: RecipeName = None,
-    changes: Set = None,
-    backbone: BackboneName = None,
-    seed: Seed = None,
-    quiet: Quiet = False,
-):
+@_with_inputs
+def run(inputs: Inputs, out: Out, quiet: Quiet = False):
     """All stages in order: train-cam, make-masks, train-segmenter, evaluate, report."""
-    inputs = _Inputs(
-        source,
-        root,
-        classes,
-        columns,
-        limit,
-        revision,
-        token,
-        cache_dir,
-        recipe,
-        changes,
-        backbone,
-        seed,
-        "evaluation",
-    )
-    run_all(inputs.data, inputs.recipe, out, inputs.settings, inputs.backbone_kwargs, quiet)
+    run_all(inputs.data, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
 
 
 @app.command()
-def train_cam(
-    source: Source,
-    out: Out,
-    root: Root = None,
-    classes: Classes = None,
-    columns: Columns = None,
-    limit: Limit = None,
-    revision: Revision = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-    recipe: RecipeName = None,
-    changes: Set = None,
-    backbone: BackboneName = None,
-    seed: Seed = None,
-    quiet: Quiet = False,
-):
+@_with_inputs
+def train_cam(inputs: Inputs, out: Out, quiet: Quiet = False):
     """Tagged images → CAM classifier."""
-    inputs = _Inputs(
-        source,
-        root,
-        classes,
-        columns,
-        limit,
-        revision,
-        token,
-        cache_dir,
-        recipe,
-        changes,
-        backbone,
-        seed,
-        "evaluation",
-    )
-    run_train_cam(inputs.data, inputs.recipe, out, inputs.settings, inputs.backbone_kwargs, quiet)
+    run_train_cam(inputs.data, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
 
 
 @app.command()
+@_with_inputs
 def make_masks(
-    source: Source,
-    cam: Cam,
+    inputs: Inputs,
+    cam: Annotated[str, typer.Option(help="A trained CAM classifier, directory or Hub id.")],
     out: Out,
-    root: Root = None,
-    classes: Classes = None,
-    columns: Columns = None,
-    limit: Limit = None,
-    revision: Revision = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-    recipe: RecipeName = None,
-    changes: Set = None,
     quiet: Quiet = False,
 ):
     """Tagged images and a CAM classifier → the data set with a column pseudo_mask."""
-    inputs = _Inputs(
-        source, root, classes, columns, limit, revision, token, cache_dir, recipe, changes, None, None, "evaluation"
-    )
-    run_make_masks(inputs.data, cam, inputs.recipe, out, inputs.settings, inputs.backbone_kwargs, quiet)
+    run_make_masks(inputs.data, cam, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
 
 
 @app.command()
+@_with_inputs
 def train_segmenter(
-    source: Source,
+    inputs: Inputs,
     out: Out,
-    root: Root = None,
-    classes: Classes = None,
-    columns: Columns = None,
-    limit: Limit = None,
-    revision: Revision = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-    recipe: RecipeName = None,
-    changes: Set = None,
-    backbone: BackboneName = None,
-    seed: Seed = None,
     cam: Annotated[str | None, typer.Option(help="CAM classifier to start from (segmenter.from_cam).")] = None,
     supervised: Annotated[bool, typer.Option("--supervised", help="Train on TRUE masks: the upper bound.")] = False,
     quiet: Quiet = False,
 ):
     """Images with pseudo masks → segmenter."""
-    masks = "all" if supervised else "evaluation"
-    inputs = _Inputs(
-        source, root, classes, columns, limit, revision, token, cache_dir, recipe, changes, backbone, seed, masks
-    )
     column = "mask" if supervised else "pseudo_mask"
-    run_train_segmenter(inputs.data, inputs.recipe, out, column, cam, inputs.settings, inputs.backbone_kwargs, quiet)
+    run_train_segmenter(inputs.data, inputs.recipe, out, column, cam, inputs.settings, inputs.hub_kwargs, quiet)
 
 
 @app.command()
+@_with_inputs
 def evaluate(
-    source: Source,
+    inputs: Inputs,
     model: Annotated[str | None, typer.Option(help="A segmenter, held against split val.")] = None,
     cam: Annotated[str | None, typer.Option(help="A CAM classifier, its masks held against split train.")] = None,
-    root: Root = None,
-    classes: Classes = None,
-    columns: Columns = None,
-    limit: Limit = None,
-    revision: Revision = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-    recipe: RecipeName = None,
-    changes: Set = None,
     quiet: Quiet = False,
 ):
     """Hold pseudo masks (without --model and --cam), a segmenter or a CAM classifier against true masks."""
-    inputs = _Inputs(
-        source, root, classes, columns, limit, revision, token, cache_dir, recipe, changes, None, None, "evaluation"
-    )
     rows = []
     if cam is not None:
         rows.append(maps_row(f"masks of {cam}", cam, inputs.data, inputs.recipe, quiet))
     if model is not None:
         rows.append(segmenter_row(f"segmenter {model}", model, inputs.data, inputs.recipe, quiet))
     if not rows:
-        rows.append(masks_row(f"pseudo masks of {source}", inputs.data, quiet))
+        rows.append(masks_row(f"pseudo masks of {inputs.settings['source']}", inputs.data, quiet))
     if PartialState().is_main_process:
         print_table(rows, "Results (percent)", columns=COLUMNS)
 
@@ -295,8 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("WSSS_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
-        Console(stderr=True, soft_wrap=True, highlight=False).print("[bold red]error:[/] ", end="")
-        print(message, file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,0 +1,98 @@
+"""What the tests of several rooms share: a tiny data set, a recipe that trains on it in a moment, an untrained model."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+
+import pytest
+import torch
+from datasets import DatasetDict, Image
+from torch import nn
+from transformers import ResNetConfig
+
+from wsss_hf.data.tagged import class_names, undecoded
+from wsss_hf.data.toy import make_toy
+from wsss_hf.models.configuration_cam import CamConfig
+from wsss_hf.models.image_processing_wsss import WsssImageProcessor
+from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.training.recipes import load_recipe
+
+TINY_BACKBONE = {
+    "model_type": "resnet",
+    "layer_type": "basic",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 16, 24, 32],
+    "depths": [1, 1, 1, 1],
+}
+TINY_SETTINGS = [
+    "image.size=48",
+    "toy.num_train=12",
+    "toy.num_val=4",
+    f"cam.backbone_config={TINY_BACKBONE}",
+    "cam.output_stride=16",
+    "cam.train.epochs=2",
+    "cam.train.batch_size=4",
+    "masks.batch_size=4",
+    "masks.shard_size=4",
+    f"segmenter.backbone_config={TINY_BACKBONE}",
+    "segmenter.train.epochs=2",
+    "segmenter.train.batch_size=4",
+    "evaluation.batch_size=4",
+    "evaluation.examples=3",
+]
+
+
+@pytest.fixture
+def resnet_config():
+    return ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 64, 128], embedding_size=16, layer_type="basic")
+
+
+@pytest.fixture(scope="session")
+def tiny_settings() -> list[str]:
+    """The `--set` strings of `tiny_recipe`; their toy data are `toy_data`."""
+    return list(TINY_SETTINGS)
+
+
+@pytest.fixture
+def tiny_recipe() -> dict:
+    """The default recipe on a ResNet of a few thousand weights, two epochs each; a test may change its copy."""
+    return load_recipe("default", TINY_SETTINGS)
+
+
+@pytest.fixture(scope="session")
+def toy_data() -> DatasetDict:
+    """12 training and 4 held-out images of 48 pixels, with masks."""
+    return make_toy(num_train=12, num_val=4, image_size=48)
+
+
+@pytest.fixture(scope="session")
+def poisoned_data(toy_data) -> DatasetDict:
+    """`toy_data` with true masks that nobody can read."""
+
+    def poison(rows):
+        features = undecoded(rows).features
+        rows = undecoded(rows).map(lambda row: {"mask": {"bytes": b"true mask", "path": None}}, features=features)
+        for name in ("image", "mask"):
+            rows = rows.cast_column(name, Image())
+        return rows
+
+    return DatasetDict({split: poison(rows) for split, rows in toy_data.items()})
+
+
+@pytest.fixture(scope="session")
+def unmasked_data(toy_data) -> DatasetDict:
+    """The training images of `toy_data` alone, without a column of masks."""
+    return DatasetDict({"train": toy_data["train"].remove_columns("mask")})
+
+
+@pytest.fixture(scope="session")
+def cam_folder(toy_data, tmp_path_factory):
+    """A saved CAM classifier for `toy_data` with random weights whose maps are neither empty nor full."""
+    torch.manual_seed(0)
+    names = dict(enumerate(class_names(toy_data)))
+    model = CamClassifier(CamConfig(backbone_config=TINY_BACKBONE, output_stride=16, id2label=names, drs={}))
+    nn.init.normal_(model.classifier.weight)
+    folder = tmp_path_factory.mktemp("models") / "cam"
+    model.save_pretrained(folder)
+    WsssImageProcessor(size={"shortest_edge": 48, "longest_edge": 192}).save_pretrained(folder)
+    return folder

@@ -1,0 +1,241 @@
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    ConvNextConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    MobileNetV2Config,
+    MobileNetV2Model,
+    RegNetConfig,
+    ResNetConfig,
+    SwinConfig,
+    ViTConfig,
+)
+
+from wsss_hf.models.backbone import Backbone, pretrained_body, resolve_backbone_config
+
+TOKENS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def resnet():
+    return ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 64, 128], embedding_size=16, layer_type="basic")
+
+
+def bottleneck():
+    return ResNetConfig(depths=[1, 1, 2, 2], hidden_sizes=[16, 32, 48, 64], embedding_size=8)
+
+
+def convnext():
+    # The default layer scale, 1e-6, would hide every depthwise convolution.
+    return ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 16, 32, 64], layer_scale_init_value=1.0)
+
+
+def mobilenet(**kwargs):
+    return MobileNetV2Config(depth_multiplier=0.25, min_depth=8, **kwargs)
+
+
+def regnet():
+    return RegNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 2], groups_width=8, layer_type="x"
+    )
+
+
+def vit():
+    return ViTConfig(image_size=32, patch_size=16, **TOKENS)
+
+
+def deit():
+    return DeiTConfig(image_size=32, patch_size=16, **TOKENS)
+
+
+def dinov2():
+    return Dinov2Config(image_size=56, patch_size=14, **TOKENS)
+
+
+def dinov2_with_registers():
+    return Dinov2WithRegistersConfig(image_size=56, patch_size=14, num_register_tokens=3, **TOKENS)
+
+
+def swin():
+    return SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
+
+
+def build(config, output_stride=None):
+    torch.manual_seed(0)
+    return Backbone(config, output_stride).eval()
+
+
+@pytest.mark.parametrize(
+    ("config", "output_stride", "channels", "strides"),
+    [
+        (resnet, None, [16, 32, 64, 128], [4, 8, 16, 32]),
+        (resnet, 32, [16, 32, 64, 128], [4, 8, 16, 32]),
+        (resnet, 16, [16, 32, 64, 128], [4, 8, 16, 16]),
+        (resnet, 8, [16, 32, 64, 128], [4, 8, 8, 8]),
+        (resnet, 4, [16, 32, 64, 128], [4, 4, 4, 4]),
+        (convnext, None, [8, 16, 32, 64], [4, 8, 16, 32]),
+        (convnext, 16, [8, 16, 32, 64], [4, 8, 16, 16]),
+        (convnext, 8, [8, 16, 32, 64], [4, 8, 8, 8]),
+        (mobilenet, None, [8, 8, 24, 1280], [4, 8, 16, 32]),
+        (mobilenet, 16, [8, 8, 24, 1280], [4, 8, 16, 16]),
+        (mobilenet, 8, [8, 8, 24, 1280], [4, 8, 8, 8]),
+        (regnet, None, [8, 8, 16, 24, 32], [2, 4, 8, 16, 32]),
+        (regnet, 8, [8, 8, 16, 24, 32], [2, 4, 8, 8, 8]),
+        (vit, None, [32], [16]),
+        (vit, 16, [32], [16]),
+        (deit, None, [32], [16]),
+        (dinov2, None, [32], [14]),
+        (dinov2_with_registers, None, [32], [14]),
+        (swin, None, [8, 16, 32, 64], [4, 8, 16, 32]),
+        (swin, 32, [8, 16, 32, 64], [4, 8, 16, 32]),
+    ],
+)
+def test_stages_have_the_announced_channels_and_strides(config, output_stride, channels, strides):
+    backbone = build(config(), output_stride)
+    assert (backbone.channels, backbone.strides) == (channels, strides)
+    height, width = (112, 56) if strides[-1] == 14 else (64, 96)
+    with torch.no_grad():
+        maps = backbone(torch.randn(2, 3, height, width))
+    shapes = [(2, c, height // s, width // s) for c, s in zip(channels, strides, strict=True)]
+    assert [tuple(m.shape) for m in maps] == shapes
+
+
+def test_sizes_that_the_stride_does_not_divide_are_fine(resnet_config):
+    assert tuple(build(resnet_config, 16)(torch.randn(1, 3, 50, 75))[-1].shape) == (1, 128, 4, 5)
+
+
+@pytest.mark.parametrize("output_stride", [16, 8])
+def test_dilated_mobilenet_is_the_one_that_transformers_dilates_itself(output_stride):
+    backbone = build(mobilenet(), output_stride)
+    own = MobileNetV2Model(mobilenet(output_stride=output_stride), add_pooling_layer=False).eval()
+    own.load_state_dict(backbone.body.state_dict())
+    pixels = torch.randn(2, 3, 96, 64)
+    with torch.no_grad():
+        expected = own(pixels, output_hidden_states=True)
+        maps = backbone(pixels)
+    torch.testing.assert_close(maps[-1], expected.last_hidden_state)
+    for actual, index in zip(maps[:-1], backbone.stage_indices, strict=False):
+        torch.testing.assert_close(actual, expected.hidden_states[index])
+
+
+@pytest.mark.parametrize(
+    ("config", "output_stride", "offset"),
+    [
+        (resnet, 16, 0),
+        (resnet, 8, 0),
+        (resnet, 4, 0),
+        (bottleneck, 8, 0),
+        (regnet, 8, 0),
+        (convnext, 16, 0),
+        (convnext, 8, 1),  # the dilated 2×2 patch merging is centred, so the grid starts a pixel later
+    ],
+)
+def test_dilation_keeps_the_meaning_of_the_weights(config, output_stride, offset):
+    """On the grid of the original network every weight meets the pixels it was trained on: the maps are the same."""
+    sparse, dense = build(config()), build(config(), output_stride)
+    dense.load_state_dict(sparse.state_dict())
+    pixels = torch.randn(1, 3, 128, 96)
+    with torch.no_grad():
+        expected, actual = sparse(pixels)[-1], dense(pixels)[-1]
+    factor = 32 // output_stride
+    torch.testing.assert_close(actual[..., offset::factor, offset::factor], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("config", "special_tokens"), [(vit, 1), (deit, 2)])
+def test_patch_tokens_become_a_map_row_by_row_without_the_special_tokens(config, special_tokens):
+    backbone = build(config())
+    pixels = torch.randn(1, 3, 32, 64)
+    with torch.no_grad():
+        tokens = backbone.body(pixels, interpolate_pos_encoding=True).last_hidden_state
+        (actual,) = backbone(pixels)
+    assert tokens.shape[1] == special_tokens + 2 * 4
+    for row in range(2):
+        for column in range(4):
+            assert torch.equal(actual[0, :, row, column], tokens[0, special_tokens + 4 * row + column])
+
+
+@pytest.mark.parametrize(
+    ("config", "output_stride", "message"),
+    [
+        (lambda: BertConfig(vocab_size=8, **TOKENS), None, "backbone 'bert' takes input_ids, not images"),
+        (swin, 16, "output_stride=16: backbone 'swin' can't be dilated; output_stride=32 or none"),
+        (vit, 8, "output_stride=8: backbone 'vit' can't be dilated; output_stride=16 or none"),
+    ],
+)
+def test_an_unusable_network_is_refused_with_what_would_be_right(config, output_stride, message):
+    with pytest.raises(ValueError, match=message):
+        Backbone(config(), output_stride)
+
+
+def test_hidden_states_that_are_no_map_are_refused(resnet_config):
+    backbone = build(resnet_config)
+    with pytest.raises(ValueError, match=r"'resnet' has no spatial feature map: .* shape \(1, 5, 7\)"):
+        backbone._as_map(torch.zeros(1, 5, 7), (64, 64))
+
+
+def test_building_leaves_weights_statistics_and_hooks_alone(resnet_config):
+    torch.manual_seed(0)
+    backbone = Backbone(resnet_config, output_stride=8)
+    torch.manual_seed(0)
+    plain = type(backbone.body)(resnet_config)
+    assert backbone.training and backbone.body.training
+    for name, value in plain.state_dict().items():
+        assert torch.equal(backbone.body.state_dict()[name], value), name
+    assert not any(module._forward_hooks for module in backbone.modules())
+
+
+@pytest.mark.parametrize("config", [resnet, convnext, mobilenet, regnet, vit, deit, swin])
+def test_every_parameter_gets_a_gradient(config):
+    backbone = Backbone(config())
+    sum(m.square().sum() for m in backbone(torch.randn(2, 3, 64, 64))).backward()
+    assert [name for name, p in backbone.named_parameters() if p.grad is None] == []
+
+
+def test_activations_are_found_in_order_with_their_channels(resnet_config):
+    found = build(resnet_config).activations()
+    stage = "encoder.stages.{}.layers.0"
+    expected = [("embedder.embedder.activation", (16, 1))]
+    for index, channels in enumerate([16, 32, 64, 128]):
+        expected.append((stage.format(index) + ".layer.0.activation", (channels, 1)))
+        expected.append((stage.format(index) + ".activation", (channels, 1)))
+    assert [(name, found[name]) for name, _ in expected] == expected
+    assert list(found) == [name for name, _ in expected]
+
+
+def test_activations_know_channels_last_networks():
+    assert set(build(convnext()).activations().values()) == {(32, 3), (64, 3), (128, 3), (256, 3)}
+    assert set(build(vit()).activations().values()) == {(64, 2)}
+
+
+def test_a_configuration_comes_from_an_object_a_dict_or_a_directory(resnet_config, tmp_path):
+    resnet_config.id2label = {0: "tench", 1: "goldfish", 2: "shark"}
+    resnet_config.save_pretrained(tmp_path)
+    values = resnet_config.to_dict()
+    for resolved in (
+        resolve_backbone_config(None, values),
+        resolve_backbone_config(str(tmp_path), None),
+        resolve_backbone_config(None, resnet_config),
+    ):
+        assert type(resolved) is ResNetConfig
+        assert resolved.hidden_sizes == [16, 32, 64, 128]
+        assert "goldfish" not in resolved.id2label.values()
+    assert values["model_type"] == "resnet"  # the caller's dict is not used up
+
+
+def test_no_backbone_at_all_is_refused():
+    with pytest.raises(ValueError, match="no backbone: give `backbone`"):
+        resolve_backbone_config(None, None)
+
+
+@pytest.mark.parametrize("config", [resnet, vit, mobilenet])
+def test_published_weights_fit_the_backbone(config, tmp_path):
+    published = build(config()).body
+    published.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    backbone = Backbone(config, 16)
+    backbone.body.load_state_dict(pretrained_body(str(tmp_path), config).state_dict())
+    for name, value in published.state_dict().items():
+        assert torch.equal(backbone.body.state_dict()[name], value), name
