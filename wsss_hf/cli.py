@@ -118,7 +118,7 @@ def _load_inputs(
         "revision": revision,
     }
     hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
-    toy = {"image_size": resolved["image"]["size"], **resolved["toy"]} if source == "toy" else None
+    toy = resolved["toy"] if source == "toy" else None
     data = load_data(**settings, **hub_kwargs, seed=resolved["seed"], masks=masks, toy=toy)
     return Inputs(
         data=data,

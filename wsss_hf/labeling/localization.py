@@ -49,10 +49,10 @@ def localize(
         scaled = pixel_values if scale == 1 else resize_images(pixel_values, scale)
         # Both mirror images in one pass.
         outputs = model(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled)
-        views = outputs.cams.chunk(2) if flip else (outputs.cams,)
+        views = outputs.maps.chunk(2) if flip else (outputs.maps,)
         logits.extend(outputs.logits.float().chunk(len(views)))
-        for view, cams in enumerate(views):
-            tagged = (cams.flip(-1) if view else cams)[images, classes]
+        for view, view_maps in enumerate(views):
+            tagged = (view_maps.flip(-1) if view else view_maps)[images, classes]
             maps = normalize_maps(tagged[:, None], size=size)[:, 0]
             if fused is None:
                 fused = maps

@@ -7,9 +7,13 @@ import dataclasses
 from transformers import PreTrainedConfig
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from .d2cam import D2camConfig
 from .drs import DrsConfig
 from .hub_mixins import BackboneConfigMixin
+from .icd import IcdConfig
 from .methods import METHODS
+from .plda import PldaConfig
+from .seam import SeamConfig
 
 
 class CamConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -19,7 +23,8 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone: directory or Hub id whose configuration is read; its weights come with `CamClassifier.from_backbone`.
         backbone_config: the backbone's configuration itself (or a dict with `model_type`) instead.
         output_stride: largest allowed input size / map size; None leaves the backbone as it is.
-        drs: discriminative region suppression; None is off.
+        drs, icd, plda, d2cam, seam: options of the methods, as their dataclass or a dict; None is off.
+        maps: whose localisation maps are used: "cam", or the name of a method that is on and has maps.
         background_threshold: where every normalised map is below it, `segmentation_scores` says background.
         tag_threshold: probability above which a tag counts as predicted.
         image_mean, image_std: the normalisation of `pixel_values`, per channel, for images in [0, 1].
@@ -38,6 +43,11 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone_config: PreTrainedConfig | dict | None = None,
         output_stride: int | None = None,
         drs: DrsConfig | dict | None = None,
+        icd: IcdConfig | dict | None = None,
+        plda: PldaConfig | dict | None = None,
+        d2cam: D2camConfig | dict | None = None,
+        seam: SeamConfig | dict | None = None,
+        maps: str = "cam",
         background_threshold: float = 0.4,
         tag_threshold: float = 0.5,
         image_mean: list[float] | None = None,
@@ -46,8 +56,12 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
     ):
         self._set_backbone(backbone, backbone_config)
         self.output_stride = output_stride
+        given = {"drs": drs, "icd": icd, "plda": plda, "d2cam": d2cam, "seam": seam}
         for name, (config_class, _) in METHODS.items():
-            setattr(self, name, _method_config(name, config_class, drs if name == "drs" else kwargs.pop(name, None)))
+            setattr(self, name, _method_config(name, config_class, given[name] if name in given else kwargs.pop(name, None)))
+        if maps != "cam" and maps not in self.methods:
+            raise ValueError(f"maps={maps!r}: 'cam' or a method that is on ({', '.join(self.methods)}) would be right")
+        self.maps = maps
         self.background_threshold = background_threshold
         self.tag_threshold = tag_threshold
         self.image_mean = list(image_mean or IMAGENET_DEFAULT_MEAN)
@@ -58,16 +72,15 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def methods(self) -> dict:
         """Name → options of every method that is on."""
-        options = {name: getattr(self, name, None) for name in METHODS}
+        # `from_pretrained(..., drs={...})` sets the plain dict.
+        options = {name: _method_config(name, METHODS[name][0], getattr(self, name, None)) for name in METHODS}
         return {name: value for name, value in options.items() if value is not None}
 
     def to_dict(self) -> dict:
         values = super().to_dict()
         for name in METHODS:
-            options = values.pop(name, None)
-            if options is not None:
-                values[name] = dataclasses.asdict(options)
-        return values
+            values.pop(name, None)
+        return values | {name: dataclasses.asdict(options) for name, options in self.methods.items()}
 
 
 def _method_config(name: str, config_class: type, options):

@@ -217,7 +217,7 @@ class D2cam(Method):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Empties the prototype bank (the head initialises itself)."""
+        """Empties the prototype bank; the head is initialised like every other convolution."""
         nn.init.zeros_(self.prototypes)
         nn.init.zeros_(self.seen)
 

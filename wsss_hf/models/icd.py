@@ -294,7 +294,7 @@ class Icd(Method):
         self.reset_parameters()
 
     def reset_parameters(self):
-        """Initialises what this module itself holds (its children initialise themselves)."""
+        self.norm.reset_parameters()
         nn.init.normal_(self.directions, std=0.01)
         nn.init.zeros_(self.running_means)
 

@@ -50,6 +50,9 @@ class Method(nn.Module):
         self.config = config
         self.num_classes = num_classes
 
+    def reset_parameters(self):
+        """Initialise, with `torch.nn.init`, what needs other values than N(0, 0.01) or has no weight matrix."""
+
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
         """Named, weighted, scalar float32 losses of this step."""
         return {}

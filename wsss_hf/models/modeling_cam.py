@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -25,13 +27,15 @@ class CamOutput(ModelOutput):
         loss: sum of `losses`, when tags were given.
         logits: (B, C) tag logits.
         cams: (B, C, h, w) class activation maps before the relu; their spatial mean is `logits`.
+        maps: (B, C, h, w) localisation maps: the CAMs, or those of the method that `config.maps` names.
         losses: the named, weighted losses that `loss` sums.
-        features: deepest backbone map (B, D, h, w), with `output_hidden_states=True` the tuple of all stage maps.
+        hidden_states: with `output_hidden_states=True`, all stage maps of the backbone.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     cams: Tensor | None = None
+    maps: Tensor | None = None
     losses: dict[str, Tensor] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
 
@@ -74,6 +78,13 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         model.backbone.body.load_state_dict(body.state_dict())
         return model
 
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self):
+        super().initialize_weights()
+        for method in self.methods.values():
+            method.reset_parameters()
+
     def classify(self, pixel_values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Images (B, 3, H, W) → stage maps of the backbone, and CAM logits (B, C, h, w)."""
         features = self.backbone(pixel_values)
@@ -99,31 +110,34 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         """
         features, cams = self.classify(pixel_values)
         logits = cams.mean(dim=(-2, -1))
-        losses = None
+        losses, maps = None, cams
+        step = self._step(pixel_values, tags, features, cams, **kwargs)
+        if self.config.maps != "cam" and not self.training:
+            maps = self.methods[self.config.maps].maps(step)
         if tags is not None:
             if tags.shape != logits.shape:
                 raise ValueError(f"tags have shape {tuple(tags.shape)}; {tuple(logits.shape)} would be right")
             losses = {"classification": F.multilabel_soft_margin_loss(logits.float(), tags.float())}
             if self.training:
-                step = self._step(pixel_values, tags, features, cams, **kwargs)
                 for method in self.methods.values():
                     losses |= method.losses(step)
         return CamOutput(
             loss=None if losses is None else sum(losses.values()),
             logits=logits,
             cams=cams,
+            maps=maps,
             losses=losses,
             hidden_states=features if output_hidden_states else None,
         )
 
-    def _step(self, pixel_values: Tensor, tags: Tensor, features, cams: Tensor, **inputs) -> TrainingStep:
+    def _step(self, pixel_values: Tensor, tags: Tensor | None, features, cams: Tensor, **inputs) -> TrainingStep:
         mean, std = (
             pixel_values.new_tensor(v)[:, None, None] for v in (self.config.image_mean, self.config.image_std)
         )
         return TrainingStep(
             pixel_values=pixel_values,
             images=(pixel_values * std + mean).clamp(0, 1),
-            tags=tags.float(),
+            tags=torch.ones_like(cams[:, :, 0, 0]).float() if tags is None else tags.float(),
             features=features,
             cams=cams,
             progress=self.progress,
@@ -155,4 +169,4 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             tags = outputs.logits.float().sigmoid() > self.config.tag_threshold
         if background_threshold is None:
             background_threshold = self.config.background_threshold
-        return add_background(normalize_maps(outputs.cams, tags, size), background_threshold)
+        return add_background(normalize_maps(outputs.maps, tags, size), background_threshold)

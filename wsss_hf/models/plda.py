@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .methods import Method, TrainingStep
+from .methods import Method, TrainingStep, register_method
 from .pamr import pamr
 from .seam import min_max_normalize
 
@@ -207,11 +207,15 @@ class DomainClassifier(nn.Module):
         self.layers = nn.Sequential(*layers)
         # The heads of all classes side by side: class c has the output channels 2c (source) and 2c + 1 (target).
         self.heads = nn.Conv2d(hidden[-1], 2 * num_classes, kernel_size=1)
+        self.reset_parameters()
+
+    def reset_parameters(self):
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight)
-        for head in self.heads.weight.data.split(2):
-            nn.init.xavier_uniform_(head)
+        # As if each class's head were a layer of its own.
+        bound = math.sqrt(6 / (self.heads.in_channels + 2))
+        nn.init.uniform_(self.heads.weight, -bound, bound)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, D, h, w) features to (B, C, 2, h, w) logits of source and target."""
@@ -223,6 +227,7 @@ def with_background(cams: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(cams[:, :1]), cams], dim=1)
 
 
+@register_method("plda", PldaConfig)
 class Plda(Method):
     """PLDA on any CAM.
 
@@ -236,6 +241,9 @@ class Plda(Method):
         self.domain_classifier = DomainClassifier(
             backbone.channels[-1], num_classes, hidden=config.hidden, dropout=config.dropout
         )
+
+    def reset_parameters(self):
+        self.domain_classifier.reset_parameters()
 
     @torch.no_grad()
     def confident_labels(self, pixel_values: Tensor, cams: Tensor, tags: Tensor, pixels: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .methods import Method, TrainingStep
+from .methods import Method, TrainingStep, register_method
 
 
 @dataclass
@@ -165,6 +165,7 @@ def smallest_quarter_mean(maps: Tensor) -> Tensor:
     return strongest.topk(max(1, strongest.shape[1] // 4), dim=1, largest=False).values.mean()
 
 
+@register_method("seam", SeamConfig)
 class Seam(Method):
     """SEAM on any backbone with at least as many stages as PCM reads.
 
@@ -187,6 +188,9 @@ class Seam(Method):
         )
         # Input channels in the order of the released weights: RGB, then the stages.
         self.embedding = nn.Conv2d(3 + sum(config.projections), config.embedding, kernel_size=1, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self):
         for projection in self.projections:
             nn.init.kaiming_normal_(projection.weight)
         nn.init.xavier_uniform_(self.embedding.weight, gain=4)

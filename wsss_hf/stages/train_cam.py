@@ -52,6 +52,7 @@ def train_cam(
         options = {
             "output_stride": section["output_stride"],
             "id2label": dict(enumerate(class_names(data["train"]))),
+            "maps": section["maps"],
             "background_threshold": section["background_threshold"],
             "tag_threshold": section["tag_threshold"],
             "image_mean": backbone["image_mean"],

@@ -1,0 +1,107 @@
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from wsss_hf.data.tagged import tagged_features
+from wsss_hf.labeling.localization import label_map, localize
+from wsss_hf.labeling.pseudo_masks import label_images, load_labeler
+from wsss_hf.training.recipes import load_recipe
+
+
+@pytest.fixture(scope="module")
+def labeler(cam_folder):
+    return load_labeler(str(cam_folder), "cpu")
+
+
+@pytest.fixture
+def settings():
+    return load_recipe()["masks"] | {"batch_size": 4}
+
+
+def dataset(pictures, tags):
+    """Rows of given pictures with tags of eight classes."""
+    columns = {"image_id": [f"x{i}" for i in range(len(pictures))], "image": pictures, "tags": tags}
+    return Dataset.from_dict(columns, features=tagged_features([f"class{c}" for c in range(8)]))
+
+
+def noise(mode, width, height):
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    values = np.random.default_rng(width).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.fromarray(values.squeeze(-1) if channels == 1 else values, mode=mode)
+
+
+def by_index(labelled):
+    rows = {item.index: item for item in labelled}
+    return [rows[index] for index in sorted(rows)]
+
+
+def test_a_loaded_labeler_does_not_train(labeler):
+    model, processor = labeler
+    assert not model.training and processor.size["shortest_edge"] == 48
+
+
+def test_masks_are_those_of_each_image_alone(labeler, toy_data, settings):
+    model, processor = labeler
+    rows = toy_data["train"]
+    found = by_index(label_images(model, processor, rows, settings))
+    assert [item.index for item in found] == list(range(12))
+    used = set()
+    for item, row in zip(found, rows, strict=True):
+        pixel_values = processor(images=row["image"], return_tensors="pt")["pixel_values"]
+        tags = torch.zeros(1, 8)
+        tags[0, row["tags"]] = 1
+        maps, logits = localize(model, pixel_values, tags, (48, 48), settings["scales"], True, "mean")
+        labels, confidence = label_map(maps, tags[0].nonzero()[:, 0], settings["background_threshold"])
+        assert item.classes.tolist() == sorted(row["tags"])
+        np.testing.assert_allclose(item.maps, maps, atol=1e-4)
+        np.testing.assert_allclose(item.logits, logits[0], atol=1e-4)
+        np.testing.assert_allclose(item.confidence, confidence, atol=1e-4)
+        certain = confidence.numpy() > 1e-3
+        assert np.array_equal(item.pseudo_mask[certain], labels.numpy()[certain]) and certain.mean() > 0.95
+        assert set(np.unique(item.pseudo_mask)) <= {0, *(c + 1 for c in row["tags"])}
+        used |= set(np.unique(item.pseudo_mask))
+        assert np.array_equal(np.asarray(item.image), np.asarray(row["image"]))
+    assert len(used) > 4
+
+
+def test_settings_reach_the_masks(labeler, toy_data, settings):
+    rows = toy_data["train"].select(range(4))
+
+    def area(**changes):
+        return sum((item.pseudo_mask > 0).mean() for item in label_images(*labeler, rows, settings | changes))
+
+    assert area(background_threshold=0.1) > area() > area(background_threshold=0.9)
+    assert area(fusion="max") > area() and area(scales=[1.0]) != area() != area(flip=False)
+
+
+def test_true_masks_are_never_read(labeler, toy_data, poisoned_data, settings):
+    found, wanted = (by_index(label_images(*labeler, d["train"], settings)) for d in (poisoned_data, toy_data))
+    assert all(np.array_equal(a.pseudo_mask, b.pseudo_mask) for a, b in zip(found, wanted, strict=True))
+
+
+def test_an_image_without_tags_is_background(labeler, settings):
+    rows = dataset([noise("RGB", 40, 30), noise("RGB", 40, 30)], [[], [2]])
+    empty, tagged = by_index(label_images(*labeler, rows, settings))
+    assert empty.maps.shape == (0, 30, 40) and empty.classes.size == 0 and not empty.pseudo_mask.any()
+    assert tagged.maps.shape == (1, 30, 40) and set(np.unique(tagged.pseudo_mask)) == {0, 3}
+
+
+@pytest.mark.parametrize(
+    ("mode", "width", "height"),
+    [("RGB", 1, 1), ("RGB", 1, 30), ("RGBA", 33, 20), ("LA", 20, 33), ("L", 25, 25), ("RGB", 300, 20)],
+)
+def test_images_of_any_mode_and_size_are_labelled_at_their_own_size(labeler, settings, mode, width, height):
+    rows = dataset([noise(mode, width, height)], [[0, 3]])
+    (item,) = label_images(*labeler, rows, settings)
+    assert item.pseudo_mask.shape == (height, width) and item.pseudo_mask.dtype == np.uint8
+    assert item.image.mode == "RGB" and item.maps.shape == (2, height, width) and np.isfinite(item.maps).all()
+    assert set(np.unique(item.pseudo_mask)) <= {0, 1, 4}
+
+
+def test_mixed_sizes_keep_their_rows(labeler, settings):
+    sizes = [(30, 20), (20, 30), (30, 20), (24, 24), (20, 30)]
+    rows = dataset([noise("RGB", *size) for size in sizes], [[c] for c in range(5)])
+    for item, size, c in zip(by_index(label_images(*labeler, rows, settings)), sizes, range(5), strict=True):
+        assert item.pseudo_mask.shape == size[::-1] and item.classes.tolist() == [c]

@@ -1,0 +1,197 @@
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import ConvNextConfig, ResNetConfig, ViTConfig
+
+from wsss_hf import CamClassifier, CamConfig, DrsConfig
+from wsss_hf.models.backbone import Backbone
+from wsss_hf.models.drs import Drs, Suppression, suppress
+from wsss_hf.models.maps import normalize_maps
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "official_outputs.safetensors"
+
+
+@pytest.fixture(scope="module")
+def official():
+    return {name.removeprefix("drs/"): t for name, t in load_file(FIXTURE).items() if name.startswith("drs/")}
+
+
+def tiny_resnet():
+    return ResNetConfig(depths=[1], hidden_sizes=[8], embedding_size=4, layer_type="basic")
+
+
+def tiny_backbone():
+    torch.manual_seed(0)
+    return Backbone(tiny_resnet()).eval()
+
+
+# the equations
+
+
+@pytest.mark.parametrize("delta", [0.45, 0.55, 0.7])
+def test_fixed_suppression_is_the_released_one(official, delta):
+    actual = Suppression(16, delta=delta)(official["x"].relu())
+    torch.testing.assert_close(actual, official[f"fixed_{delta}"], rtol=0, atol=1e-4)
+
+
+def test_learnable_suppression_is_the_released_one(official):
+    suppression = Suppression(16)
+    suppression.fc.weight.data = official["weight"]
+    torch.testing.assert_close(suppression(official["x"].relu()), official["learnable"], rtol=0, atol=1e-4)
+
+
+def test_normalized_cams_are_the_released_ones(official):
+    actual = normalize_maps(official["cam"], official["tags"], (21, 18), align_corners=True)
+    torch.testing.assert_close(actual, official["cam_normalized"], rtol=0, atol=1e-4)
+
+
+def test_delta_one_is_the_identity_on_activations():
+    features = torch.randn(2, 5, 4, 3).relu()
+    assert torch.equal(suppress(features, 1.0), features)
+
+
+def test_only_what_exceeds_its_share_of_the_maximum_is_cut():
+    features = torch.tensor([[[[8.0, 3.0, 5.0, -1.0]], [[1.0, 0.5, 0.25, 0.75]]]])
+    expected = torch.tensor([[[[4.0, 3.0, 4.0, -1.0]], [[0.5, 0.5, 0.25, 0.5]]]])
+    assert torch.equal(suppress(features, 0.5), expected)
+
+
+def test_a_channel_that_is_negative_everywhere_stays():
+    features = torch.cat([-torch.rand(1, 1, 3, 3) - 0.1, torch.rand(1, 1, 3, 3)], dim=1)
+    suppressed = suppress(features, 0.5)
+    assert torch.equal(suppressed[:, 0], features[:, 0])
+    assert not torch.equal(suppressed[:, 1], features[:, 1])
+
+
+@pytest.mark.parametrize("delta", [None, 0.5])
+def test_channels_last_and_tokens_are_the_same_numbers_in_another_order(delta):
+    features = torch.randn(2, 6, 4, 3)
+    first, last = Suppression(6, delta=delta), Suppression(6, channel_axis=3, delta=delta)
+    tokens = Suppression(6, channel_axis=2, delta=delta)
+    if delta is None:
+        torch.nn.init.normal_(first.fc.weight)
+        last.fc = tokens.fc = first.fc
+    expected = first(features)
+    torch.testing.assert_close(last(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), expected)
+    torch.testing.assert_close(tokens(features.flatten(2).mT).mT.unflatten(2, (4, 3)), expected)
+
+
+def test_the_controller_is_one_per_image_and_learns():
+    suppression = Suppression(3)
+    features = torch.rand(2, 3, 4, 4)
+    assert torch.allclose(suppression(features)[1], suppression(features[1:])[0])
+    suppression(features).sum().backward()
+    assert suppression.fc.weight.grad.abs().sum() > 0
+
+
+# in a network
+
+
+def test_the_network_computes_what_one_writes_by_hand():
+    backbone = tiny_backbone()
+    pixels = torch.randn(2, 3, 32, 24)
+    with torch.no_grad():
+        plain = backbone(pixels)[-1]
+        Drs(DrsConfig(mode="fixed", delta=0.6), backbone, num_classes=2)
+        suppressed = backbone(pixels)[-1]
+
+        def cut(x):
+            return torch.minimum(x, 0.6 * x.flatten(2).max(dim=2).values[:, :, None, None])
+
+        stem, layer = backbone.body.embedder.embedder, backbone.body.encoder.stages[0].layers[0]
+        x = cut(stem.normalization(stem.convolution(pixels)).relu())
+        x = F.max_pool2d(x, 3, 2, 1)
+        inner = cut(layer.layer[0].normalization(layer.layer[0].convolution(x)).relu())
+        inner = layer.layer[1].normalization(layer.layer[1].convolution(inner))
+        expected = cut((inner + layer.shortcut(x)).relu())
+    torch.testing.assert_close(suppressed, expected)
+    assert not torch.allclose(suppressed, plain, atol=1e-2)
+
+
+def test_patterns_choose_the_activations():
+    names = ["embedder.embedder.activation", "encoder.stages.0.layers.0.layer.0.activation"]
+    last = "encoder.stages.0.layers.0.activation"
+    for patterns, expected in [
+        (["*"], [*names, last]),
+        ([last], [last]),
+        (["embedder.*", "*layers.0.activation"], [names[0], last]),
+    ]:
+        drs = Drs(DrsConfig(layers=patterns), tiny_backbone(), num_classes=2)
+        assert sorted(name.replace("/", ".") for name in drs.layers) == sorted(expected)
+
+
+def test_only_the_chosen_activation_changes():
+    backbone = tiny_backbone()
+    seen = {}
+    for name in backbone.activations():
+        backbone.body.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: seen.update({name: out}))
+    pixels = torch.randn(1, 3, 32, 32)
+    backbone(pixels)
+    before = dict(seen)
+    Drs(DrsConfig("fixed", 0.5, layers=["encoder.*.layers.0.activation"]), backbone, num_classes=2)
+    after = backbone(pixels)[-1]
+    *others, chosen = seen
+    assert all(torch.equal(seen[name], before[name]) for name in others)
+    torch.testing.assert_close(after, suppress(before[chosen], 0.5))
+
+
+def test_a_pattern_that_meets_nothing_is_refused_with_the_names_there_are():
+    with pytest.raises(ValueError, match="named 'features.relu5'; it has: embedder.embedder.activation, encoder.*"):
+        Drs(DrsConfig(layers=["*", "features.relu5"]), tiny_backbone(), num_classes=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "fixd"}, "drs.mode='fixd': 'learnable' or 'fixed'"),
+        ({"delta": 0.0}, r"drs.delta=0.0: a number in \(0, 1\]"),
+        ({"delta": 1.5}, r"drs.delta=1.5: a number in \(0, 1\]"),
+        ({"modus": 1}, "drs.modus: no such option; drs has mode, delta, layers"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CamConfig(backbone_config=tiny_resnet(), drs=options)
+
+
+@pytest.mark.parametrize(
+    "backbone_config",
+    [
+        ConvNextConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 8, 8], layer_scale_init_value=1.0),
+        ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=32),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_networks_with_channels_last_train_their_controllers(backbone_config):
+    torch.manual_seed(0)
+    model = CamClassifier(CamConfig(backbone_config=backbone_config, drs=DrsConfig()))
+    model(torch.randn(2, 3, 32, 32), tags=torch.tensor([[1.0, 0.0], [0.0, 1.0]])).loss.backward()
+    controllers = dict(model.methods["drs"].named_parameters())
+    width = backbone_config.intermediate_size if backbone_config.model_type == "vit" else 32
+    assert controllers and all(p.shape == (width, width) for p in controllers.values())
+    assert all(p.grad.abs().sum() > 0 for p in controllers.values())
+
+
+def test_controllers_start_small(resnet_config):
+    model = CamClassifier(CamConfig(backbone_config=resnet_config, drs=DrsConfig()))
+    weights = torch.cat([p.flatten() for p in model.methods["drs"].parameters()])
+    assert len(weights) > 40_000
+    assert weights.std().item() == pytest.approx(0.01, rel=0.05)
+    assert weights.mean().abs() < 5e-4
+
+
+def test_a_copy_of_a_model_has_controllers_of_its_own(resnet_config):
+    model = CamClassifier(CamConfig(backbone_config=resnet_config, drs=DrsConfig())).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(pixels).cams
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(pixels).cams, before)
+        for weight in twin.methods["drs"].parameters():
+            weight.normal_(-5.0)
+        assert torch.equal(model(pixels).cams, before)
+        assert not torch.allclose(twin(pixels).cams, before)

@@ -1,0 +1,126 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, MobileNetV2Config, ResNetConfig, SegformerImageProcessor, ViTConfig
+
+from wsss_hf import SegmenterConfig, WsssImageProcessor
+from wsss_hf.models.image_processing_wsss import backbone_normalization
+
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def photograph(width=60, height=40):
+    """Coloured, not symmetric, and half transparent on the right."""
+    pixels = np.random.default_rng(0).integers(0, 255, (height // 10, width // 10, 4), dtype=np.uint8)
+    pixels[..., 3] = 255
+    pixels[:, pixels.shape[1] // 2 :, 3] = 128
+    return Image.fromarray(pixels, mode="RGBA").resize((width, height), Image.Resampling.NEAREST)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1"])
+def test_images_of_any_mode_are_read_as_rgb(mode):
+    processor = WsssImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
+    image = photograph().convert("RGB").convert(mode) if mode != "RGBA" else photograph()
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 32, 48) and pixels.dtype == torch.float32
+    expected = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, expected)
+    if mode in ("L", "LA", "1"):
+        grey = pixels[0] * torch.tensor(IMAGENET[1])[:, None, None] + torch.tensor(IMAGENET[0])[:, None, None]
+        torch.testing.assert_close(grey[0], grey[1])
+
+
+def test_values_are_normalized():
+    image = Image.new("RGB", (50, 50), (255, 0, 51))
+    processor = WsssImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.25, 0.1])
+    pixels = processor(image, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels[0].amax(dim=(1, 2)), torch.tensor([1.0, -1.6, -1.0]))
+    torch.testing.assert_close(pixels[0].amin(dim=(1, 2)), torch.tensor([1.0, -1.6, -1.0]))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "shape"),
+    [(60, 40, (32, 48)), (40, 60, (48, 32)), (32, 32, (32, 32)), (400, 40, (9, 96)), (8, 8, (32, 32))],
+)
+def test_the_short_side_gets_its_size_unless_the_long_one_would_be_too_long(width, height, shape):
+    processor = WsssImageProcessor(size={"shortest_edge": 32, "longest_edge": 96})
+    pixels = processor(Image.new("RGB", (width, height)), return_tensors="pt")["pixel_values"]
+    assert tuple(pixels.shape[-2:]) == shape
+
+
+def test_a_list_of_images_is_a_batch():
+    images = [photograph(), photograph().transpose(Image.Transpose.FLIP_LEFT_RIGHT)]
+    pixels = WsssImageProcessor()(images, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (2, 3, 224, 336)
+    assert torch.equal(pixels[1], WsssImageProcessor()(images[1], return_tensors="pt")["pixel_values"][0])
+
+
+def test_settings_come_back(tmp_path):
+    processor = WsssImageProcessor(size={"shortest_edge": 40, "longest_edge": 80}, image_mean=[0.1, 0.2, 0.3])
+    processor.save_pretrained(tmp_path)
+    SegmenterConfig(backbone_config=ResNetConfig()).save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is WsssImageProcessor
+    image = photograph()
+    assert torch.equal(
+        loaded(image, return_tensors="pt")["pixel_values"], processor(image, return_tensors="pt")["pixel_values"]
+    )
+
+
+def outputs():
+    generator = torch.Generator().manual_seed(0)
+    return SimpleNamespace(logits=torch.randn(2, 4, 5, 6, generator=generator))
+
+
+def test_label_maps_get_the_size_of_each_image():
+    maps = WsssImageProcessor().post_process_semantic_segmentation(outputs(), [(20, 30), (7, 9)])
+    assert [tuple(m.shape) for m in maps] == [(20, 30), (7, 9)]
+    assert all(m.dtype == torch.int64 for m in maps)
+    expected = SegformerImageProcessor().post_process_semantic_segmentation(outputs(), [(20, 30), (7, 9)])
+    assert all(torch.equal(actual, own) for actual, own in zip(maps, expected, strict=True))
+
+
+def test_label_maps_keep_the_size_of_the_logits_where_none_is_asked():
+    maps = WsssImageProcessor().post_process_semantic_segmentation(outputs())
+    assert torch.equal(torch.stack(maps), outputs().logits.argmax(1))
+
+
+def test_another_number_of_sizes_is_refused():
+    with pytest.raises(ValueError, match="1 target sizes for 2 images; one per image would be right"):
+        WsssImageProcessor().post_process_semantic_segmentation(outputs(), [(20, 30)])
+
+
+def test_outputs_of_a_classifier_are_refused():
+    with pytest.raises(ValueError, match="outputs of a CAM classifier; .* model.segmentation_scores"):
+        WsssImageProcessor().post_process_semantic_segmentation(SimpleNamespace(logits=torch.zeros(2, 3)))
+
+
+# the normalisation of a backbone
+
+
+def mobilenet(folder):
+    MobileNetV2Config().save_pretrained(folder)
+    return str(folder), MobileNetV2Config()
+
+
+def test_a_backbone_with_a_processor_says_its_normalization_itself(tmp_path):
+    backbone, config = mobilenet(tmp_path)
+    SegformerImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    assert backbone_normalization(backbone, config) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
+def test_a_backbone_without_a_processor_has_the_one_of_its_type(tmp_path):
+    assert backbone_normalization(*mobilenet(tmp_path)) == ([0.5] * 3, [0.5] * 3)
+
+
+@pytest.mark.parametrize("config", [MobileNetV2Config(), ViTConfig()])
+def test_a_type_has_a_normalization_without_any_directory(config):
+    assert backbone_normalization(None, config) == ([0.5] * 3, [0.5] * 3)
+
+
+def test_imagenet_is_the_last_resort():
+    assert backbone_normalization(None, ResNetConfig()) == IMAGENET
+    assert backbone_normalization(None, object()) == IMAGENET

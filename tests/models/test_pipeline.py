@@ -1,0 +1,367 @@
+import ast
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    ResNetConfig,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+    pipeline,
+)
+from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
+
+from wsss_hf import (
+    CamClassifier,
+    CamConfig,
+    DrsConfig,
+    Segmenter,
+    SegmenterConfig,
+    WeakSegmentationPipeline,
+    WsssImageProcessor,
+)
+
+CLASSES = ["cat", "cow", "dog"]
+SIZE = {"shortest_edge": 64, "longest_edge": 128}
+
+
+def backbone_config():
+    return ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[8, 12, 16, 24], embedding_size=8, layer_type="basic")
+
+
+def photograph(seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).resize((70, 50), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Saved models of both kinds, large heads so that every class and the background are found."""
+    root = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    cam = CamClassifier(
+        CamConfig(
+            backbone_config=backbone_config(),
+            output_stride=8,
+            drs=DrsConfig(),
+            id2label=dict(enumerate(CLASSES)),
+            background_threshold=0.55,
+        )
+    )
+    segmenter = Segmenter(
+        SegmenterConfig(
+            backbone_config=backbone_config(),
+            output_stride=8,
+            rates=[1, 2],
+            id2label=dict(enumerate(["background", *CLASSES])),
+        )
+    )
+    with torch.no_grad():
+        cam.classifier.weight.normal_()
+        for convolution in segmenter.head:
+            convolution.weight.normal_()
+    for name, model in (("cam", cam), ("segmenter", segmenter)):
+        model.save_pretrained(root / name)
+        WsssImageProcessor(size=SIZE).save_pretrained(root / name)
+    photograph().save(root / "photograph.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def segmentation(models):
+    return {name: pipeline("image-segmentation", str(models / name)) for name in ("cam", "segmenter")}
+
+
+def found(result):
+    return [entry["label"] for entry in result]
+
+
+def label_map(result, names):
+    """The masks of a result as one map; -1 where there is none."""
+    labels = np.full((50, 70), -1)
+    for entry in result:
+        labels[np.asarray(entry["mask"]) == 255] = names.index(entry["label"])
+    return labels
+
+
+# image-segmentation
+
+
+@pytest.mark.parametrize("kind", ["cam", "segmenter"])
+def test_masks_are_of_the_size_of_the_image_and_share_it_out(segmentation, kind):
+    result = segmentation[kind](photograph())
+    masks = np.stack([np.asarray(entry["mask"]) for entry in result])
+    assert masks.shape[1:] == (50, 70) and all(entry["mask"].mode == "L" for entry in result)
+    assert set(np.unique(masks)) == {0, 255}
+    assert ((masks == 255).sum(axis=0) == 1).all()
+    assert len(result) > 1 and all(0 < entry["score"] <= 1 for entry in result)
+
+
+@pytest.mark.parametrize("kind", ["cam", "segmenter"])
+def test_names_scores_and_masks_are_those_of_the_model(segmentation, models, kind):
+    model = {"cam": CamClassifier, "segmenter": Segmenter}[kind].from_pretrained(models / kind).eval()
+    pixels = WsssImageProcessor(size=SIZE)(photograph(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        scores = model.segmentation_scores(model(pixels), (50, 70))[0]
+    names = ["background", *CLASSES]
+    result = segmentation[kind](photograph())
+    assert np.array_equal(label_map(result, names), scores.argmax(0).numpy())
+    for entry in result:
+        here = scores.argmax(0) == names.index(entry["label"])
+        assert entry["score"] == pytest.approx(scores.amax(0)[here].mean().item())
+
+
+@pytest.mark.parametrize("kind", ["cam", "segmenter"])
+def test_given_tags_are_the_only_labels(segmentation, kind):
+    for tags in (["dog"], ["cow", "cat"]):
+        result = segmentation[kind](photograph(), tags=tags)
+        assert set(found(result)) - {"background"} == set(tags)
+    assert found(segmentation[kind](photograph(), tags="dog")) == found(segmentation[kind](photograph(), tags=["dog"]))
+    assert found(segmentation[kind](photograph(), tags=[])) == ["background"]
+
+
+@pytest.mark.parametrize("kind", ["cam", "segmenter"])
+def test_an_unknown_tag_is_refused_with_the_known_ones(segmentation, kind):
+    with pytest.raises(ValueError, match="tags: 'horse' is no class of this model; it knows cat, cow, dog"):
+        segmentation[kind](photograph(), tags=["cat", "horse"])
+
+
+def test_the_threshold_sets_the_background(segmentation):
+    assert found(segmentation["cam"](photograph(), threshold=1.0)) == ["background"]
+    sizes = [
+        (label_map(segmentation["cam"](photograph(), tags=CLASSES, threshold=t), ["background", *CLASSES]) == 0).sum()
+        for t in (0.0, 0.3, 0.6, 0.9)
+    ]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] < 50 * 70
+
+
+@pytest.mark.parametrize("kind", ["cam", "segmenter"])
+def test_a_batch_gives_each_image_its_result(segmentation, kind):
+    images = [photograph(0), photograph(1)]
+    names = ["background", *CLASSES]
+    results = segmentation[kind](images, tags=["cat", "dog"], batch_size=2)
+    assert len(results) == 2
+    for image, result in zip(images, results, strict=True):
+        expected = segmentation[kind](image, tags=["cat", "dog"])
+        assert np.array_equal(label_map(result, names), label_map(expected, names))
+
+
+def test_paths_are_images_too(segmentation, models):
+    expected = segmentation["segmenter"](photograph())
+    assert found(segmentation["segmenter"](str(models / "photograph.png"))) == found(expected)
+
+
+@pytest.fixture(scope="module")
+def segformer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("segformer")
+    torch.manual_seed(0)
+    config = SegformerConfig(
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[8, 8, 16, 16],
+        num_attention_heads=[1, 1, 2, 2],
+        decoder_hidden_size=16,
+        id2label={0: "road", 1: "sky", 2: "tree"},
+        label2id={"road": 0, "sky": 1, "tree": 2},
+    )
+    SegformerForSemanticSegmentation(config).save_pretrained(folder)
+    SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_models_of_the_library_get_what_the_library_gives_them(segformer):
+    ours = pipeline("image-segmentation", segformer)
+    theirs = pipeline("image-segmentation", segformer, pipeline_class=ImageSegmentationPipeline)
+    assert type(ours) is WeakSegmentationPipeline and type(theirs) is ImageSegmentationPipeline
+    for options in ({}, {"threshold": 0.2, "subtask": "semantic"}):
+        actual, expected = ours(photograph(), **options), theirs(photograph(), **options)
+        assert found(actual) == found(expected) and set(found(actual)) <= {"road", "sky", "tree"}
+        for mine, own in zip(actual, expected, strict=True):
+            assert mine["score"] == own["score"]
+            assert np.array_equal(np.asarray(mine["mask"]), np.asarray(own["mask"]))
+
+
+def test_tags_for_a_model_that_knows_none_are_refused(segformer):
+    with pytest.raises(ValueError, match="tags: SegformerForSemanticSegmentation can't use them"):
+        pipeline("image-segmentation", segformer)(photograph(), tags=["road"])
+
+
+# image-classification
+
+
+def test_tags_are_named_and_scored_independently(models):
+    model = CamClassifier.from_pretrained(models / "cam").eval()
+    pixels = WsssImageProcessor(size=SIZE)(photograph(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        probabilities = model(pixels).logits[0].sigmoid().tolist()
+    result = pipeline("image-classification", str(models / "cam"))(photograph())
+    assert {entry["label"]: entry["score"] for entry in result} == pytest.approx(
+        dict(zip(CLASSES, probabilities, strict=True))
+    )
+    assert [entry["score"] for entry in result] == sorted(probabilities, reverse=True)
+
+
+def test_no_pipeline_calls_our_models_unsupported(models, caplog):
+    library = logging.getLogger("transformers")
+    library.addHandler(caplog.handler)
+    try:
+        pipeline("image-classification", str(models / "cam"))(photograph())
+        for kind in ("cam", "segmenter"):
+            pipeline("image-segmentation", str(models / kind))(photograph())
+    finally:
+        library.removeHandler(caplog.handler)
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert "not supported" not in caplog.text
+
+
+# for somebody who has not installed this package
+
+STRANGER = """
+import json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "wsss_hf":
+            raise ImportError("wsss_hf is not installed here")
+
+if sys.argv[2] == "stranger":
+    sys.meta_path.insert(0, Blocker())
+    try:
+        import wsss_hf
+    except ImportError:
+        pass
+    else:
+        raise SystemExit("wsss_hf can be imported")
+else:
+    import wsss_hf
+
+from pathlib import Path
+from PIL import Image
+from transformers import pipeline
+
+root, results = Path(sys.argv[1]), {}
+image = Image.open(root / "photograph.png")
+origin = {"cam": root / "cam", "segmenter": root / "segmenter"}
+for turn in ("given", "saved again"):
+    for kind in ("cam", "segmenter"):
+        segment = pipeline("image-segmentation", model=str(origin[kind]), trust_remote_code=True)
+        results[f"{turn} {kind}"] = [
+            [
+                {"label": e["label"], "score": e["score"], "pixels": e["mask"].histogram()[255]}
+                for e in segment(image, **options)
+            ]
+            for options in ({}, {"tags": ["cow"]})
+        ]
+        if turn == "given":
+            origin[kind] = Path("again") / kind
+            segment.save_pretrained(origin[kind])
+    classify = pipeline("image-classification", model=str(origin["cam"]), trust_remote_code=True)
+    results[f"{turn} classes"] = classify(image)
+Path("results.json").write_text(json.dumps(results))
+"""
+
+
+def run(models, folder, who):
+    (folder / "script.py").write_text(STRANGER)
+    environment = os.environ | {"HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "script.py", str(models), who], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "results.json").read_text()), done.stderr
+
+
+def expected_results(segmentation, models):
+    results = {}
+    for kind in ("cam", "segmenter"):
+        results[kind] = [
+            [
+                {"label": e["label"], "score": e["score"], "pixels": e["mask"].histogram()[255]}
+                for e in segmentation[kind](photograph(), **options)
+            ]
+            for options in ({}, {"tags": ["cow"]})
+        ]
+    results["classes"] = pipeline("image-classification", str(models / "cam"))(photograph())
+    return results
+
+
+def same(actual, expected):
+    if isinstance(expected, dict):
+        return actual.keys() == expected.keys() and all(same(actual[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(actual) == len(expected) and all(same(a, e) for a, e in zip(actual, expected, strict=True))
+    return actual == pytest.approx(expected, rel=1e-4) if isinstance(expected, float) else actual == expected
+
+
+@pytest.mark.parametrize("who", ["stranger", "owner"])
+def test_models_bring_their_code_along(segmentation, models, tmp_path, who):
+    """trust_remote_code=True gives the same results, where the package cannot be imported and where it is."""
+    results, log = run(models, tmp_path, who)
+    for name, expected in expected_results(segmentation, models).items():
+        for turn in ("given", "saved again"):
+            assert same(results[f"{turn} {name}"], expected), (turn, name)
+    if who == "stranger":
+        for kind in ("cam", "segmenter"):
+            # What the stranger saved is a whole model for the owner.
+            again = pipeline("image-segmentation", str(tmp_path / "again" / kind))
+            assert found(again(photograph())) == found(segmentation[kind](photograph()))
+            assert files(tmp_path / "again" / kind) == files(models / kind)
+
+
+def files(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def references(value):
+    """Every "module.Class" in the values of a JSON object."""
+    if isinstance(value, dict):
+        return [r for v in value.values() for r in references(v)]
+    if isinstance(value, list):
+        return [r for v in value for r in references(v)]
+    return [value] if isinstance(value, str) and value.count(".") == 1 else []
+
+
+def relative_imports(tree):
+    return [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1]
+
+
+@pytest.mark.parametrize("kind", ["cam", "segmenter"])
+def test_a_saved_model_holds_the_code_it_needs_and_no_more(models, kind):
+    folder = models / kind
+    config = json.loads((folder / "config.json").read_text())
+    processor = json.loads((folder / "preprocessor_config.json").read_text())
+    entries = references([config["auto_map"], config["custom_pipelines"], processor["auto_map"]])
+    needed, open_ = set(), [reference.split(".")[0] for reference in entries]
+    while open_:
+        module = open_.pop()
+        if module not in needed:
+            needed.add(module)
+            open_ += relative_imports(ast.parse((folder / f"{module}.py").read_text()))
+    data = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert files(folder) == data | {f"{module}.py" for module in needed}
+
+
+@pytest.mark.parametrize("kind", ["cam", "segmenter"])
+def test_a_saved_model_imports_the_library_and_its_neighbours_only(models, kind):
+    for path in (models / kind).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            for name in names:
+                package = name.partition(".")[0]
+                allowed = package in sys.stdlib_module_names or package in {"torch", "transformers", "PIL", "numpy"}
+                assert allowed, f"{path.name} imports {name}"
+
+
+def test_code_is_not_asked_for_where_the_package_is_installed(segmentation):
+    assert {type(p) for p in segmentation.values()} == {WeakSegmentationPipeline}
+    assert Path(sys.modules[type(segmentation["cam"].model).__module__].__file__).parent.name == "models"

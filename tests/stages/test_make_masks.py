@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+from datasets import DatasetDict, concatenate_datasets, load_from_disk
+
+from wsss_hf.data.tagged import check_dataset, class_names
+from wsss_hf.labeling.pseudo_masks import label_images, load_labeler
+from wsss_hf.stages import make_masks as module
+from wsss_hf.stages.make_masks import make_masks
+from wsss_hf.stages.outputs import OutputError
+
+
+@pytest.fixture
+def labelled_rows(monkeypatch):
+    """The image ids that were labelled, in order; labelling stops with an error before row `stop_at[0]`."""
+    seen, stop_at = [], [None]
+
+    def watched(model, processor, rows, settings):
+        for item in label_images(model, processor, rows, settings):
+            if len(seen) == stop_at[0]:
+                raise KeyboardInterrupt
+            seen.append(rows[item.index]["image_id"])
+            yield item
+
+    monkeypatch.setattr(module, "label_images", watched)
+    return seen, stop_at
+
+
+def pseudo_masks(folder):
+    return [np.array(mask) for mask in load_from_disk(str(folder))["train"]["pseudo_mask"]]
+
+
+def test_every_row_gets_the_mask_that_labelling_makes_of_it(toy_data, cam_folder, tiny_recipe, tmp_path):
+    out = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
+    data = load_from_disk(str(out))
+    check_dataset(data)
+    assert data["train"].column_names == [*toy_data["train"].column_names, "pseudo_mask"]
+    assert data["train"]["image_id"][:] == toy_data["train"]["image_id"][:]
+    assert class_names(data) == class_names(toy_data) == class_names(data["val"])
+    wanted = [None] * 12
+    # Batches as each shard has them, so that masks agree to the last pixel.
+    for start in range(0, 12, tiny_recipe["masks"]["shard_size"]):
+        rows = toy_data["train"].select(range(start, start + tiny_recipe["masks"]["shard_size"]))
+        for item in label_images(*load_labeler(str(cam_folder), "cpu"), rows, tiny_recipe["masks"]):
+            wanted[start + item.index] = item.pseudo_mask
+    for row, before, mask in zip(data["train"], toy_data["train"], wanted, strict=True):
+        assert row["pseudo_mask"].mode == "P" and np.array_equal(row["pseudo_mask"], mask)
+        assert row["tags"] == before["tags"] and np.array_equal(row["image"], before["image"])
+        assert np.array_equal(row["mask"], before["mask"])
+    assert any(mask.any() for mask in wanted)
+    for row, before in zip(data["val"], toy_data["val"], strict=True):
+        assert row["image_id"] == before["image_id"] and np.array_equal(row["mask"], before["mask"])
+
+
+def test_a_killed_run_goes_on_after_its_last_finished_shard(
+    toy_data, cam_folder, tiny_recipe, tmp_path, labelled_rows
+):
+    seen, stop_at = labelled_rows
+    make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "unbroken", quiet=True)
+    ids = toy_data["train"]["image_id"][:]
+    assert sorted(seen) == sorted(ids)
+    seen.clear()
+    stop_at[0] = 6  # in the middle of the second of three shards
+    with pytest.raises(KeyboardInterrupt):
+        make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "broken", quiet=True)
+    assert not (tmp_path / "broken").exists()
+    seen.clear()
+    stop_at[0] = None
+    out = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "broken", quiet=True)
+    assert sorted(seen) == sorted(ids[4:])
+    pairs = zip(pseudo_masks(out), pseudo_masks(tmp_path / "unbroken"), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    assert not (tmp_path / "broken.partial").exists()
+
+
+def test_a_kill_while_the_data_set_is_written_is_no_obstacle(
+    toy_data, cam_folder, tiny_recipe, tmp_path, labelled_rows, monkeypatch
+):
+    seen, _ = labelled_rows
+
+    def killed(_data, folder):
+        folder.mkdir()
+        (folder / "dataset_dict.json").write_text("{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DatasetDict, "save_to_disk", killed)
+        make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
+    seen.clear()
+    out = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
+    assert not seen and len(pseudo_masks(out)) == 12
+
+
+def test_a_finished_result_is_not_made_again(toy_data, cam_folder, tiny_recipe, tmp_path, labelled_rows):
+    out = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    labelled_rows[0].clear()
+    assert make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks", quiet=True) == out
+    assert not labelled_rows[0] and times == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_other_settings_want_another_folder(toy_data, cam_folder, tiny_recipe, tmp_path):
+    out = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    tiny_recipe["masks"]["background_threshold"] = 0.7
+    with pytest.raises(OutputError, match="masks.background_threshold is 0.4 there and 0.7 here"):
+        make_masks(toy_data, cam_folder, tiny_recipe, out, quiet=True)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+@pytest.mark.parametrize("fixture", ["poisoned_data", "unmasked_data"])
+def test_true_masks_are_never_read(toy_data, cam_folder, tiny_recipe, tmp_path, request, fixture):
+    wanted = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "wanted", quiet=True)
+    out = make_masks(request.getfixturevalue(fixture), cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
+    assert all(np.array_equal(a, b) for a, b in zip(pseudo_masks(out), pseudo_masks(wanted), strict=True))
+
+
+def test_old_pseudo_masks_are_replaced(toy_data, cam_folder, tiny_recipe, tmp_path):
+    wanted = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "wanted", quiet=True)
+    old = concatenate_datasets(
+        [toy_data["train"], toy_data["train"].select_columns("mask").rename_column("mask", "pseudo_mask")], axis=1
+    )
+    out = make_masks(DatasetDict(train=old), cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
+    assert all(np.array_equal(a, b) for a, b in zip(pseudo_masks(out), pseudo_masks(wanted), strict=True))

@@ -1,0 +1,204 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors.torch import load_file
+
+from wsss_hf.data.tagged import DataError, class_names
+from wsss_hf.models.configuration_cam import CamConfig
+from wsss_hf.models.image_processing_wsss import WsssImageProcessor
+from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.models.modeling_segmenter import Segmenter
+from wsss_hf.stages.make_masks import make_masks
+from wsss_hf.stages.outputs import OutputError
+from wsss_hf.stages.train_cam import train_cam
+from wsss_hf.stages.train_segmenter import train_segmenter
+from wsss_hf.training.loop import TrainingError
+from wsss_hf.training.recipes import RecipeError, load_recipe
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def same_weights(first, second):
+    first, second = weights(first), weights(second)
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def labelled(toy_data, cam_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("labelled") / "masks"
+    return load_from_disk(str(make_masks(toy_data, cam_folder, load_recipe(), out, quiet=True)))
+
+
+def test_a_trained_classifier_holds_what_the_recipe_says(toy_data, tiny_recipe, tmp_path):
+    tiny_recipe["cam"] |= {"background_threshold": 0.3, "tag_threshold": 0.6, "methods": {"drs": {"mode": "fixed"}}}
+    tiny_recipe["image"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    out = train_cam(toy_data, tiny_recipe, tmp_path / "cam", {"source": "toy"}, quiet=True)
+    model = CamClassifier.from_pretrained(out)
+    config = model.config
+    assert [config.id2label[c] for c in range(8)] == class_names(toy_data)
+    assert (config.background_threshold, config.tag_threshold, config.drs.mode) == (0.3, 0.6, "fixed")
+    assert model.backbone.strides[-1] == 16 and model.backbone.channels == [8, 16, 24, 32]
+    processor = WsssImageProcessor.from_pretrained(out)
+    assert config.image_mean == processor.image_mean == [0.1, 0.2, 0.3] and processor.image_std == [0.4, 0.5, 0.6]
+    assert processor.size["shortest_edge"] == 48
+    log = json.loads((out / "training_log.json").read_text())
+    assert [record["epoch"] for record in log] == [1, 2] and log[0]["classification"] > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["cam"]
+
+
+def test_training_depends_on_the_seed_alone(toy_data, tiny_recipe, tmp_path):
+    first = train_cam(toy_data, tiny_recipe, tmp_path / "first", quiet=True)
+    torch.manual_seed(99)
+    again = train_cam(toy_data, tiny_recipe, tmp_path / "again", quiet=True)
+    tiny_recipe["seed"] = 1
+    other = train_cam(toy_data, tiny_recipe, tmp_path / "other", quiet=True)
+    assert same_weights(first, again) and not same_weights(first, other)
+
+
+def test_a_classifier_learns_the_tags(toy_data, tiny_recipe, tmp_path):
+    tiny_recipe["cam"]["train"] |= {"epochs": 20, "lr": 1e-2, "head_lr_factor": 1.0, "freeze_batch_norm": False}
+    tiny_recipe["cam"]["train"] |= {"scale": [1.0, 1.0], "color_jitter": 0.0, "batch_size": 12}
+    out = train_cam(toy_data, tiny_recipe, tmp_path / "cam", quiet=True)
+    losses = [record["classification"] for record in json.loads((out / "training_log.json").read_text())]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_weak_training_never_reads_a_true_mask(toy_data, poisoned_data, unmasked_data, tiny_recipe, tmp_path):
+    kinds = {"clean": toy_data, "poisoned": poisoned_data, "unmasked": unmasked_data}
+    for name, data in kinds.items():
+        folder = tmp_path / name
+        cam = train_cam(data, tiny_recipe, folder / "cam", quiet=True)
+        masks = make_masks(data, cam, tiny_recipe, folder / "masks", quiet=True)
+        train_segmenter(load_from_disk(str(masks)), tiny_recipe, folder / "segmenter", quiet=True)
+    for name in ("poisoned", "unmasked"):
+        assert same_weights(tmp_path / "clean" / "cam", tmp_path / name / "cam")
+        found, wanted = (
+            load_from_disk(str(tmp_path / kind / "masks"))["train"]["pseudo_mask"] for kind in (name, "clean")
+        )
+        assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert same_weights(tmp_path / "clean" / "segmenter", tmp_path / name / "segmenter")
+
+
+def test_an_interrupted_training_goes_on_where_it_was(toy_data, tiny_recipe, tmp_path, monkeypatch):
+    unbroken = train_cam(toy_data, tiny_recipe, tmp_path / "unbroken", quiet=True)
+    forward = CamClassifier.forward
+    calls = []
+
+    def mortal(self, *args, **kwargs):
+        calls.append(self.progress)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(CamClassifier, "forward", mortal)
+    with pytest.raises(KeyboardInterrupt):
+        train_cam(toy_data, tiny_recipe, tmp_path / "broken", quiet=True)
+    assert [path.name for path in tmp_path.iterdir() if "broken" == path.name] == []
+    out = train_cam(toy_data, tiny_recipe, tmp_path / "broken", quiet=True)
+    assert calls[5:] == pytest.approx([3 / 6, 4 / 6, 5 / 6])
+    assert same_weights(unbroken, out) and not (tmp_path / "broken.partial").exists()
+
+
+def test_a_finished_training_is_not_done_again_and_not_overwritten(toy_data, tiny_recipe, tmp_path):
+    out = train_cam(toy_data, tiny_recipe, tmp_path / "cam", quiet=True)
+    before = times(tmp_path)
+    assert train_cam(toy_data, tiny_recipe, tmp_path / "cam", quiet=True) == out
+    tiny_recipe["masks"]["background_threshold"] = 0.9  # no business of this stage
+    train_cam(toy_data, tiny_recipe, tmp_path / "cam", quiet=True)
+    tiny_recipe["cam"]["train"]["epochs"] = 3
+    with pytest.raises(OutputError, match="cam.train.epochs is 2 there and 3 here"):
+        train_cam(toy_data, tiny_recipe, tmp_path / "cam", quiet=True)
+    assert times(tmp_path) == before
+
+
+def test_methods_are_checked_before_anything_is_written(toy_data, tiny_recipe, tmp_path):
+    tiny_recipe["cam"]["methods"] = {"dsr": {}}
+    with pytest.raises(RecipeError, match=r"cam.methods.dsr: no such method; there are .*drs"):
+        train_cam(toy_data, tiny_recipe, tmp_path / "cam", quiet=True)
+    tiny_recipe["cam"]["methods"] = {"drs": {"detla": 0.5}}
+    with pytest.raises(ValueError, match="drs.detla: no such option; drs has mode, delta, layers"):
+        train_cam(toy_data, tiny_recipe, tmp_path / "cam", quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_without_a_backbone_is_refused(toy_data, tiny_recipe, tmp_path):
+    for section, train in (("cam", train_cam), ("segmenter", train_segmenter)):
+        tiny_recipe[section]["backbone_config"] = None
+        with pytest.raises(RecipeError, match=f"{section}.backbone is empty; --backbone with a directory or Hub id"):
+            train(toy_data, tiny_recipe, tmp_path / section, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_training_leaves_no_obstacle(toy_data, tiny_recipe, tmp_path):
+    good = tiny_recipe["cam"]["train"]["lr"]
+    tiny_recipe["cam"]["train"] |= {"optimizer": "sgd", "lr": 1e30}
+    with pytest.raises(TrainingError, match="the loss 'classification' became (nan|inf)"):
+        train_cam(toy_data, tiny_recipe, tmp_path / "cam", quiet=True)
+    assert not (tmp_path / "cam").exists()
+    tiny_recipe["cam"]["train"]["lr"] = good
+    assert train_cam(toy_data, tiny_recipe, tmp_path / "cam", quiet=True).is_dir()
+
+
+def test_a_published_backbone_brings_its_weights_and_normalisation(toy_data, tiny_recipe, cam_folder, tmp_path):
+    body = CamClassifier.from_pretrained(cam_folder).backbone.body
+    body.save_pretrained(tmp_path / "backbone")
+    WsssImageProcessor(image_mean=[0.5] * 3, image_std=[0.25] * 3).save_pretrained(tmp_path / "backbone")
+    tiny_recipe["cam"]["backbone"] = tiny_recipe["segmenter"]["backbone"] = str(tmp_path / "backbone")
+    tiny_recipe["cam"]["train"] |= {"lr": 0.0, "batch_size": 12}
+    cam = train_cam(toy_data, tiny_recipe, tmp_path / "cam", quiet=True)
+    model = CamClassifier.from_pretrained(cam)
+    for name, value in body.state_dict().items():
+        assert torch.equal(model.backbone.body.state_dict()[name], value), name
+    assert model.config.image_mean == [0.5] * 3 and model.config.image_std == [0.25] * 3
+
+
+def test_a_segmenter_learns_its_masks_with_background_first(labelled, tiny_recipe, tmp_path):
+    tiny_recipe["segmenter"]["train"] |= {"epochs": 8, "lr": 3e-3, "freeze_batch_norm": False}
+    out = train_segmenter(labelled, tiny_recipe, tmp_path / "segmenter", quiet=True)
+    model = Segmenter.from_pretrained(out)
+    assert [model.config.id2label[i] for i in range(9)] == ["background", *class_names(labelled)]
+    assert len(model.head) == len(tiny_recipe["segmenter"]["rates"])
+    losses = [record["loss"] for record in json.loads((out / "training_log.json").read_text())]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_segmenter_starts_from_the_classifiers_backbone(labelled, tiny_recipe, cam_folder, tmp_path):
+    # Another normalisation and another backbone than the recipe's, so that one can tell where they come from.
+    config = CamClassifier.from_pretrained(cam_folder).config
+    config = CamConfig(backbone_config=config.backbone_config, id2label=config.id2label, image_mean=[0.3] * 3)
+    classifier = CamClassifier(config)
+    classifier.save_pretrained(tmp_path / "cam")
+    tiny_recipe["segmenter"] |= {"from_cam": True, "backbone_config": None}
+    tiny_recipe["segmenter"]["train"] |= {"lr": 0.0}
+    out = train_segmenter(labelled, tiny_recipe, tmp_path / "segmenter", cam=tmp_path / "cam", quiet=True)
+    model = Segmenter.from_pretrained(out)
+    for name, value in classifier.backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value), name
+    assert WsssImageProcessor.from_pretrained(out).image_mean == [0.3] * 3
+
+
+def test_the_supervised_bound_learns_from_true_masks(labelled, poisoned_data, tiny_recipe, tmp_path):
+    true = train_segmenter(labelled, tiny_recipe, tmp_path / "true", mask_column="mask", quiet=True)
+    pseudo = train_segmenter(labelled, tiny_recipe, tmp_path / "pseudo", quiet=True)
+    assert not same_weights(true, pseudo)
+    with pytest.raises(OutputError, match="mask_column is 'mask' there and 'pseudo_mask' here"):
+        train_segmenter(labelled, tiny_recipe, tmp_path / "true", quiet=True)
+    with pytest.raises(DataError, match="column mask: cannot be decoded"):
+        train_segmenter(poisoned_data, tiny_recipe, tmp_path / "bad", mask_column="mask", quiet=True)
+
+
+def test_data_without_pseudo_masks_are_refused(toy_data, tiny_recipe, tmp_path):
+    with pytest.raises(
+        DataError, match="no column 'pseudo_mask' to learn from; there are image_id, image, tags, mask"
+    ):
+        train_segmenter(toy_data, tiny_recipe, tmp_path / "segmenter", quiet=True)
+    assert not list(tmp_path.iterdir())
