@@ -7,7 +7,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 import pytest
 import torch
 from datasets import DatasetDict, Image
-from torch import nn
 from transformers import ResNetConfig
 
 from wsss_hf.data.tagged import class_names, undecoded
@@ -16,6 +15,8 @@ from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.training.recipes import load_recipe
+
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 TINY_BACKBONE = {
     "model_type": "resnet",
@@ -28,6 +29,7 @@ TINY_SETTINGS = [
     "image.size=48",
     "toy.num_train=12",
     "toy.num_val=4",
+    "toy.image_size=48",
     f"cam.backbone_config={TINY_BACKBONE}",
     "cam.output_stride=16",
     "cam.train.epochs=2",
@@ -87,12 +89,18 @@ def unmasked_data(toy_data) -> DatasetDict:
 
 @pytest.fixture(scope="session")
 def cam_folder(toy_data, tmp_path_factory):
-    """A saved CAM classifier for `toy_data` with random weights whose maps are neither empty nor full."""
+    """A saved CAM classifier for `toy_data` that has learnt nothing, but has maps with high and low places."""
     torch.manual_seed(0)
     names = dict(enumerate(class_names(toy_data)))
     model = CamClassifier(CamConfig(backbone_config=TINY_BACKBONE, output_stride=16, id2label=names, drs={}))
-    nn.init.normal_(model.classifier.weight, mean=0.3)
+    processor = WsssImageProcessor(size={"shortest_edge": 48, "longest_edge": 192})
+    pixel_values = processor(images=toy_data["train"]["image"][:], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        mean = model.eval().classify(pixel_values)[0][-1].mean(dim=(0, 2, 3))
+    weight = torch.randn(8, len(mean))
+    weight -= (weight @ mean)[:, None] * mean / mean.square().sum()  # the mean of a map over all images is zero
+    model.classifier.weight.data = weight[:, :, None, None]
     folder = tmp_path_factory.mktemp("models") / "cam"
     model.save_pretrained(folder)
-    WsssImageProcessor(size={"shortest_edge": 48, "longest_edge": 192}).save_pretrained(folder)
+    processor.save_pretrained(folder)
     return folder

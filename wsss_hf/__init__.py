@@ -11,7 +11,6 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForSemanticSegmentation,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .models import (
@@ -31,6 +30,7 @@ from .models import (
     WsssImageProcessor,
     register_method,
 )
+from .models.pipeline_wsss import TagPipeline
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,6 @@ for _config_class, _model_class in ((CamConfig, CamClassifier), (SegmenterConfig
     AutoModelForSemanticSegmentation.register(_config_class, _model_class)
     AutoImageProcessor.register(_config_class, image_processor_classes={"pil": WsssImageProcessor})
 AutoModelForImageClassification.register(CamConfig, CamClassifier)
-# The image-classification pipeline looks for the names of models it supports here, and nowhere else.
-MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[CamConfig.model_type] = CamClassifier.__name__
 # Ours does for every other model what the library's own does, so it takes its place without a warning.
 PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = WeakSegmentationPipeline
+PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = TagPipeline

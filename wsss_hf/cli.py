@@ -14,10 +14,12 @@ from accelerate import PartialState
 from datasets import DatasetDict
 from datasets import logging as datasets_logging
 from datasets.utils import disable_progress_bars as disable_datasets_progress
+from transformers import AutoConfig
 from transformers import logging as transformers_logging
 
 from .data.sources import load_data
 from .evaluation.tables import print_table
+from .hub.convert import convert_checkpoint
 from .stages.demo import demo as run_demo
 from .stages.make_masks import make_masks as run_make_masks
 from .stages.run import COLUMNS, maps_row, masks_row, segmenter_row
@@ -135,6 +137,12 @@ def _pairs(text: str) -> dict[str, str]:
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
+def _integers(option: str, text: str) -> list[int]:
+    if not all(part.strip().isdecimal() for part in text.split(",")):
+        raise RecipeError(f"{option} {text}: whole numbers a,b,c would be right")
+    return [int(part) for part in text.split(",")]
+
+
 def _with_inputs(command: Callable) -> Callable:
     """A command whose first parameter, `inputs`, becomes the options of `_load_inputs`."""
     shared = [p for p in inspect.signature(_load_inputs).parameters.values() if p.name != "masks"]
@@ -219,6 +227,23 @@ def evaluate(
         rows.append(masks_row(f"pseudo masks of {inputs.settings['source']}", inputs.data, quiet))
     if PartialState().is_main_process:
         print_table(rows, "Results (percent)", columns=COLUMNS)
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="A released checkpoint: .safetensors, .pth, .pt or .bin.")],
+    out: Annotated[Path, typer.Option("--to", help="Folder to write; must not hold anything.")],
+    classes: Annotated[str | None, typer.Option(help="Names a,b,c of its classes; those of VOC without it.")] = None,
+    drs_delta: Annotated[float | None, typer.Option(help="Fixed DRS that a classifier was trained with.")] = None,
+    extra_channels: Annotated[
+        str | None, typer.Option(help="New 3x3 convolutions on an ImageNet VGG-16: 512,512,512.")
+    ] = None,
+):
+    """ImageNet VGG-16 and Wide ResNet-38, and what DRS, SEAM and PLDA released → our models."""
+    names = None if classes is None else [name.strip() for name in classes.split(",")]
+    widths = None if extra_channels is None else _integers("--extra-channels", extra_channels)
+    converted = convert_checkpoint(file, out, names, drs_delta, widths)
+    print(f"{converted}: {AutoConfig.from_pretrained(converted).converted_from}")
 
 
 def main(arguments: list[str] | None = None) -> None:

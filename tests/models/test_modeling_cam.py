@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from wsss_hf import CamClassifier, CamConfig, CamOutput, DrsConfig, Method, register_method
+from wsss_hf.models.maps import normalize_maps
 from wsss_hf.models.methods import METHODS
 
 NAMES = {0: "cat", 1: "cow", 2: "dog"}
@@ -38,6 +39,9 @@ class Peak(Method):
         self.seen.append(step)
         maps = self.projection(step.features[-1])
         return {"peak": self.config.weight * step.progress * (maps - step.cams).square().mean()}
+
+    def maps(self, step):
+        return self.projection(step.features[-1]).square() * step.tags[:, :, None, None]
 
 
 @pytest.fixture
@@ -117,7 +121,7 @@ def test_a_tuple_on_request(build):
     model, (pixels, tags) = build(), batch()
     output = model(pixels, tags=tags)
     as_tuple = model(pixels, tags=tags, return_dict=False)
-    assert isinstance(as_tuple, tuple) and len(as_tuple) == 4
+    assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[0], output.loss) and torch.equal(as_tuple[1], output.logits)
     assert torch.equal(as_tuple[2], output.cams)
     assert torch.equal(model(pixels, return_dict=False)[0], output.logits)
@@ -171,6 +175,32 @@ def test_methods_add_no_loss_outside_training(build, peak):
     model, (pixels, tags) = build(peak={}), batch()
     assert set(model(pixels, tags=tags).losses) == {"classification"}
     assert model.methods["peak"].seen == []
+
+
+def test_the_maps_of_the_named_method_are_the_maps(build, peak):
+    model, (pixels, tags) = build(peak={}, maps="peak"), batch()
+    output = model(pixels, tags=tags, output_hidden_states=True)
+    expected = model.methods["peak"].projection(output.hidden_states[-1]).square()
+    torch.testing.assert_close(output.maps, expected * tags[:, :, None, None])
+    torch.testing.assert_close(model(pixels).maps, expected)  # no tag known: every class may be there
+    torch.testing.assert_close(output.logits, output.cams.mean(dim=(2, 3)))
+    scores = model.segmentation_scores(output, (2, 3), tags=torch.ones(2, 3))
+    torch.testing.assert_close(scores[:, 1:], normalize_maps(output.maps))
+
+
+def test_the_maps_are_the_cams_unless_a_method_is_named(build, peak):
+    output = build(peak={})(batch()[0])
+    assert torch.equal(output.maps, output.cams)
+
+
+def test_maps_of_a_method_that_is_off_are_refused(resnet_config):
+    with pytest.raises(ValueError, match="maps='icd': 'cam' or a method that is on"):
+        CamConfig(backbone_config=resnet_config, maps="icd", drs={})
+
+
+def test_maps_of_a_method_that_has_none_are_refused(build):
+    with pytest.raises(ValueError, match="maps='drs'"):
+        build(drs={}, maps="drs")(batch()[0])
 
 
 def test_the_options_of_a_registered_method_come_back(build, peak, tmp_path):
@@ -303,7 +333,7 @@ def test_label_names_of_a_mask_start_with_background(build):
 
 
 def outputs(model, cams):
-    return CamOutput(logits=cams.mean(dim=(2, 3)), cams=cams)
+    return CamOutput(logits=cams.mean(dim=(2, 3)), cams=cams, maps=cams)
 
 
 def test_scores_are_normalized_maps_above_a_background(build):

@@ -69,5 +69,5 @@ def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict)
 
 def load_labeler(directory: str, device: torch.device | str, **hub_kwargs) -> tuple[CamClassifier, BaseImageProcessor]:
     """A trained CAM classifier in eval mode and its image processor, from a directory or Hub id."""
-    model = CamClassifier.from_pretrained(directory, **hub_kwargs).to(device).eval()
+    model = CamClassifier.from_pretrained(directory, **hub_kwargs).to(device, memory_format=torch.channels_last).eval()
     return model, AutoImageProcessor.from_pretrained(directory, **hub_kwargs)

@@ -11,6 +11,10 @@ from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.activations import ACT2CLS
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
+# Imported to be registered, and to travel with every saved model.
+from .vgg import Vgg16Config  # noqa: F401
+from .wide_resnet import WideResNet38Config  # noqa: F401
+
 
 def resolve_backbone_config(backbone: str | None, backbone_config: PreTrainedConfig | dict | None, **hub_kwargs):
     """The configuration of a backbone from a directory, a Hub id, a dict with `model_type`, or a configuration.
@@ -23,6 +27,8 @@ def resolve_backbone_config(backbone: str | None, backbone_config: PreTrainedCon
         backbone_config = AutoConfig.from_pretrained(backbone, **hub_kwargs)
     elif isinstance(backbone_config, dict):
         values = dict(backbone_config)
+        if "model_type" not in values:
+            raise ValueError("backbone_config has no model_type; for example 'resnet' would be right")
         backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
     backbone_config.id2label = None
     backbone_config.num_labels = 2
@@ -32,6 +38,8 @@ def resolve_backbone_config(backbone: str | None, backbone_config: PreTrainedCon
 def pretrained_body(backbone: str, config: PreTrainedConfig, **hub_kwargs) -> nn.Module:
     """The transformers model behind `backbone` (a directory or Hub id) with its published weights."""
     auto_class, kwargs = _auto_class(config)
+    if auto_class is AutoBackbone:  # whose own from_pretrained takes no directory
+        auto_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
     return auto_class.from_pretrained(backbone, config=config, **kwargs, **hub_kwargs)
 
 
@@ -83,7 +91,8 @@ class Backbone(nn.Module):
             if getattr(config, "num_attention_heads", None) is None:
                 _dilate(layers, output_stride)
         # The last map of each resolution (as it was before dilation) is a stage.
-        self.stage_indices = [i for i, size in enumerate(sizes) if i + 1 == len(sizes) or sizes[i + 1] != size]
+        levels = getattr(config, "undilated_strides", sizes)  # a network may be published dilated
+        self.stage_indices = [i for i, level in enumerate(levels) if i + 1 == len(levels) or levels[i + 1] != level]
         sizes, channels, _ = self._probe()
         self.channels = [channels[i] for i in self.stage_indices]
         self.strides = [round(_PROBE_SIZE / sizes[i]) for i in self.stage_indices]
@@ -92,6 +101,17 @@ class Backbone(nn.Module):
                 f"output_stride={output_stride}: backbone {config.model_type!r} can't be dilated; "
                 f"output_stride={natural_stride} or none would be right"
             )
+
+        self._freeze_idle_parameters()
+
+    def _freeze_idle_parameters(self):
+        """Norms of other stages, mask tokens …: distributed training refuses what never gets a gradient."""
+        parameters = [parameter for parameter in self.body.parameters() if parameter.requires_grad]
+        with torch.enable_grad():
+            deepest = self._run_probe({})[-1]
+            gradients = torch.autograd.grad(deepest.sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) → stage maps (B, D_i, h_i, w_i), shallow to deep."""
@@ -131,7 +151,8 @@ class Backbone(nn.Module):
 
             return record
 
-        self._run_probe({m: recorder(n) for n, m in self.body.named_modules() if isinstance(m, _ACTIVATIONS)})
+        with torch.no_grad():
+            self._run_probe({m: recorder(n) for n, m in self.body.named_modules() if isinstance(m, _ACTIVATIONS)})
         return found
 
     def _probe(self) -> tuple[list[int], list[int], list[tuple[nn.Module, int]]]:
@@ -142,10 +163,10 @@ class Backbone(nn.Module):
             # Read off the output: some networks pad the input of a convolution by hand.
             layers.append((layer, max(1, round(_PROBE_SIZE / output.shape[-1] / _first(layer.stride)))))
 
-        maps = self._run_probe({m: record for m in self.body.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)})
+        with torch.no_grad():
+            maps = self._run_probe({m: record for m in self.body.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)})
         return [m.shape[-1] for m in maps], [m.shape[1] for m in maps], layers
 
-    @torch.no_grad()
     def _run_probe(self, hooks: dict[nn.Module, Callable]) -> list[Tensor]:
         """All maps of an empty image, with forward hooks in place meanwhile."""
         handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]

@@ -23,6 +23,7 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone: directory or Hub id whose configuration is read; its weights come with `CamClassifier.from_backbone`.
         backbone_config: the backbone's configuration itself (or a dict with `model_type`) instead.
         output_stride: largest allowed input size / map size; None leaves the backbone as it is.
+        classifier_bias: whether the 1×1 convolution to the maps has a bias, as in some released networks.
         drs, icd, plda, d2cam, seam: options of the methods, as their dataclass or a dict; None is off.
         maps: whose localisation maps are used: "cam", or the name of a method that is on and has maps.
         background_threshold: where every normalised map is below it, `segmentation_scores` says background.
@@ -42,6 +43,7 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone: str | None = None,
         backbone_config: PreTrainedConfig | dict | None = None,
         output_stride: int | None = None,
+        classifier_bias: bool = False,
         drs: DrsConfig | dict | None = None,
         icd: IcdConfig | dict | None = None,
         plda: PldaConfig | dict | None = None,
@@ -56,9 +58,14 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
     ):
         self._set_backbone(backbone, backbone_config)
         self.output_stride = output_stride
+        self.classifier_bias = classifier_bias
         given = {"drs": drs, "icd": icd, "plda": plda, "d2cam": d2cam, "seam": seam}
         for name, (config_class, _) in METHODS.items():
-            setattr(self, name, _method_config(name, config_class, given[name] if name in given else kwargs.pop(name, None)))
+            setattr(
+                self,
+                name,
+                _method_config(name, config_class, given[name] if name in given else kwargs.pop(name, None)),
+            )
         if maps != "cam" and maps not in self.methods:
             raise ValueError(f"maps={maps!r}: 'cam' or a method that is on ({', '.join(self.methods)}) would be right")
         self.maps = maps
@@ -86,6 +93,8 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
 def _method_config(name: str, config_class: type, options):
     if options is None or isinstance(options, config_class):
         return options
+    if not isinstance(options, dict):
+        raise ValueError(f"{name}: {options!r}; {config_class.__name__}(...) or a dict of its options would be right")
     known = [field.name for field in dataclasses.fields(config_class)]
     for key in options:
         if key not in known:

@@ -32,8 +32,10 @@ class DrsConfig:
     def __post_init__(self):
         if self.mode not in ("learnable", "fixed"):
             raise ValueError(f"drs.mode={self.mode!r}: 'learnable' or 'fixed' would be right")
-        if not 0 < self.delta <= 1:
-            raise ValueError(f"drs.delta={self.delta}: a number in (0, 1] would be right")
+        if not isinstance(self.delta, int | float) or not 0 < self.delta <= 1:
+            raise ValueError(f"drs.delta={self.delta!r}: a number in (0, 1] would be right")
+        if not isinstance(self.layers, list | tuple) or not self.layers:
+            raise ValueError(f"drs.layers={self.layers!r}: a list of names or patterns would be right, such as ['*']")
 
 
 def suppress(features: Tensor, controller: Tensor | float, channel_axis: int = 1) -> Tensor:

@@ -6,7 +6,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .backbone import resolve_backbone_config
-from .pipeline_wsss import WeakSegmentationPipeline
+from .pipeline_wsss import TagPipeline, WeakSegmentationPipeline
 
 
 class BackboneConfigMixin:
@@ -45,6 +45,12 @@ class PortableModelMixin:
                 "type": "image",
             }
         }
+        if "AutoModelForImageClassification" in self.auto_classes:
+            self.config.custom_pipelines["image-classification"] = {
+                "impl": _code_reference(TagPipeline),
+                "pt": ["AutoModelForImageClassification"],
+                "type": "image",
+            }
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             custom_object_save(self, save_directory)

@@ -75,8 +75,11 @@ def register_method(name: str, config_class: type) -> Callable[[type[Method]], t
 
     def register(module_class: type[Method]) -> type[Method]:
         holder = METHODS.get(name, (None, module_class))[1]
-        if holder.__qualname__ != module_class.__qualname__:
-            raise ValueError(f"method {name!r} is {holder.__qualname__} already; give the new one another name")
+        # A notebook may run its cell again.
+        if (holder.__module__, holder.__qualname__) != (module_class.__module__, module_class.__qualname__):
+            raise ValueError(
+                f"method {name!r} is {holder.__module__}.{holder.__qualname__} already; give the new one another name"
+            )
         METHODS[name] = (config_class, module_class)
         return module_class
 

@@ -12,11 +12,11 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .backbone import Backbone, pretrained_body
+from .backbone import Backbone, pretrained_body, resolve_backbone_config
 from .configuration_cam import CamConfig
 from .hub_mixins import PortableModelMixin
 from .maps import add_background, normalize_maps
-from .methods import METHODS, TrainingStep
+from .methods import METHODS, Method, TrainingStep
 
 
 @dataclass
@@ -54,9 +54,12 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
 
     def __init__(self, config: CamConfig):
         super().__init__(config)
+        if config.maps != "cam" and METHODS[config.maps][1].maps is Method.maps:
+            raise ValueError(f"maps={config.maps!r}: the method has no maps of its own; 'cam' would be right")
         self.progress = 0.0  # share of the training that is done; the training loop moves it
         self.backbone = Backbone(config.backbone_config, config.output_stride)
-        self.classifier = nn.Conv2d(self.backbone.channels[-1], config.num_labels, kernel_size=1, bias=False)
+        channels, bias = self.backbone.channels[-1], config.classifier_bias
+        self.classifier = nn.Conv2d(channels, config.num_labels, kernel_size=1, bias=bias)
         self.methods = nn.ModuleDict(
             {
                 name: METHODS[name][1](options, self.backbone, config.num_labels)
@@ -73,8 +76,10 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             hub_kwargs: `revision`, `token`, `cache_dir` … for the download.
             config_kwargs: arguments of [`CamConfig`].
         """
-        model = cls(cls.config_class(backbone, **config_kwargs))
-        body = pretrained_body(backbone, model.config.backbone_config, **(hub_kwargs or {}))
+        hub_kwargs = hub_kwargs or {}
+        backbone_config = resolve_backbone_config(backbone, config_kwargs.pop("backbone_config", None), **hub_kwargs)
+        model = cls(cls.config_class(backbone_config=backbone_config, **config_kwargs))
+        body = pretrained_body(backbone, model.config.backbone_config, **hub_kwargs)
         model.backbone.body.load_state_dict(body.state_dict())
         return model
 
@@ -96,6 +101,8 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         pixel_values: Tensor,
         tags: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        superpixels: Tensor | None = None,
+        saliency: Tensor | None = None,
         **kwargs,
     ) -> CamOutput:
         """
@@ -103,7 +110,8 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             pixel_values: (B, 3, H, W) normalised images.
             tags: (B, C) 0/1 image-level labels; gives a loss.
             output_hidden_states: also return the stage maps of the backbone.
-            kwargs: `superpixels` and `saliency`, (B, H, W), for methods that use them.
+            superpixels: (B, H, W) int64, for methods that use them.
+            saliency: (B, H, W) float in [0, 1], for methods that use it.
 
         Raises:
             ValueError: tags are not (B, C).
@@ -111,16 +119,16 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         features, cams = self.classify(pixel_values)
         logits = cams.mean(dim=(-2, -1))
         losses, maps = None, cams
-        step = self._step(pixel_values, tags, features, cams, **kwargs)
-        if self.config.maps != "cam" and not self.training:
-            maps = self.methods[self.config.maps].maps(step)
         if tags is not None:
-            if tags.shape != logits.shape:
-                raise ValueError(f"tags have shape {tuple(tags.shape)}; {tuple(logits.shape)} would be right")
+            self._check_tags(tags)
             losses = {"classification": F.multilabel_soft_margin_loss(logits.float(), tags.float())}
-            if self.training:
+            if self.training and len(self.methods):
+                step = self._step(pixel_values, tags, features, cams, superpixels, saliency)
                 for method in self.methods.values():
                     losses |= method.losses(step)
+        if self.config.maps != "cam" and not self.training:
+            step = self._step(pixel_values, tags, features, cams, superpixels, saliency)
+            maps = self.methods[self.config.maps].maps(step)
         return CamOutput(
             loss=None if losses is None else sum(losses.values()),
             logits=logits,
@@ -130,7 +138,12 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             hidden_states=features if output_hidden_states else None,
         )
 
-    def _step(self, pixel_values: Tensor, tags: Tensor | None, features, cams: Tensor, **inputs) -> TrainingStep:
+    def _check_tags(self, tags: Tensor):
+        if tags.ndim != 2 or tags.shape[1] != self.config.num_labels:
+            right = f"(images, {self.config.num_labels}), one column per class,"
+            raise ValueError(f"tags have shape {tuple(tags.shape)}; {right} would be right")
+
+    def _step(self, pixel_values: Tensor, tags: Tensor | None, features, cams, superpixels, saliency) -> TrainingStep:
         mean, std = (
             pixel_values.new_tensor(v)[:, None, None] for v in (self.config.image_mean, self.config.image_std)
         )
@@ -142,7 +155,8 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             cams=cams,
             progress=self.progress,
             classify=self.classify,
-            **inputs,
+            superpixels=superpixels,
+            saliency=saliency,
         )
 
     @property
@@ -167,6 +181,7 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         """
         if tags is None:
             tags = outputs.logits.float().sigmoid() > self.config.tag_threshold
+        self._check_tags(tags)
         if background_threshold is None:
             background_threshold = self.config.background_threshold
         return add_background(normalize_maps(outputs.maps, tags, size), background_threshold)

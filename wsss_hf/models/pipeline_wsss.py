@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from PIL import Image
+from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
 
@@ -40,7 +41,11 @@ class WeakSegmentationPipeline(ImageSegmentationPipeline):
                 kwargs["threshold"] = threshold
             return super().postprocess(model_outputs, **kwargs)
 
-        options = {} if threshold is None else {"background_threshold": threshold}
+        options = {}
+        if threshold is not None:
+            if not hasattr(self.model.config, "background_threshold"):
+                raise ValueError(f"threshold: {type(self.model).__name__} can't use it; leave it out")
+            options["background_threshold"] = threshold
         if tags is not None:
             options["tags"] = self._multi_hot(tags)
         scores = self.model.segmentation_scores(model_outputs, tuple(model_outputs["target_size"][0]), **options)[0]
@@ -61,3 +66,13 @@ class WeakSegmentationPipeline(ImageSegmentationPipeline):
             if tag not in names:
                 raise ValueError(f"tags: {tag!r} is no class of this model; it knows {', '.join(names)}")
         return torch.tensor([[float(name in tags) for name in names]])
+
+
+class TagPipeline(ImageClassificationPipeline):
+    """The library's image-classification pipeline, which also knows the CAM classifier."""
+
+    _load_video_processor = False  # as above
+
+    def check_model_type(self, supported_models):
+        if not hasattr(self.model, "segmentation_scores"):
+            super().check_model_type(supported_models)

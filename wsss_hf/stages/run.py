@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import AutoImageProcessor
@@ -151,5 +152,5 @@ def _has_masks(data: DatasetDict, split: str) -> bool:
 
 
 def _load_segmenter(directory: Path):
-    model = Segmenter.from_pretrained(directory).to(PartialState().device).eval()
-    return model, AutoImageProcessor.from_pretrained(directory)
+    model = Segmenter.from_pretrained(directory).to(PartialState().device, memory_format=torch.channels_last)
+    return model.eval(), AutoImageProcessor.from_pretrained(directory)

@@ -1,0 +1,29 @@
+"""Put the demo's table and picture into the README: python scripts/update_readme.py runs/demo"""
+
+import argparse
+import json
+import re
+import shutil
+from pathlib import Path
+
+from wsss_hf.evaluation.tables import markdown_table
+from wsss_hf.stages.run import COLUMNS
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = re.compile(r"(?<=<!-- demo table: )(.*?)(?=<!-- end of demo table -->)", re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, help="the folder that `wsss demo` wrote")
+    run = parser.parse_args().run
+    results = json.loads((run / "results.json").read_text())
+    table = markdown_table(results["results"], COLUMNS)
+    text = f"written by `python scripts/update_readme.py` from the demo's results.json -->\n{table}"
+    readme = ROOT / "README.md"
+    readme.write_text(TABLE.sub(lambda _: text, readme.read_text()))
+    shutil.copyfile(run / "gallery.png", ROOT / "model_cards" / "demo.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Refiners: chains from a recipe, each refiner's part of the interface, counted fallbacks, published seed rules."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from wsss_hf.labeling import matting
+from wsss_hf.labeling.crf import dense_crf
+from wsss_hf.labeling.matting import closed_form_alphas
+from wsss_hf.labeling.refine import (
+    RefinementError,
+    build_refiner,
+    class_labels,
+    seed_drs,
+    seed_icd,
+)
+from wsss_hf.models.icd import icd_seeds
+from wsss_hf.models.pamr import pamr
+
+SIZE = (40, 44)
+
+
+@pytest.fixture
+def image():
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
+    colours = np.where((columns < 22)[..., None], [200, 90, 60], [50, 80, 170]) + 10 * np.sin(rows / 5)[..., None]
+    return (colours + rng.normal(0, 8, colours.shape)).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def scores():
+    """(3, H, W): background 0.4, one class on the left, another one on the upper right."""
+    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]]
+    left = np.exp(-((columns - 6) ** 2) / 120 - (rows - 20) ** 2 / 300)
+    right = np.exp(-((columns - 36) ** 2) / 60 - (rows - 10) ** 2 / 60)
+    return torch.from_numpy(np.stack([np.full(SIZE, 0.4), left, right])).float()
+
+
+def refine(steps, scores, image):
+    return build_refiner(steps)(scores, image)
+
+
+def as_images(image):
+    return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+
+
+def test_no_step_changes_nothing(scores, image):
+    assert torch.equal(refine([], scores, image), scores)
+
+
+def test_pamr_is_the_models_pamr(scores, image):
+    expected = pamr(as_images(image), scores[None])[0]
+    torch.testing.assert_close(refine(["pamr"], scores, image), expected, atol=1e-6, rtol=0)
+    expected = pamr(as_images(image), scores[None], iterations=2, dilations=[1, 3])[0]
+    refined = refine([{"pamr": {"iterations": 2, "dilations": [1, 3]}}], scores, image)
+    torch.testing.assert_close(refined, expected, atol=1e-6, rtol=0)
+
+
+def test_crf_takes_its_options(scores, image):
+    pytest.importorskip("pydensecrf")
+    options = {"iterations": 3, "bilateral_srgb": 40, "gaussian_compat": 1.0}
+    refined = refine([{"crf": options}], scores, image)
+    np.testing.assert_array_equal(refined, dense_crf(scores.numpy(), image, **options))
+
+
+def test_matting_gives_alphas_and_the_rest_to_the_background(scores, image):
+    refiner = build_refiner([{"matting": {"foreground_threshold": 0.6, "erosion": 1}}])
+    refined = refiner(scores, image)
+    trimaps = refiner.refiners[0].trimaps(scores[1:].numpy())
+    assert {0, 128, 255} == set(np.unique(trimaps))
+    np.testing.assert_array_equal(refined[1:], np.stack(closed_form_alphas(image, trimaps)))
+    torch.testing.assert_close(refined[0], 1 - refined[1:].amax(dim=0))
+    assert not refiner.fallbacks
+
+
+@pytest.mark.parametrize("name", ["pamr", "crf", "matting"])
+def test_classes_keep_their_order(name, scores, image):
+    if name == "crf":
+        pytest.importorskip("pydensecrf")
+    original = scores.clone()
+    refined = refine([name], scores, image)
+    swapped = refine([name], scores[[0, 2, 1]], image)
+    assert torch.equal(scores, original)
+    assert refined.dtype == torch.float32 and refined.min() >= 0 and refined.max() <= 1
+    torch.testing.assert_close(swapped, refined[[0, 2, 1]], atol=1e-4, rtol=0)
+    assert refined[1, 20, 6] > refined[2, 20, 6] and refined[2, 10, 36] > refined[1, 10, 36]
+
+
+@pytest.mark.parametrize("name", ["pamr", "crf", "matting"])
+def test_one_pixel_one_colour_and_no_class(name):
+    if name == "crf":
+        pytest.importorskip("pydensecrf")
+    for shape in ((1, 1), (1, 6), (9, 8)):
+        image = np.full((*shape, 3), 120, dtype=np.uint8)
+        scores = torch.full((2, *shape), 0.4)
+        scores[1] = torch.linspace(1, 0, shape[1])
+        refined = refine([name], scores, image)
+        assert refined.shape == scores.shape and refined.isfinite().all() and refined[1, 0, 0] > refined[0, 0, 0]
+    only_background = torch.full((1, 9, 8), 0.4)
+    assert torch.equal(refine([name], only_background, image), only_background)
+
+
+def test_chains_run_in_order(scores, image):
+    both = refine(["pamr", "matting"], scores, image)
+    assert torch.equal(both, refine(["matting"], refine(["pamr"], scores, image), image))
+    assert not torch.allclose(both, refine(["matting", "pamr"], scores, image), atol=1e-2)
+
+
+def test_zero_maps_and_missing_background_are_counted(scores, image):
+    refiner = build_refiner(["matting", "matting"])
+    scores[1] = 0
+    scores[2] = scores[2] / 2 + 0.5
+    refined = refiner.refiners[0](scores, image)
+    assert (refined[1] == 0).all()
+    assert dict(refiner.fallbacks) == {"class not found": 1, "no certain background": 1}
+    # Without matting the class keeps the pixels where it beat the background.
+    assert torch.equal(refined.argmax(dim=0), scores.argmax(dim=0))
+    refiner(scores, image)
+    assert refiner.fallbacks["class not found"] == 3  # once here, and twice by the chain
+
+
+def test_a_solver_that_does_not_converge_keeps_the_scores(scores, image, monkeypatch):
+    monkeypatch.setattr(matting, "_MAX_ITERATIONS", 1)
+    refiner = build_refiner([{"matting": {"erosion": 0}}])
+    refined = refiner(scores, image)
+    assert dict(refiner.fallbacks) == {"matting did not converge": 2}
+    torch.testing.assert_close(refined.argmax(dim=0), scores.argmax(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ("pamr", "a list such as"),
+        (["bilateral"], "'bilateral': there are pamr, crf or matting"),
+        ([["pamr"]], "there are pamr, crf or matting"),
+        ([{"pamr": {}, "crf": {}}], "one name with its options"),
+        ([{"pamr": 3}], "pamr: a mapping of options"),
+        ([{"pamr": {"steps": 3}}], "pamr: no option 'steps'; there are iterations, dilations"),
+        ([{"pamr": {"iterations": "many"}}], "iterations is 'many'; something like 10"),
+        ([{"pamr": {"iterations": 0}}], "pamr: iterations=0"),
+        ([{"pamr": {"dilations": [0, 1]}}], "dilations="),
+        ([{"crf": {"bilateral_sxy": 0}}], "crf: bilateral_sxy=0"),
+        ([{"matting": {"method": "magic"}}], "closed_form, knn or vitmatte"),
+        ([{"matting": {"method": "vitmatte"}}], "needs a directory or Hub id"),
+        ([{"matting": {"background_threshold": 0.9}}], "matting: background_threshold=0.9"),
+    ],
+)
+def test_senseless_steps_are_named(steps, message):
+    with pytest.raises(RefinementError, match=message):
+        build_refiner(steps)
+
+
+def test_a_missing_crf_is_reported_before_the_first_image(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    with pytest.raises(RefinementError, match=r"pip install wsss_hf\[crf\]"):
+        build_refiner(["crf"])
+
+
+def test_options_may_be_empty(scores, image):
+    assert torch.equal(refine([{"pamr": None}], scores, image), refine(["pamr"], scores, image))
+
+
+def test_scores_have_to_fit_the_image(scores, image):
+    for bad in (image[1:], image.astype(np.float32), image[..., 0]):
+        with pytest.raises(RefinementError, match="would be right"):
+            build_refiner(["pamr"])(scores, bad)
+
+
+def test_drs_seeds_pixel_by_pixel():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(4, 25, 30, generator=generator)
+    scores[1:, :8] = 0.85 + 0.15 * scores[1:, :8]  # conflicts
+    scores[1:, 8:14] *= 0.25  # mostly below the cue's threshold
+    saliency = torch.rand(25, 30, generator=generator)
+    saliency[:, ::2] *= 0.3
+    expected = torch.zeros(25, 30, dtype=torch.uint8)
+    for y in range(25):
+        for x in range(30):
+            salient = float(saliency[y, x]) > 50 / 255
+            channels = [0.0 if salient else 1.0]
+            channels += [float(value) if value >= 0.2 else 0.0 for value in scores[1:, y, x]]
+            label = channels.index(max(channels))
+            if sum(value > 0.9 for value in channels) > 2 or (salient and label == 0):
+                label = 255
+            expected[y, x] = label
+    assert set(expected.unique().tolist()) == {0, 1, 2, 3, 255}
+    assert torch.equal(seed_drs(scores, saliency), expected)
+    with pytest.raises(RefinementError, match="saliency"):
+        seed_drs(scores, saliency[1:])
+
+
+@pytest.mark.parametrize("with_saliency", [False, True])
+def test_icd_seeds_are_the_models_seeds_of_the_tagged_classes(with_saliency):
+    generator = torch.Generator().manual_seed(0)
+    top_down, cams = torch.randn(2, 5, 12, 14, generator=generator)
+    saliency = torch.rand(12, 14, generator=generator) * 0.03 if with_saliency else None
+    tagged = [1, 4]
+    tags = torch.zeros(1, 5)
+    tags[0, tagged] = 1
+    expected = icd_seeds(top_down[None], cams[None], tags, None if saliency is None else saliency[None])[0]
+    seeds = seed_icd(top_down[tagged], cams[tagged], saliency)
+    assert {0, 255} < set(seeds.unique().tolist())
+    assert torch.equal(class_labels(seeds, torch.tensor(tagged)), expected.to(torch.uint8))
+
+
+def test_icd_seeds_without_tags_know_background_only():
+    nothing = torch.zeros(0, 1, 2)
+    assert seed_icd(nothing, nothing).tolist() == [[0, 0]]
+    assert seed_icd(nothing, nothing, torch.tensor([[0.0, 1.0]])).tolist() == [[0, 255]]
+
+
+def test_labels_become_classes_of_the_data_set():
+    labels = torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8)
+    assert class_labels(labels, torch.tensor([3, 17])).tolist() == [[0, 4, 18, 255]]

@@ -1,0 +1,350 @@
+"""The command line from outside: what it prints, writes and refuses; and its scripts on two processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from datasets import load_from_disk
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
+
+from wsss_hf.cli import main
+from wsss_hf.data.tagged import class_names
+from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.models.modeling_segmenter import Segmenter
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture
+def wsss(capsys, monkeypatch):
+    """Runs a command in this process → exit code, standard output, standard error."""
+    monkeypatch.delenv("WSSS_TRACEBACK", raising=False)
+
+    def call(*arguments):
+        AcceleratorState._reset_state()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        return (stopped.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def tiny(tiny_settings):
+    return [part for setting in tiny_settings for part in ("--set", setting)]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of six tagged images of 20 pixels; a test may spoil it."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rows = ["file_name,tags,mask"]
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        rows.append(f"{i}.png,{['cat', 'dog'][i % 2]},")
+    (folder / "metadata.csv").write_text("\n".join(rows))
+    return folder
+
+
+def test_help_names_every_stage(wsss):
+    code, out, _ = wsss("--help")
+    assert code == 0
+    for command in ("demo", "run", "train-cam", "make-masks", "train-segmenter", "evaluate"):
+        assert command in out
+        code, text, _ = wsss(command, "--help")
+        assert code == 0 and "--set" in text and "--recipe" in text
+
+
+def test_no_arguments_show_the_help(wsss):
+    _, out, err = wsss()
+    assert "train-cam" in out + err
+
+
+def test_the_stages_one_by_one(wsss, tiny, tmp_path, toy_data):
+    common = ["--data", "toy", "--quiet", *tiny]
+    assert wsss("train-cam", *common, "--out", tmp_path / "cam", "--seed", 3)[0] == 0
+    model = CamClassifier.from_pretrained(tmp_path / "cam")
+    assert list(model.config.id2label.values()) == class_names(toy_data)
+    written = yaml.safe_load((tmp_path / "cam" / "recipe.yaml").read_text())
+    assert written["seed"] == 3 and written["cam"]["train"]["epochs"] == 2 and written["data"]["source"] == "toy"
+
+    assert wsss("make-masks", *common, "--cam", tmp_path / "cam", "--out", tmp_path / "masks")[0] == 0
+    labelled = load_from_disk(str(tmp_path / "masks"))
+    assert labelled["train"]["image_id"][:] == toy_data["train"]["image_id"][:]
+
+    common[1] = tmp_path / "masks"
+    assert wsss("train-segmenter", *common, "--out", tmp_path / "segmenter")[0] == 0
+    assert Segmenter.from_pretrained(tmp_path / "segmenter").config.id2label[0] == "background"
+    assert wsss("train-segmenter", *common, "--out", tmp_path / "supervised", "--supervised")[0] == 0
+    pair = [load_file(tmp_path / name / "model.safetensors") for name in ("segmenter", "supervised")]
+    assert any(not torch.equal(value, pair[1][name]) for name, value in pair[0].items())
+
+    code, out, _ = wsss("evaluate", *common)
+    assert code == 0 and "pseudo masks of" in out and "12" in out
+    code, out, _ = wsss("evaluate", *common, "--cam", tmp_path / "cam", "--model", tmp_path / "segmenter")
+    assert code == 0 and "masks of" in out and "segmenter" in out and "mean IoU" in out
+
+
+def test_run_takes_a_folder_from_tags_to_report(wsss, tiny, tmp_path, photos):
+    code, out, err = wsss("run", "--data", photos, "--out", tmp_path / "run", "--limit", 4, "--quiet", *tiny)
+    assert code == 0 and not err and "Results" in out
+    assert len(load_from_disk(str(tmp_path / "run" / "masks"))["train"]) == 4
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_backbone_folder_is_where_training_starts(wsss, tiny, tmp_path, cam_folder, photos):
+    body = CamClassifier.from_pretrained(cam_folder).backbone.body
+    body.save_pretrained(tmp_path / "backbone")
+    arguments = ["--data", photos, "--backbone", tmp_path / "backbone", "--out", tmp_path / "cam", "--quiet"]
+    assert wsss("train-cam", *arguments, *tiny, "--set", "cam.train.lr=0")[0] == 0
+    found = CamClassifier.from_pretrained(tmp_path / "cam").backbone.body.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in body.state_dict().items())
+
+
+def unknown_class(photos):
+    return ["--classes", "cat,cow"], "unknown class 'dog'"
+
+
+def no_image(photos):
+    (photos / "3.png").write_bytes(b"not an image")
+    return [], "3.png: cannot be decoded"
+
+
+def half_an_image(photos):
+    whole = (photos / "3.png").read_bytes()
+    (photos / "3.png").write_bytes(whole[: len(whole) // 2])
+    return [], "3.png: cannot be decoded"
+
+
+def mask_of_another_size(photos):
+    Image.new("L", (20, 10)).save(photos / "mask.png")
+    text = (photos / "metadata.csv").read_text()
+    (photos / "metadata.csv").write_text(text.replace("2.png,cat,", "2.png,cat,mask.png"))
+    return [], "row '2.png': the mask is 20x10 but its image is 20x20"
+
+
+def no_tags(photos):
+    (photos / "metadata.csv").unlink()
+    return [], "is a folder without tags; it needs either metadata.csv"
+
+
+def empty_split(photos):
+    for split in ("train", "val"):
+        (photos / split).mkdir()
+    for file in list(photos.glob("*.*")):
+        file.rename(photos / "train" / file.name)
+    (photos / "val" / "metadata.csv").write_text("file_name,tags\n")
+    return [], "split 'val' is empty"
+
+
+def no_such_folder(photos):
+    return ["--data", photos / "nowhere"], f"no data at '{photos / 'nowhere'}'"
+
+
+def unknown_setting(photos):
+    return ["--set", "cam.train.epoch=3"], "no setting cam.train.epoch; did you mean cam.train.epochs?"
+
+
+def unknown_recipe(photos):
+    return ["--recipe", "voc13"], "recipe voc13: no such file, and the package has default"
+
+
+def unknown_method(photos):
+    return ["--set", "cam.methods={dsr: {}}"], "cam.methods.dsr: no such method; there are"
+
+
+def unknown_option_of_a_method(photos):
+    return ["--set", "cam.methods={drs: {detla: 0.5}}"], "drs.detla: no such option; drs has mode, delta, layers"
+
+
+def backbone_without_maps(photos):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertModel(BertConfig(**sizes, vocab_size=10)).save_pretrained(photos.parent / "bert")
+    return ["--backbone", photos.parent / "bert"], "backbone 'bert' takes input_ids, not images"
+
+
+def no_backbone(photos):
+    return ["--backbone", photos.parent / "nowhere"], f"{photos.parent / 'nowhere'}"
+
+
+def loss_that_explodes(photos):
+    changes = ["cam.train.optimizer=sgd", "cam.train.lr=1.0e+30", "cam.train.batch_size=1"]
+    return [part for change in changes for part in ("--set", change)], "the loss 'classification' became"
+
+
+def no_limit(photos):
+    return ["--limit", 0], "limit must be at least 1 row, not 0"
+
+
+BAD_INPUTS = [
+    unknown_class,
+    no_image,
+    half_an_image,
+    mask_of_another_size,
+    no_tags,
+    empty_split,
+    no_such_folder,
+    unknown_setting,
+    unknown_recipe,
+    unknown_method,
+    unknown_option_of_a_method,
+    backbone_without_maps,
+    no_backbone,
+    loss_that_explodes,
+    no_limit,
+]
+
+
+def assert_one_line(result, culprit):
+    code, _, err = result
+    assert code == 1
+    assert err.startswith("error: ") and err.endswith("\n") and err.count("\n") == 1, err
+    assert culprit in err
+
+
+@pytest.mark.parametrize("command", ["train-cam", "run"])
+@pytest.mark.parametrize("spoil", BAD_INPUTS, ids=lambda spoil: spoil.__name__)
+def test_bad_input_is_one_line_and_leaves_nothing(wsss, tiny, tmp_path, photos, spoil, command):
+    options, culprit = spoil(photos)
+    before = {path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"}
+    out = tmp_path / "runs" / "out"
+    result = wsss(command, "--data", photos, "--out", out, "--quiet", *tiny, *options)
+    assert_one_line(result, culprit)
+    assert not (out if command == "train-cam" else out / "cam").exists()
+    assert {path for path in tmp_path.rglob("*") if path.suffix == ".safetensors"} == before
+
+
+def test_another_runs_folder_is_refused_and_left_alone(wsss, tiny, tmp_path, photos):
+    arguments = ["train-cam", "--data", photos, "--out", tmp_path / "cam", "--quiet", *tiny]
+    assert wsss(*arguments)[0] == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert_one_line(wsss(*arguments, "--seed", 9), "cam holds another run (seed is 0 there and 9 here)")
+    assert_one_line(wsss(*arguments, "--limit", 3), "cam holds another run (data.limit is None there and 3 here)")
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_more_toy_images_are_another_run(wsss, tiny, tmp_path):
+    arguments = ["train-cam", "--data", "toy", "--out", tmp_path / "cam", "--quiet", *tiny]
+    assert wsss(*arguments)[0] == 0
+    assert_one_line(wsss(*arguments, "--set", "toy.num_train=13"), "num_train is 12 there and 13 here")
+
+
+def test_a_foreign_folder_is_refused(wsss, tiny, tmp_path, photos):
+    arguments = ["--data", photos, "--out", photos, "--quiet", *tiny]
+    assert_one_line(wsss("train-cam", *arguments), "photos exists and is no result of this stage; take another")
+
+
+@pytest.mark.parametrize("text", ["image", "image=", "=img"])
+def test_columns_are_pairs(wsss, tmp_path, photos, text):
+    result = wsss("train-cam", "--data", photos, "--out", tmp_path / "cam", "--columns", text)
+    assert_one_line(result, f"--columns {text}: ours=theirs pairs would be right")
+
+
+def test_masks_are_made_by_a_classifier(wsss, tiny, tmp_path, photos):
+    arguments = ["make-masks", "--data", photos, "--out", tmp_path / "masks", "--quiet", *tiny]
+    assert_one_line(wsss(*arguments, "--cam", tmp_path / "nowhere"), "nowhere")
+    assert_one_line(wsss(*arguments, "--cam", photos), "photos")
+    assert not (tmp_path / "masks").exists()
+
+
+def test_a_segmenter_wants_pseudo_masks(wsss, tiny, tmp_path, photos):
+    result = wsss("train-segmenter", "--data", photos, "--out", tmp_path / "segmenter", "--quiet", *tiny)
+    assert_one_line(result, "no column 'pseudo_mask' to learn from")
+
+
+def test_a_segmenter_of_other_classes_is_not_evaluated(wsss, tiny, tmp_path, photos):
+    Image.new("L", (20, 20)).save(photos / "mask.png")
+    text = (photos / "metadata.csv").read_text()
+    (photos / "metadata.csv").write_text(text.replace("2.png,cat,", "2.png,cat,mask.png"))
+    train = ["train-segmenter", "--supervised", "--data", "toy", "--out", tmp_path / "segmenter", "--quiet", *tiny]
+    assert wsss(*train)[0] == 0
+    (photos / "train").mkdir()
+    for file in list(photos.glob("*.*")):
+        file.rename(photos / "train" / file.name)
+    (photos / "train").rename(photos / "val")
+    (photos / "train").symlink_to(photos / "val")
+    result = wsss("evaluate", "--data", photos, "--model", tmp_path / "segmenter", "--quiet", *tiny)
+    assert_one_line(result, "the segmenter knows background, ")
+
+
+def launch(script, *arguments, processes):
+    """Runs a script on that many CPU processes → what it printed, what it complained of, exit code.
+
+    By torch's own launcher: `accelerate launch --cpu` starts one process only where there is no MPI.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", port]
+    command += [SCRIPTS / script, *arguments, "--quiet"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=240
+    )
+    return done.stdout, done.stderr, done.returncode
+
+
+def launch_well(*arguments, processes):
+    out, err, code = launch(*arguments, processes=processes)
+    assert code == 0, err[-3000:]
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_share_a_batch(tiny, tmp_path):
+    arguments = [*tiny, "--data", "toy", "--out", tmp_path / "cam", "--set", "cam.train.batch_size=3"]
+    _, err, code = launch("train_cam.py", *arguments, processes=2)
+    assert code and "error: batch_size: 3 can't be split over 2 processes evenly" in err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_train_as_one(tiny, tmp_path):
+    """The same global batches, plain SGD, no batch statistics: only the order of additions differs."""
+    changes = ["cam.train.optimizer=sgd", "cam.train.lr=0.01", "cam.train.freeze_batch_norm=true"]
+    changes = [part for change in changes for part in ("--set", change)]
+    for count in (1, 2):
+        arguments = [*tiny, *changes, "--data", "toy", "--out", tmp_path / f"cam{count}"]
+        launch_well("train_cam.py", *arguments, processes=count)
+    one, two = (load_file(tmp_path / f"cam{count}" / "model.safetensors") for count in (1, 2))
+    torch.manual_seed(0)
+    start = CamClassifier(CamClassifier.from_pretrained(tmp_path / "cam1").config).state_dict()
+    moved = max((value - start[name]).abs().max().item() for name, value in one.items())
+    apart = max((value - two[name]).abs().max().item() for name, value in one.items())
+    assert apart < 1e-5 and moved > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_label_and_evaluate_as_one(tiny, tmp_path, cam_folder):
+    tiny = [*tiny, "--cam", cam_folder]
+    for count in (1, 2):
+        arguments = [*tiny, "--data", "toy", "--out", tmp_path / f"masks{count}"]
+        launch_well("make_masks.py", *arguments, processes=count)
+    one, two = (load_from_disk(str(tmp_path / f"masks{count}"))["train"] for count in (1, 2))
+    assert one["image_id"][:] == two["image_id"][:]
+    assert all(np.array_equal(a, b) for a, b in zip(one["pseudo_mask"], two["pseudo_mask"], strict=True))
+    tables = [
+        launch_well("evaluate_models.py", *tiny, "--data", tmp_path / "masks1", processes=count) for count in (1, 2)
+    ]
+    assert tables[0] == tables[1] and tables[0].count("mean IoU") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_all_stages_run_on_two_processes(tiny, tmp_path):
+    launch_well("run.py", "--data", "toy", *tiny, "--out", tmp_path / "run", processes=2)
+    files = {"cam", "masks", "segmenter", "results.json", "report.html", "gallery.png"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == files

@@ -1,0 +1,394 @@
+"""Published checkpoints → our models: ImageNet VGG-16 and Wide ResNet-38, and what DRS, SEAM and PLDA released.
+
+A layout is recognised by the names in the file alone; widths, numbers of classes and so on are read off the shapes.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..data.voc import VOC_CLASSES
+from ..models.configuration_cam import CamConfig
+from ..models.drs import DrsConfig
+from ..models.image_processing_wsss import WsssImageProcessor
+from ..models.modeling_cam import CamClassifier
+from ..models.plda import PldaConfig
+from ..models.seam import SeamConfig
+from ..models.vgg import DEPTHS, Vgg16Backbone, Vgg16Config
+from ..models.wide_resnet import WideResNet38Backbone, WideResNet38Config
+
+IMAGENET_SIZE, DRS_SIZE, SEAM_SIZE = 224, 320, 448  # short side of the images they were trained at
+
+Weights = dict[str, Tensor]
+
+
+class ConvertError(ValueError):
+    """A checkpoint that can't be converted; the message names the file and what would be right."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller knows about a checkpoint that is not in it; None is not given."""
+
+    class_names: list[str] | None = None
+    drs_delta: float | None = None
+    extra_channels: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One kind of checkpoint.
+
+    Attributes:
+        name: what messages and the converted configuration call it.
+        size: short side of an image for the image processor.
+        required: the names it has.
+        build: (weights, options) → our configuration, and the weights under our names.
+        model_class: what the configuration is of.
+        options: the fields of [`Options`] that say something about it.
+        ignored: beginnings of names that may be there and are left out.
+    """
+
+    name: str
+    size: int
+    required: frozenset[str]
+    build: Callable[[Weights, Options], tuple[PreTrainedConfig, Weights]]
+    model_class: type[PreTrainedModel] = CamClassifier
+    options: tuple[str, ...] = ("class_names",)
+    ignored: tuple[str, ...] = ()
+
+    def difference(self, weights: Weights) -> tuple[list[str], list[str]]:
+        """Names that are missing and names that are left over."""
+        missing = [name for name in sorted(self.required) if name not in weights]
+        return missing, [n for n in weights if n not in self.required and not n.startswith(self.ignored)]
+
+
+def convert_checkpoint(
+    file: str | os.PathLike,
+    out: str | os.PathLike,
+    class_names: Sequence[str] | None = None,
+    drs_delta: float | None = None,
+    extra_channels: Sequence[int] | None = None,
+) -> Path:
+    """Write a published checkpoint as one of our models, with its image processor.
+
+    ImageNet weights become the directory of a backbone, everything else that of a [`CamClassifier`]. Its configuration
+    says under `converted_from` what the file was. Either `out` is whole in the end, or it is not there.
+
+    Args:
+        file: `.safetensors`, or `.pth`, `.pt` or `.bin` that holds nothing but tensors, numbers and strings.
+        out: the folder to write; must not hold anything.
+        class_names: names of the object classes in the order of the file; those of VOC if there are 20.
+        drs_delta: the fixed DRS that a DRS file without controllers was trained with; without it such a file becomes a
+            network without DRS, as the refiner is one.
+        extra_channels: 3×3 convolutions on top of an ImageNet VGG-16, [512, 512, 512] for DRS. They are not in the
+            file: they start from random weights whenever the directory is loaded.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ConvertError: the file can't be read, has another layout, or an option does not apply to it.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConvertError(f"--to {out}: it exists already; take another folder")
+    options = Options(
+        None if class_names is None else list(class_names),
+        drs_delta,
+        None if extra_channels is None else list(extra_channels),
+    )
+    try:
+        model, layout, weights = _converted(read_weights(file), options)
+    except ConvertError as error:
+        raise ConvertError(f"{file}: {error}") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        result = Path(folder) / "result"
+        model.save_pretrained(result, state_dict=weights)
+        processor = WsssImageProcessor(size={"shortest_edge": layout.size, "longest_edge": 4 * layout.size})
+        processor.save_pretrained(result)
+        os.replace(result, out)
+    return out
+
+
+def read_weights(file: str | os.PathLike) -> Weights:
+    """The tensors of a checkpoint by name, from inside `model` or `state_dict` and without a prefix `module.`.
+
+    Nothing in a pickle is run: it may hold tensors, numbers and strings only.
+
+    Raises:
+        ConvertError: there is no such file, it is of another kind, or it holds something else.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ConvertError("no such file")
+    if path.suffix == ".safetensors":
+        try:
+            values = load_file(path)
+        except SafetensorError as error:
+            raise ConvertError(f"not a safetensors file ({error})") from error
+    elif path.suffix in (".pth", ".pt", ".bin"):
+        values = _unpickled(path)
+    else:
+        raise ConvertError("a file .safetensors, .pth, .pt or .bin would be right")
+    for key in ("model", "state_dict"):
+        if isinstance(values, dict) and isinstance(values.get(key), dict):
+            values = values[key]
+    if not isinstance(values, dict) or not values or not all(isinstance(v, Tensor) for v in values.values()):
+        raise ConvertError("it holds no dictionary of tensors; a network's state_dict would be right")
+    return {name.removeprefix("module."): value for name, value in values.items()}
+
+
+def _unpickled(path: Path):
+    # The DRS program stores its best score, a NumPy number, beside the weights; NumPy 1 and 2 name it differently.
+    number = np.float64(0).__reduce__()[0]
+    harmless = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    try:
+        with torch.serialization.safe_globals([*harmless, np.dtype, np.dtypes.Float64DType]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConvertError(
+            "it needs more than weights to be read, which could run any code; a state_dict saved alone would be right"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ConvertError(f"not a PyTorch file ({error})") from error
+
+
+def _converted(weights: Weights, options: Options) -> tuple[PreTrainedModel, Layout, Weights]:
+    # How many batches a batch norm has seen is in newer files only, and nothing depends on it.
+    weights = _without_twins({n: value for n, value in weights.items() if not n.endswith("num_batches_tracked")})
+    layout = _recognised(weights)
+    for name, value in vars(options).items():
+        if value is not None and name not in layout.options:
+            raise ConvertError(f"this is {layout.name}, to which {name} does not apply; leave it out")
+    config, weights = layout.build({n: weights[n] for n in layout.required}, options)
+    config.converted_from = layout.name
+    with torch.device("meta"):  # its names and shapes are all that is needed
+        model = layout.model_class(config)
+    return model, layout, _completed(model, weights)
+
+
+def _completed(model: nn.Module, weights: Weights) -> Weights:
+    """The weights of our model, held against its shapes; the layers that are not in the file stay out."""
+    completed = {}
+    for name, value in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            completed[name] = torch.zeros_like(value, device="cpu")
+        elif name in weights:
+            if weights[name].shape != value.shape:
+                file_shape = tuple(weights[name].shape)
+                raise ConvertError(f"our {name} is {tuple(value.shape)}, but the file has {file_shape}")
+            completed[name] = weights[name].float().contiguous()
+    return completed
+
+
+def _recognised(weights: Weights) -> Layout:
+    layouts = _layouts(weights)
+    differences = [layout.difference(weights) for layout in layouts]
+    sizes = [len(missing) + len(left_over) for missing, left_over in differences]
+    nearest = min(range(len(layouts)), key=sizes.__getitem__)
+    if sizes[nearest]:
+        missing, left_over = differences[nearest]
+        raise ConvertError(
+            f"no known layout; the nearest is {layouts[nearest].name}, "
+            f"with {_listed(missing)} missing and {_listed(left_over)} left over"
+        )
+    return layouts[nearest]
+
+
+def _listed(names: list[str]) -> str:
+    if not names:
+        return "no keys"
+    more = ", …" if len(names) > 5 else ""
+    return f"{len(names)} key{'s' if len(names) > 1 else ''} ({', '.join(names[:5])}{more})"
+
+
+# Names of the layouts' weights
+
+
+def _vgg_positions() -> dict[str, int]:
+    """Where each convolution that DRS names is in torchvision's `features`: "layer1_conv2" is 2."""
+    positions, position = {}, 0
+    for block, depth in enumerate(DEPTHS, start=1):
+        for place in range(1, depth + 1):
+            positions[f"layer{block}_conv{place}"] = position
+            position += 2
+        position += 1
+    return positions
+
+
+_VGG_POSITIONS = _vgg_positions()
+_VGG = [f"features.{n}.{kind}" for n in _VGG_POSITIONS.values() for kind in ("weight", "bias")]
+_DRS = (
+    {name: f"backbone.body.{name}" for name in _VGG}
+    | {
+        f"extra_conv{k}.{kind}": f"backbone.body.extra.{2 * k - 2}.{kind}"
+        for k in (1, 2, 3)
+        for kind in ("weight", "bias")
+    }
+    | {f"extra_conv4.{kind}": f"classifier.{kind}" for kind in ("weight", "bias")}
+)
+_CONTROLLERS = {
+    f"{name.replace('conv', 'relu')}.fc.0.weight": f"methods.drs.layers.features/{n + 1}.fc.weight"
+    for name, n in _VGG_POSITIONS.items()
+} | {f"extra_relu{k}.fc.0.weight": f"methods.drs.layers.extra/{2 * k - 1}.fc.weight" for k in (1, 2, 3)}
+_SEAM = {
+    "fc8.weight": "classifier.weight",
+    "f8_3.weight": "methods.seam.projections.0.weight",
+    "f8_4.weight": "methods.seam.projections.1.weight",
+    "f9.weight": "methods.seam.embedding.weight",
+}
+_DISCRIMINATOR = {
+    f"discriminator.d_conv{k}.{kind}": f"methods.plda.domain_classifier.layers.{3 * k - 3}.{kind}"
+    for k in (1, 2)
+    for kind in ("weight", "bias")
+}
+
+
+def _wide_resnet_names() -> list[str]:
+    with torch.device("meta"):
+        names = WideResNet38Backbone(WideResNet38Config()).state_dict()
+    return [name for name in names if not name.endswith("num_batches_tracked")]
+
+
+def _layouts(weights: Weights) -> list[Layout]:
+    wide = _wide_resnet_names()
+    heads = {f"head_list.{c}.{kind}" for c in range(_num_heads(weights)) for kind in ("weight", "bias")}
+    drs = {n for n in _DRS if n != "extra_conv4.bias" or n in weights}
+    return [
+        Layout(
+            "an ImageNet VGG-16",
+            IMAGENET_SIZE,
+            frozenset(_VGG),
+            _vgg_backbone,
+            Vgg16Backbone,
+            options=("extra_channels",),
+            ignored=("classifier.", "pre_logits.", "head."),
+        ),
+        Layout("a DRS classifier", DRS_SIZE, frozenset(drs | set(_CONTROLLERS)), _drs_classifier),
+        Layout(
+            "a DRS network without controllers, a refiner or a classifier with fixed DRS",
+            DRS_SIZE,
+            frozenset(drs),
+            _drs_classifier,
+            options=("class_names", "drs_delta"),
+        ),
+        Layout(
+            "an ImageNet Wide ResNet-38",
+            IMAGENET_SIZE,
+            frozenset(wide),
+            _wide_resnet_backbone,
+            WideResNet38Backbone,
+            options=(),
+            ignored=("linear1000.",),
+        ),
+        Layout("SEAM", SEAM_SIZE, frozenset([*wide, *_SEAM]), _seam_classifier),
+        Layout("PLDA", SEAM_SIZE, frozenset([*wide, *_SEAM, *_DISCRIMINATOR, *heads]), _seam_classifier),
+    ]
+
+
+def _num_heads(weights: Weights) -> int:
+    found = {name.split(".")[1] for name in weights if name.startswith("head_list.")}
+    return len(found) or len(VOC_CLASSES)
+
+
+def _without_twins(weights: Weights) -> Weights:
+    """DRS files name each convolution of VGG-16 twice, `features.0` and `layer1_conv1`; keep the first."""
+    single = {}
+    for name, value in weights.items():
+        layer, _, kind = name.partition(".")
+        single_name = f"features.{_VGG_POSITIONS[layer]}.{kind}" if layer in _VGG_POSITIONS else name
+        if not torch.equal(single.setdefault(single_name, value), value):
+            raise ConvertError(f"{name} and its other name {single_name} hold different values")
+    return single
+
+
+# From each layout to ours
+
+
+def _vgg_backbone(weights: Weights, options: Options) -> tuple[PreTrainedConfig, Weights]:
+    return _vgg_config(weights, options.extra_channels or []), weights
+
+
+def _vgg_config(weights: Weights, extra_channels: list[int]) -> Vgg16Config:
+    widths = [len(weights[f"features.{_VGG_POSITIONS[f'layer{block}_conv1']}.weight"]) for block in range(1, 6)]
+    return Vgg16Config(widths=widths, extra_channels=extra_channels)
+
+
+def _drs_classifier(weights: Weights, options: Options) -> tuple[PreTrainedConfig, Weights]:
+    drs = None
+    if any(name in _CONTROLLERS for name in weights):
+        drs = DrsConfig(mode="learnable")
+    elif options.drs_delta is not None:
+        drs = DrsConfig(mode="fixed", delta=options.drs_delta)
+    names = _class_names(len(weights["extra_conv4.weight"]), options.class_names)
+    config = CamConfig(
+        backbone_config=_vgg_config(weights, [len(weights[f"extra_conv{k}.weight"]) for k in (1, 2, 3)]),
+        classifier_bias="extra_conv4.bias" in weights,
+        drs=drs,
+        id2label=dict(enumerate(names)),
+    )
+    return config, {(_DRS | _CONTROLLERS)[name]: value for name, value in weights.items()}
+
+
+def _wide_resnet_backbone(weights: Weights, options: Options) -> tuple[PreTrainedConfig, Weights]:
+    return _wide_resnet_config(weights), weights
+
+
+def _wide_resnet_config(weights: Weights) -> WideResNet38Config:
+    last = [f"b{group}.conv_branch2b{2 if group > 5 else 1}" for group in range(2, 8)]
+    return WideResNet38Config(widths=[len(weights[f"{name}.weight"]) for name in ("conv1a", *last)])
+
+
+def _seam_classifier(weights: Weights, options: Options) -> tuple[PreTrainedConfig, Weights]:
+    weights = dict(weights)
+    rows = len(weights["fc8.weight"])
+    heads = [name for name in weights if name.startswith("head_list.")]
+    num_classes = len(heads) // 2 or len(options.class_names or VOC_CLASSES)
+    if rows not in (num_classes, num_classes + 1):
+        raise ConvertError(f"fc8 has {rows} rows; names of {rows - 1} classes would be right, the first is background")
+    if rows == num_classes + 1:
+        # PCM makes its background from the objects; the first row, trained as a class of its own, is never read.
+        weights["fc8.weight"] = weights["fc8.weight"][1:]
+    names = _class_names(len(weights["fc8.weight"]), options.class_names)
+    plda = None
+    if heads:
+        plda = PldaConfig(hidden=[len(weights[f"discriminator.d_conv{k}.weight"]) for k in (1, 2)])
+        for kind in ("weight", "bias"):
+            stacked = torch.cat([weights.pop(f"head_list.{c}.{kind}") for c in range(num_classes)])
+            weights[f"methods.plda.domain_classifier.heads.{kind}"] = stacked
+    config = CamConfig(
+        backbone_config=_wide_resnet_config(weights),
+        seam=SeamConfig(
+            stages=[-3, -2],
+            projections=[len(weights["f8_3.weight"]), len(weights["f8_4.weight"])],
+            embedding=len(weights["f9.weight"]),
+        ),
+        plda=plda,
+        maps="seam",
+        id2label=dict(enumerate(names)),
+    )
+    ours = _SEAM | _DISCRIMINATOR
+    body = set(_wide_resnet_names())
+    return config, {ours.get(n, f"backbone.body.{n}" if n in body else n): value for n, value in weights.items()}
+
+
+def _class_names(count: int, given: list[str] | None) -> list[str]:
+    names = list(VOC_CLASSES) if given is None else given
+    if len(names) != count:
+        whose = "the 20 of VOC" if given is None else f"the {len(names)} that were given"
+        raise ConvertError(f"it has {count} classes, which are not {whose}; {count} class names would be right")
+    return names

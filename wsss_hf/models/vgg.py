@@ -1,0 +1,119 @@
+"""VGG-16 as DRS and ICD use it: output stride 8, and room for the convolutions that they put on top.
+
+Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition", ICLR 2015.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils.generic import can_return_tuple
+
+DEPTHS = (2, 2, 3, 3, 3)  # convolutions of each block
+
+
+class Vgg16Config(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of a [`Vgg16Backbone`].
+
+    Args:
+        widths: channels of each of the five blocks.
+        extra_channels: channels of the 3×3 convolutions after the last block, each with a relu; none by default,
+            DRS has [512, 512, 512].
+        out_features, out_indices: stages whose maps are returned, of "conv1" … "conv5" and, where there are extra
+            convolutions, "extra"; the last one by default.
+
+    Raises:
+        ValueError: not five widths.
+    """
+
+    model_type = "wsss_vgg16"
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (64, 128, 256, 512, 512),
+        extra_channels: Sequence[int] = (),
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
+        **kwargs,
+    ):
+        if len(widths) != len(DEPTHS):
+            raise ValueError(f"widths={list(widths)}: the channels of {len(DEPTHS)} blocks would be right")
+        self.widths = list(widths)
+        self.extra_channels = list(extra_channels)
+        super().__init__(**kwargs)
+        self.stage_names = [f"conv{block}" for block in range(1, len(DEPTHS) + 1)]
+        if self.extra_channels:
+            self.stage_names.append("extra")
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+
+    @property
+    def undilated_strides(self) -> list[int]:
+        """Input size / map size of each stage, were no stride replaced by dilation."""
+        return [1, 2, 4, 8, 16, 16][: len(self.stage_names)]
+
+
+class Vgg16Backbone(BackboneMixin, PreTrainedModel):
+    """The convolutions of VGG-16 without its last pooling; one map per block, before the pooling that ends it.
+
+    The fourth pooling keeps the resolution and the fifth block is dilated by 2. Names of weights are those of
+    torchvision; `extra` holds the convolutions on top.
+    """
+
+    config_class = Vgg16Config
+    base_model_prefix = "vgg16"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    has_attentions = False
+
+    def __init__(self, config: Vgg16Config):
+        super().__init__(config)
+        layers, channels = [], 3
+        for block, (depth, width) in enumerate(zip(DEPTHS, config.widths, strict=True)):
+            dilation = 2 if block == 4 else 1
+            for _ in range(depth):
+                layers += _convolution(channels, width, dilation)
+                channels = width
+            if block < 3:
+                layers.append(nn.MaxPool2d(kernel_size=2, stride=2))
+            elif block == 3:
+                layers.append(nn.MaxPool2d(kernel_size=3, stride=1, padding=1))
+        self.features = nn.Sequential(*layers)
+        self.extra = nn.Sequential()
+        for width in config.extra_channels:
+            self.extra.extend(_convolution(channels, width))
+            channels = width
+        self.num_features = config.widths + config.extra_channels[-1:]
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
+        """Images (B, 3, H, W) → maps (B, D_i, H / s_i, W / s_i) of `out_features`; s is 1, 2, 4, 8, 8, 8."""
+        hidden, maps = pixel_values, []
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                maps.append(hidden)
+            hidden = layer(hidden)
+        maps.append(hidden)
+        if len(self.extra):
+            maps.append(self.extra(hidden))
+        return BackboneOutput(feature_maps=tuple(maps[index] for index in self.out_indices))
+
+
+def _convolution(channels: int, width: int, dilation: int = 1) -> list[nn.Module]:
+    # Methods hook each relu's output; one that works in place would change what the convolution gave.
+    return [nn.Conv2d(channels, width, kernel_size=3, padding=dilation, dilation=dilation), nn.ReLU()]
+
+
+# exist_ok: code that came with a saved model may register once more in the same process.
+AutoConfig.register(Vgg16Config.model_type, Vgg16Config, exist_ok=True)
+AutoBackbone.register(Vgg16Config, Vgg16Backbone, exist_ok=True)
