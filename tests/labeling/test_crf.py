@@ -72,7 +72,7 @@ def test_seeds_lose_their_open_pixels(photograph):
     seeds = np.full(disc.shape, 255, dtype=np.uint8)
     seeds[25:35, 35:45] = 7
     seeds[:6] = seeds[-6:] = 0
-    refined = refine_labels(seeds, image)
+    refined = refine_labels(seeds, image, num_labels=21)
     assert refined.dtype == np.uint8 and set(np.unique(refined)) == {0, 7}
     assert ((refined == 7) == disc).mean() > 0.97
 
@@ -80,12 +80,13 @@ def test_seeds_lose_their_open_pixels(photograph):
 def test_seeds_of_one_label_or_none(photograph):
     image = photograph[0]
     open_pixels = np.full(image.shape[:2], 255, dtype=np.uint8)
-    assert (refine_labels(open_pixels, image) == 255).all()
+    assert (refine_labels(open_pixels, image, num_labels=3) == 255).all()
     one = open_pixels.copy()
     one[3, 4] = 2
-    assert (refine_labels(one, image) == 2).all()
-    with pytest.raises(ValueError, match="confidence=1"):
-        refine_labels(one, image, confidence=1)
+    assert (refine_labels(one, image, num_labels=3) == 2).all()
+    # Between two labels a confidence of 0.5 says nothing.
+    with pytest.raises(ValueError, match="confidence=0.5"):
+        refine_labels(one, image, num_labels=2)
 
 
 def test_missing_library_says_how_to_get_it(photograph, monkeypatch):

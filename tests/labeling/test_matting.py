@@ -6,7 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from transformers import VitDetConfig, VitMatteConfig, VitMatteForImageMatting, VitMatteImageProcessor
+from transformers import VitDetConfig, VitMatteConfig, VitMatteForImageMatting, VitMatteImageProcessorPil
 
 from wsss_hf.labeling import matting
 from wsss_hf.labeling.matting import (
@@ -48,13 +48,18 @@ def vitmatte(tmp_path_factory):
         out_features=["stage1"],
         window_block_indices=[],
         residual_block_indices=[],
+        initializer_range=0.5,  # so that inputs make a difference without training
     )
     config = VitMatteConfig(
-        backbone_config=backbone, hidden_size=8, convstream_hidden_sizes=[4, 4, 4], fusion_hidden_sizes=[8, 4, 4, 4]
+        backbone_config=backbone,
+        hidden_size=8,
+        convstream_hidden_sizes=[4, 4, 4],
+        fusion_hidden_sizes=[8, 4, 4, 4],
+        initializer_range=0.5,
     )
     directory = tmp_path_factory.mktemp("vitmatte")
     VitMatteForImageMatting(config).save_pretrained(directory)
-    VitMatteImageProcessor().save_pretrained(directory)
+    VitMatteImageProcessorPil().save_pretrained(directory)
     return str(directory)
 
 

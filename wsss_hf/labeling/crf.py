@@ -69,32 +69,38 @@ def dense_crf(
     return result
 
 
-def refine_labels(labels: np.ndarray, image: np.ndarray, confidence: float = 0.5, iterations: int = 10) -> np.ndarray:
+def refine_labels(
+    labels: np.ndarray, image: np.ndarray, num_labels: int, confidence: float = 0.5, iterations: int = 10
+) -> np.ndarray:
     """A label map without open pixels: what ICD does with its seeds where no saliency is given.
 
-    Every label has the probability `confidence` where it was given and the rest of the labels present share what is
-    left; at open pixels all are equally probable.
+    Every label has the probability `confidence` where it was given, and each of the other labels of the data set an
+    equal share of what is left, whether it is present or not; at open pixels all are equally probable. Only the labels
+    present enter the CRF.
 
     Args:
         labels: (H, W) uint8, 255 = open.
         image: (H, W, 3) uint8.
+        num_labels: labels of the data set, background counted: 21 in VOC.
 
     Returns:
         (H, W) uint8 with the labels present in `labels`; all 255 where every pixel is open.
 
     Raises:
         ImportError: pydensecrf2 is not installed.
-        ValueError: confidence is not in (0, 1).
+        ValueError: `confidence` is not above 1 / num_labels and below 1, where it would speak for a label.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence={confidence}: a number between 0 and 1 would be right")
+    if not 1 / num_labels < confidence < 1:
+        raise ValueError(
+            f"confidence={confidence}: between 1 / {num_labels} and 1 would be right for that many labels"
+        )
     present = np.setdiff1d(labels, [IGNORE_INDEX])
     if len(present) < 2:
         return np.full_like(labels, present[0] if len(present) else IGNORE_INDEX)
     given = labels == present[:, None, None]
-    probabilities = np.where(given, confidence, (1 - confidence) / (len(present) - 1))
-    probabilities[:, labels == IGNORE_INDEX] = 1 / len(present)
-    refined = _inference(-np.log(probabilities), image, iterations, (3, 3), (80, 13, 10))
+    probabilities = np.where(given, confidence, (1 - confidence) / (num_labels - 1))
+    probabilities[:, labels == IGNORE_INDEX] = 1 / num_labels
+    refined = _inference(-np.log(probabilities), image, iterations, gaussian=(3, 3), bilateral=(80, 13, 10))
     return present[refined.argmax(axis=0)].astype(labels.dtype)
 
 
@@ -104,7 +110,8 @@ def _inference(energies: np.ndarray, image: np.ndarray, iterations: int, gaussia
     crf = require_densecrf().DenseCRF2D(width, height, count)
     crf.setUnaryEnergy(np.ascontiguousarray(energies.reshape(count, -1), dtype=np.float32))
     crf.addPairwiseGaussian(sxy=gaussian[0], compat=gaussian[1])
+    # The library refuses read-only arrays, which is what NumPy makes of a PIL image: so a copy.
     crf.addPairwiseBilateral(
-        sxy=bilateral[0], srgb=bilateral[1], rgbim=np.ascontiguousarray(image), compat=bilateral[2]
+        sxy=bilateral[0], srgb=bilateral[1], rgbim=np.array(image, order="C"), compat=bilateral[2]
     )
     return np.asarray(crf.inference(iterations), dtype=np.float32).reshape(energies.shape)

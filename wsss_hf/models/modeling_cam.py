@@ -87,6 +87,8 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
     @init.guard_torch_init_functions()
     def initialize_weights(self):
         super().initialize_weights()
+        # N(0, 0.01) is right for controllers; a classifier that starts so flat keeps the backbone from learning.
+        self.classifier.reset_parameters()
         for method in self.methods.values():
             method.reset_parameters()
 

@@ -1,0 +1,132 @@
+"""All methods in one classifier: any subset trains, saves, loads and runs on several processes."""
+
+import itertools
+
+import pytest
+import torch
+from transformers import ResNetConfig
+
+from wsss_hf import CamClassifier, CamConfig
+from wsss_hf.models.methods import METHODS
+
+OPTIONS = {
+    "drs": {},
+    "icd": {"hidden_channels": 8},
+    "plda": {"hidden": [16, 8], "pamr_iterations": 2, "pamr_dilations": [1, 2]},
+    "d2cam": {"embedding_channels": 8},
+    "seam": {"projections": [8, 8], "embedding": 16, "scale": 0.5},
+}
+SUBSETS = [names for size in (0, 1, 2, 5) for names in itertools.combinations(OPTIONS, size)]
+TAGS = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 1], [1, 0, 0]])
+
+
+def build(*names: str, **options) -> CamClassifier:
+    torch.manual_seed(0)
+    backbone = ResNetConfig(depths=[1, 1, 1], hidden_sizes=[8, 16, 24], embedding_size=8, layer_type="basic")
+    methods = {name: OPTIONS[name] for name in names}
+    config = CamConfig(backbone_config=backbone, id2label={0: "a", 1: "b", 2: "c"}, **methods, **options)
+    model = CamClassifier(config).train()
+    model.progress = 0.5
+    return model
+
+
+def images(count: int = 4) -> torch.Tensor:
+    return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("names", SUBSETS, ids="+".join)
+def test_any_subset_trains_all_its_parameters(names):
+    model = build(*names)
+    output = model(images(), tags=TAGS)
+    assert set(METHODS) >= set(names)
+    assert all(any(key.startswith(name) for key in output.losses) for name in names if name != "drs")
+    assert all(loss.dtype == torch.float32 and loss.ndim == 0 for loss in output.losses.values())
+    torch.testing.assert_close(output.loss, sum(output.losses.values()))
+    output.loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []
+
+
+def test_a_method_that_is_off_costs_nothing():
+    plain = build()
+    assert not any(name.startswith("methods") for name, _ in plain.named_parameters())
+    assert list(plain(images(), tags=TAGS).losses) == ["classification"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_of_them_in_mixed_precision_and_without_tags_stay_finite(dtype):
+    model = build(*OPTIONS)
+    for tags in (TAGS, torch.zeros_like(TAGS)):
+        with torch.autocast("cpu", dtype=dtype):
+            output = model(images(), tags=tags)
+        output.loss.backward()
+        assert output.loss.isfinite()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_save_load_continue(tmp_path):
+    model = build(*OPTIONS)
+    model(images(), tags=TAGS)  # fills banks and running means
+    model.save_pretrained(tmp_path)
+    loaded = CamClassifier.from_pretrained(tmp_path)
+    assert loaded.config.methods == model.config.methods
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert loaded.state_dict()["methods.d2cam.seen"].any()
+
+
+def test_methods_added_to_a_checkpoint_without_them_are_initialised(tmp_path):
+    build().save_pretrained(tmp_path)
+    loaded = CamClassifier.from_pretrained(tmp_path, **OPTIONS)
+    fresh = dict(build(*OPTIONS).named_parameters())
+    for name, parameter in loaded.methods.named_parameters(prefix="methods"):
+        expected = fresh[name].std()
+        assert parameter.isfinite().all()
+        assert 0.5 * expected <= parameter.std() <= 2 * expected or parameter.numel() < 64, name
+    assert not loaded.state_dict()["methods.d2cam.seen"].any()
+
+
+@pytest.mark.parametrize("name", ["icd", "d2cam", "seam"])
+def test_the_maps_that_make_the_masks_are_a_choice(name):
+    model = build(name, maps=name).eval()
+    output = model(images())
+    assert output.maps.shape == output.cams.shape and (output.maps >= 0).all()
+    assert not torch.equal(output.maps, output.cams)
+    assert model.segmentation_scores(output, (64, 64), TAGS).shape == (4, 4, 64, 64)
+
+
+def test_maps_of_a_method_that_has_none_or_is_off():
+    with pytest.raises(ValueError, match="maps='drs'"):
+        build("drs", maps="drs")
+    with pytest.raises(ValueError, match="maps='icd'"):
+        build("drs", maps="icd")
+
+
+def _train_step(rank: int, processes: int, address: str, folder: str):
+    if processes > 1:
+        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+    # The whole batch twice over, so that every process sees the same mixture and only the reduction is tested.
+    share = slice(rank * 4 // processes, (rank + 1) * 4 // processes)
+    model = build("drs", "icd", "d2cam")
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if processes > 1 else model
+    wrapped(images()[share], tags=TAGS[share]).loss.backward()
+    if rank == 0:
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        torch.save({"gradients": gradients, "buffers": dict(model.named_buffers())}, f"{folder}/{processes}.pt")
+    if processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_agree_with_one(tmp_path):
+    _train_step(0, 1, "", str(tmp_path))
+    address = f"file://{tmp_path}/rendezvous"
+    torch.multiprocessing.spawn(_train_step, args=(2, address, str(tmp_path)), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
+    for part in ("gradients", "buffers"):
+        assert one[part].keys() == two[part].keys()
+        for name, value in one[part].items():
+            torch.testing.assert_close(two[part][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
