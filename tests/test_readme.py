@@ -11,7 +11,8 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_the_method_of_ones_own_runs_as_printed(tmp_path):
-    (program,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "register_method" in block]
+    programs = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (program,) = [program for program in programs if "register_method" in program]
     assert len(program.splitlines()) < 60
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True)
     assert "'spread': 0." in result.stdout and "'classification': 0." in result.stdout

@@ -545,6 +545,7 @@ assert "wsss_hf" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_a_stranger_gets_the_same_maps(tmp_path, pixels):
     for name, weights in (("vgg", drs_weights()), ("wide", seam_weights())):
         torch.save(weights, tmp_path / "published.pth")

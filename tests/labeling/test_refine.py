@@ -46,7 +46,7 @@ def refine(steps, scores, image):
 
 
 def as_images(image):
-    return torch.from_numpy(image).permute(2, 0, 1)[None] / 255
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255
 
 
 def test_no_step_changes_nothing(scores, image):

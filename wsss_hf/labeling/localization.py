@@ -62,19 +62,17 @@ def localize(
     return normalize_maps(fused[:, None])[:, 0], torch.stack(logits).mean(dim=0)
 
 
-def label_map(maps: Tensor, classes: Tensor, background_threshold: float) -> tuple[Tensor, Tensor]:
+def label_map(scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """One image's label map and its confidence.
 
     Args:
-        maps: (K, H, W) in [0, 1], one per tagged class.
-        classes: (K,) class indices c of these maps.
-        background_threshold: where no map exceeds it, the label is background.
+        scores: (K+1, H, W) in [0, 1], background first, then the image's K tagged classes.
+        classes: (K,) class indices c of these.
 
     Returns:
         labels (H, W) uint8, 0 = background, c + 1 = class c; and confidence (H, W) in [0, 1]: how far the winning
         score is from the best other one.
     """
-    scores = torch.cat([maps.new_full((1, *maps.shape[1:]), background_threshold), maps])
     top = scores.topk(min(2, len(scores)), dim=0)
     confidence = top.values[0] - (top.values[1] if len(scores) > 1 else 0)
     values = torch.cat([classes.new_zeros(1), classes + 1])

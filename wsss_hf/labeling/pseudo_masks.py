@@ -12,8 +12,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
 
 from ..data.batches import batches_by_size
+from ..models.maps import add_background
 from ..models.modeling_cam import CamClassifier
 from .localization import label_map, localize
+from .refine import build_refiner
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Labelled:
         index: its row in the data set.
         image: the RGB image.
         classes: (K,) indices of its tags.
-        maps: (K, H, W) float32 localisation maps in [0, 1].
+        maps: (K, H, W) float32 localisation maps in [0, 1], before refinement.
         pseudo_mask: (H, W) uint8, 0 = background, c + 1 = class c.
         confidence: (H, W) float32 in [0, 1], margin of the winning label.
         logits: (C,) float32 tag logits.
@@ -48,6 +50,7 @@ def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict)
         settings: a recipe's `masks` section.
     """
     views = {key: settings[key] for key in ("scales", "flip", "fusion")}
+    refine = build_refiner(settings["refine"])
     for batch in batches_by_size(rows, processor, settings["batch_size"]):
         maps, logits = localize(
             model, batch.pixel_values.to(model.device), batch.tags.to(model.device), batch.size, **views
@@ -55,7 +58,8 @@ def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict)
         per_image = maps.split([int(count) for count in batch.tags.sum(dim=1)])
         for i, (index, image) in enumerate(zip(batch.indices, batch.images, strict=True)):
             classes = batch.tags[i].nonzero()[:, 0].to(model.device)
-            labels, confidence = label_map(per_image[i], classes, settings["background_threshold"])
+            scores = add_background(per_image[i][None], settings["background_threshold"])[0]
+            labels, confidence = label_map(refine(scores, np.asarray(image)), classes)
             yield Labelled(
                 index=index,
                 image=image,

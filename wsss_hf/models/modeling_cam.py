@@ -122,7 +122,7 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         logits = cams.mean(dim=(-2, -1))
         losses, maps = None, cams
         if tags is not None:
-            self._check_tags(tags)
+            _check_tags(tags, logits)
             losses = {"classification": F.multilabel_soft_margin_loss(logits.float(), tags.float())}
             if self.training and len(self.methods):
                 step = self._step(pixel_values, tags, features, cams, superpixels, saliency)
@@ -139,11 +139,6 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             losses=losses,
             hidden_states=features if output_hidden_states else None,
         )
-
-    def _check_tags(self, tags: Tensor):
-        if tags.ndim != 2 or tags.shape[1] != self.config.num_labels:
-            right = f"(images, {self.config.num_labels}), one column per class,"
-            raise ValueError(f"tags have shape {tuple(tags.shape)}; {right} would be right")
 
     def _step(self, pixel_values: Tensor, tags: Tensor | None, features, cams, superpixels, saliency) -> TrainingStep:
         mean, std = (
@@ -183,7 +178,12 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         """
         if tags is None:
             tags = outputs.logits.float().sigmoid() > self.config.tag_threshold
-        self._check_tags(tags)
+        _check_tags(tags, outputs.logits)
         if background_threshold is None:
             background_threshold = self.config.background_threshold
         return add_background(normalize_maps(outputs.maps, tags, size), background_threshold)
+
+
+def _check_tags(tags: Tensor, logits: Tensor) -> None:
+    if tags.shape != logits.shape:
+        raise ValueError(f"tags have shape {tuple(tags.shape)}; {tuple(logits.shape)} would be right")

@@ -33,26 +33,29 @@ print(json.dumps([segment["label"] for segment in segments]))
 def demo(
     data: DatasetDict, recipe: dict, out: str | os.PathLike, data_settings: dict | None = None, quiet: bool = False
 ) -> list[dict]:
-    """Run all stages on `data`, train plain CAM and a fully supervised segmenter for scale, report, load and try.
+    """Run all stages on `data`; beside them plain CAM and a fully supervised segmenter, for scale; report, load, try.
 
-    Writes what `run` writes, and `plain_cam/` and `supervised/`.
+    Writes what `run` writes, and `supervised/`; `plain_cam/` too, where the recipe has methods to compare with.
     """
     out = Path(out)
     common = {"data_settings": data_settings, "quiet": quiet}
-    plain_recipe = copy.deepcopy(recipe)
-    plain_recipe["cam"]["methods"] = {}
+    plain = copy.deepcopy(recipe)
+    plain["cam"] |= {"methods": {}, "maps": "cam"}
+    plain["masks"]["refine"] = []
     started = time.perf_counter()
-    plain_cam = train_cam(data, plain_recipe, out / "plain_cam", **common)
     cam = train_cam(data, recipe, out / "cam", **common)
+    plain_cam = train_cam(data, plain, out / "plain_cam", **common) if recipe["cam"]["methods"] else cam
     masks = make_masks(data, cam, recipe, out / "masks", **common)
     labelled = load_from_disk(str(masks))
     segmenter = train_segmenter(labelled, recipe, out / "segmenter", cam=cam, **common)
     supervised = train_segmenter(data, recipe, out / "supervised", mask_column="mask", cam=cam, **common)
-    methods = " + ".join(name.upper() for name, options in recipe["cam"]["methods"].items() if options is not None)
+    steps = [
+        *recipe["cam"]["methods"],
+        *(next(iter(step)) if isinstance(step, dict) else step for step in recipe["masks"]["refine"]),
+    ]
     rows = [
-        maps_row("pseudo masks, plain CAM", plain_cam, data, recipe, quiet),
-        masks_row(f"pseudo masks, CAM + {methods}", labelled, quiet)
-        | {key: value for key, value in maps_row("", cam, data, recipe, quiet).items() if "threshold" in key},
+        maps_row("pseudo masks, plain CAM", plain_cam, data, plain, quiet),
+        masks_row(f"pseudo masks, {' + '.join(['CAM', *(step.upper() for step in steps)])}", labelled, quiet),
         segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe, quiet),
         segmenter_row("segmenter trained on true masks", supervised, data, recipe, quiet),
     ]

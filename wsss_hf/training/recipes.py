@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -55,7 +56,8 @@ def _read(name_or_file: str) -> dict:
     values = _parse(path.read_text(), f"recipe {name_or_file}")
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {name_or_file}: a mapping of settings would be right, not {values!r}")
-    return values
+    # YAML aliases name one object twice; here every section is its own.
+    return json.loads(json.dumps(values))
 
 
 def _parse(text: str, source: str):
@@ -74,19 +76,28 @@ def _merge(recipe: dict, changes: dict, source: str, prefix: str = "") -> None:
             hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(recipe)}"
             raise RecipeError(f"{source}: no setting {dotted}; {hint}")
         old = recipe.get(key)
+        if isinstance(old, float) and isinstance(value, str):
+            value = _number(value)  # YAML takes 1e-3, without a point, for text
         if isinstance(old, dict) and isinstance(value, dict):
             _merge(old, value, source, f"{dotted}.")
-        elif is_open or dotted in _OPEN or _same_kind(old, value):
+        elif isinstance(value, dict) if dotted in _OPEN else is_open or _same_kind(old, value):
             recipe[key] = value
         else:
             raise RecipeError(f"{source}: {dotted} is {value!r}; something like {old!r} would be right")
 
 
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _same_kind(old, new) -> bool:
+    if isinstance(old, dict) or isinstance(new, dict):
+        return False  # mappings are merged, not replaced
     if old is None or new is None:
-        return not isinstance(old, dict)
-    if isinstance(old, bool) or isinstance(new, bool):
-        return isinstance(old, bool) and isinstance(new, bool)
-    if isinstance(old, int | float):
-        return isinstance(new, int | float)
-    return isinstance(new, type(old))
+        return True
+    if isinstance(old, float):
+        return isinstance(new, int | float) and not isinstance(new, bool)
+    return type(new) is type(old)
