@@ -7,6 +7,7 @@ from PIL import Image
 from wsss_hf.data.tagged import tagged_features
 from wsss_hf.labeling.localization import label_map, localize
 from wsss_hf.labeling.pseudo_masks import label_images, load_labeler
+from wsss_hf.models.maps import add_background
 from wsss_hf.training.recipes import load_recipe
 
 
@@ -53,7 +54,9 @@ def test_masks_are_those_of_each_image_alone(labeler, toy_data, settings):
         tags = torch.zeros(1, 8)
         tags[0, row["tags"]] = 1
         maps, logits = localize(model, pixel_values, tags, (48, 48), settings["scales"], True, "mean")
-        labels, confidence = label_map(maps, tags[0].nonzero()[:, 0], settings["background_threshold"])
+        labels, confidence = label_map(
+            add_background(maps[None], settings["background_threshold"])[0], tags[0].nonzero()[:, 0]
+        )
         assert item.classes.tolist() == sorted(row["tags"])
         np.testing.assert_allclose(item.maps, maps, atol=1e-4)
         np.testing.assert_allclose(item.logits, logits[0], atol=1e-4)
@@ -75,6 +78,14 @@ def test_settings_reach_the_masks(labeler, toy_data, settings):
     assert area(background_threshold=0.1) > area() > area(background_threshold=0.9)
     for change in ({"fusion": "max"}, {"scales": [1.0]}, {"flip": False}):
         assert area(**change) != area()
+
+
+def test_refinement_changes_masks_and_leaves_maps(labeler, toy_data, settings):
+    rows = toy_data["train"].select(range(4))
+    plain, refined = (by_index(label_images(*labeler, rows, settings | {"refine": r})) for r in ([], ["pamr"]))
+    assert any(not np.array_equal(a.pseudo_mask, b.pseudo_mask) for a, b in zip(plain, refined, strict=True))
+    for a, b, tags in zip(plain, refined, rows["tags"], strict=True):
+        assert np.array_equal(a.maps, b.maps) and set(np.unique(b.pseudo_mask)) <= {0, *(c + 1 for c in tags)}
 
 
 def test_true_masks_are_never_read(labeler, toy_data, poisoned_data, settings):

@@ -55,8 +55,9 @@ def test_two_recipes_share_nothing():
     assert load_recipe()["cam"]["train"]["epochs"] != 99
 
 
-def test_a_recipe_survives_being_written_down(tmp_path):
-    recipe = load_recipe("toy")
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_survives_being_written_down(tmp_path, name):
+    recipe = load_recipe(name)
     path = tmp_path / "resolved.yaml"
     path.write_text(yaml.safe_dump(recipe))
     assert load_recipe(str(path)) == recipe
