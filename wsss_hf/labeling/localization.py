@@ -73,7 +73,7 @@ def label_map(scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         labels (H, W) uint8, 0 = background, c + 1 = class c; and confidence (H, W) in [0, 1]: how far the winning
         score is from the best other one.
     """
-    top = scores.topk(min(2, len(scores)), dim=0)
-    confidence = top.values[0] - (top.values[1] if len(scores) > 1 else 0)
+    top = scores.topk(min(2, len(scores)), dim=0).values
+    confidence = top[0] - (top[1] if len(scores) > 1 else 0)
     values = torch.cat([classes.new_zeros(1), classes + 1])
-    return values[top.indices[0]].to(torch.uint8), confidence
+    return values[scores.argmax(dim=0)].to(torch.uint8), confidence  # of equals, argmax takes the first

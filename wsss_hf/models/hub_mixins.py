@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .backbone import resolve_backbone_config
+from .backbone import pretrained_body, resolve_backbone_config
 from .pipeline_wsss import TagPipeline, WeakSegmentationPipeline
 
 
@@ -31,9 +31,28 @@ class BackboneConfigMixin:
 
 
 class PortableModelMixin:
-    """`save_pretrained` writes, beside weights and config, the flat code files that `trust_remote_code=True` runs."""
+    """A model on a backbone that strangers can load.
+
+    `save_pretrained` writes, beside weights and config, the flat code files that `trust_remote_code=True` runs.
+    """
 
     auto_classes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_backbone(cls, backbone: str, hub_kwargs: dict | None = None, **config_kwargs):
+        """A model with a new head on the published weights of a backbone.
+
+        Args:
+            backbone: directory or Hub id.
+            hub_kwargs: `revision`, `token`, `cache_dir` … for the download.
+            config_kwargs: arguments of the model's configuration.
+        """
+        hub_kwargs = hub_kwargs or {}
+        backbone_config = resolve_backbone_config(backbone, config_kwargs.pop("backbone_config", None), **hub_kwargs)
+        model = cls(cls.config_class(backbone_config=backbone_config, **config_kwargs))
+        body = pretrained_body(backbone, model.config.backbone_config, **hub_kwargs)
+        model.backbone.body.load_state_dict(body.state_dict())
+        return model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         classes = {"AutoConfig": type(self.config)} | dict.fromkeys(self.auto_classes, type(self))

@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .backbone import Backbone, pretrained_body, resolve_backbone_config
+from .backbone import Backbone
 from .configuration_cam import CamConfig
 from .hub_mixins import PortableModelMixin
 from .maps import add_background, normalize_maps
@@ -67,21 +67,6 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             }
         )
         self.post_init()
-
-    @classmethod
-    def from_backbone(cls, backbone: str, hub_kwargs: dict | None = None, **config_kwargs) -> CamClassifier:
-        """A classifier with a new head on the published weights of `backbone`, a directory or Hub id.
-
-        Args:
-            hub_kwargs: `revision`, `token`, `cache_dir` … for the download.
-            config_kwargs: arguments of [`CamConfig`].
-        """
-        hub_kwargs = hub_kwargs or {}
-        backbone_config = resolve_backbone_config(backbone, config_kwargs.pop("backbone_config", None), **hub_kwargs)
-        model = cls(cls.config_class(backbone_config=backbone_config, **config_kwargs))
-        body = pretrained_body(backbone, model.config.backbone_config, **hub_kwargs)
-        model.backbone.body.load_state_dict(body.state_dict())
-        return model
 
     @torch.no_grad()
     @init.guard_torch_init_functions()

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.utils.generic import can_return_tuple
 
-from .backbone import Backbone, pretrained_body, resolve_backbone_config
+from .backbone import Backbone
 from .configuration_segmenter import SegmenterConfig
 from .hub_mixins import PortableModelMixin
 from .maps import IGNORE_INDEX
@@ -34,16 +34,6 @@ class Segmenter(PortableModelMixin, PreTrainedModel):
             nn.Conv2d(channels, config.num_labels, kernel_size=3, padding=rate, dilation=rate) for rate in config.rates
         )
         self.post_init()
-
-    @classmethod
-    def from_backbone(cls, backbone: str, hub_kwargs: dict | None = None, **config_kwargs) -> Segmenter:
-        """A segmenter with a new head on the published weights of `backbone`, a directory or Hub id."""
-        hub_kwargs = hub_kwargs or {}
-        backbone_config = resolve_backbone_config(backbone, config_kwargs.pop("backbone_config", None), **hub_kwargs)
-        model = cls(cls.config_class(backbone_config=backbone_config, **config_kwargs))
-        body = pretrained_body(backbone, model.config.backbone_config, **hub_kwargs)
-        model.backbone.body.load_state_dict(body.state_dict())
-        return model
 
     @can_return_tuple
     def forward(

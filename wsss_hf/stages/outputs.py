@@ -33,10 +33,15 @@ class StageOutput:
         for folder in (self.path, self.partial):
             if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
                 continue
+            if folder == self.partial and not _holds_work(folder):
+                continue
             held = folder / SETTINGS_FILE
             if not held.is_file():
                 raise OutputError(f"--out {self.path}: {folder} exists and is no result of this stage; take another")
-            difference = _first_difference(yaml.safe_load(held.read_text()), settings)
+            try:
+                difference = _first_difference(yaml.safe_load(held.read_text()), settings)
+            except yaml.YAMLError:
+                difference = f"{SETTINGS_FILE} is not YAML"
             if difference:
                 raise OutputError(f"--out {self.path}: {folder} holds another run ({difference}); take another folder")
 
@@ -58,6 +63,11 @@ class StageOutput:
             self.path.rmdir()  # an empty folder that the user made
         os.replace(result, self.path)
         shutil.rmtree(self.partial)
+
+
+def _holds_work(folder: Path) -> bool:
+    """Settings alone are what a run left that was killed before its first result."""
+    return any(path.name != SETTINGS_FILE and not path.name.startswith(".") for path in folder.iterdir())
 
 
 def write_atomically(path: Path, text: str) -> None:

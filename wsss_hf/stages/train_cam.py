@@ -8,12 +8,11 @@ from pathlib import Path
 from datasets import DatasetDict
 
 from ..data.tagged import class_names
-from ..models.configuration_cam import CamConfig
 from ..models.methods import METHODS
 from ..models.modeling_cam import CamClassifier
 from ..training.recipes import RecipeError
 from .outputs import StageOutput
-from .train_model import build_processor, resolve_backbone, train_and_save
+from .train_model import build_on_backbone, build_processor, resolve_backbone, train_and_save
 
 
 def train_cam(
@@ -49,20 +48,19 @@ def train_cam(
 
     def build_model():
         backbone = resolve_backbone(recipe, "cam", hub_kwargs)
-        options = {
-            "output_stride": section["output_stride"],
-            "id2label": dict(enumerate(class_names(data["train"]))),
-            "maps": section["maps"],
-            "background_threshold": section["background_threshold"],
-            "tag_threshold": section["tag_threshold"],
-            "image_mean": backbone["image_mean"],
-            "image_std": backbone["image_std"],
+        model = build_on_backbone(
+            CamClassifier,
+            backbone,
+            hub_kwargs,
+            output_stride=section["output_stride"],
+            id2label=dict(enumerate(class_names(data["train"]))),
+            maps=section["maps"],
+            background_threshold=section["background_threshold"],
+            tag_threshold=section["tag_threshold"],
+            image_mean=backbone["image_mean"],
+            image_std=backbone["image_std"],
             **section["methods"],
-        }
-        if backbone["backbone"] is None:
-            model = CamClassifier(CamConfig(backbone_config=backbone["backbone_config"], **options))
-        else:
-            model = CamClassifier.from_backbone(backbone["backbone"], hub_kwargs, **options)
+        )
         return model, build_processor(recipe, backbone["image_mean"], backbone["image_std"])
 
     train_and_save(build_model, data["train"], None, recipe, "cam", output, quiet)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from ..data.examples import TaggedExamples
 from ..data.transforms import TrainTransform
@@ -37,6 +38,15 @@ def resolve_backbone(recipe: dict, section: str, hub_kwargs: dict) -> dict:
         known_mean, known_std = backbone_normalization(backbone, config, **hub_kwargs)
         mean, std = mean or known_mean, std or known_std
     return {"backbone": backbone, "backbone_config": config, "image_mean": mean, "image_std": std}
+
+
+def build_on_backbone(
+    model_class: type[PreTrainedModel], backbone: dict, hub_kwargs: dict, **options
+) -> PreTrainedModel:
+    """A model on what `resolve_backbone` found: on published weights where it has a name, else on random ones."""
+    if backbone["backbone"] is None:
+        return model_class(model_class.config_class(backbone_config=backbone["backbone_config"], **options))
+    return model_class.from_backbone(backbone["backbone"], hub_kwargs, **options)
 
 
 def build_processor(recipe: dict, image_mean: list[float], image_std: list[float]) -> WsssImageProcessor:

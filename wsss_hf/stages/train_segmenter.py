@@ -12,7 +12,7 @@ from ..models.configuration_segmenter import SegmenterConfig
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_segmenter import Segmenter
 from .outputs import StageOutput
-from .train_model import build_processor, resolve_backbone, train_and_save
+from .train_model import build_on_backbone, build_processor, resolve_backbone, train_and_save
 
 
 def train_segmenter(
@@ -57,10 +57,7 @@ def train_segmenter(
             model.backbone.load_state_dict(classifier.backbone.state_dict())
             return model, build_processor(recipe, classifier.config.image_mean, classifier.config.image_std)
         backbone = resolve_backbone(recipe, "segmenter", hub_kwargs)
-        if backbone["backbone"] is None:
-            model = Segmenter(SegmenterConfig(backbone_config=backbone["backbone_config"], **options))
-        else:
-            model = Segmenter.from_backbone(backbone["backbone"], hub_kwargs, **options)
+        model = build_on_backbone(Segmenter, backbone, hub_kwargs, **options)
         return model, build_processor(recipe, backbone["image_mean"], backbone["image_std"])
 
     train_and_save(build_model, data["train"], mask_column, recipe, "segmenter", output, quiet)

@@ -156,8 +156,9 @@ def _save(accelerator: Accelerator, checkpoint: Path, history: list[dict]) -> No
 def _resume(accelerator: Accelerator, checkpoint: Path) -> list[dict]:
     fresh = checkpoint.with_name("checkpoint.new")
     # Killed between the removal of the old checkpoint and the renaming of the new one.
-    if not checkpoint.exists() and (fresh / "history.json").exists():
-        checkpoint = fresh
+    if accelerator.is_main_process and not checkpoint.exists() and (fresh / "history.json").exists():
+        os.replace(fresh, checkpoint)
+    accelerator.wait_for_everyone()
     if not (checkpoint / "history.json").exists():
         return []
     accelerator.load_state(str(checkpoint))

@@ -80,7 +80,7 @@ def _merge(recipe: dict, changes: dict, source: str, prefix: str = "") -> None:
             value = _number(value)  # YAML takes 1e-3, without a point, for text
         if isinstance(old, dict) and isinstance(value, dict):
             _merge(old, value, source, f"{dotted}.")
-        elif isinstance(value, dict) if dotted in _OPEN else is_open or _same_kind(old, value):
+        elif value is old or isinstance(value, dict) if dotted in _OPEN else is_open or _same_kind(old, value):
             recipe[key] = value
         else:
             raise RecipeError(f"{source}: {dotted} is {value!r}; something like {old!r} would be right")
