@@ -1,7 +1,6 @@
 """The command line from outside: what it prints, writes and refuses; and its scripts on two processes."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -279,16 +278,10 @@ def test_a_segmenter_of_other_classes_is_not_evaluated(wsss, tiny, tmp_path, pho
 
 
 def launch(script, *arguments, processes):
-    """Runs a script on that many CPU processes → what it printed, what it complained of, exit code.
-
-    By torch's own launcher: `accelerate launch --cpu` starts one process only where there is no MPI.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port", port]
+    """Runs a script on that many CPU processes → what it printed, what it complained of, exit code."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--cpu"]
     command += [SCRIPTS / script, *arguments, "--quiet"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=240
     )

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import DatasetDict
 from datasets import logging as datasets_logging
 from datasets.utils import disable_progress_bars as disable_datasets_progress
@@ -20,6 +21,7 @@ from transformers import logging as transformers_logging
 from .data.sources import load_data
 from .evaluation.tables import print_table
 from .hub.convert import convert_checkpoint
+from .launch import start_missing_processes
 from .stages.demo import demo as run_demo
 from .stages.make_masks import make_masks as run_make_masks
 from .stages.run import COLUMNS, maps_row, masks_row, segmenter_row
@@ -122,6 +124,8 @@ def _load_inputs(
     hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
     toy = resolved["toy"] if source == "toy" else None
     data = load_data(**settings, **hub_kwargs, seed=resolved["seed"], masks=masks, toy=toy)
+    if toy is not None:
+        settings["toy"] = toy
     return Inputs(
         data=data,
         recipe=resolved,
@@ -248,10 +252,13 @@ def convert(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what the user can mend is one line on standard error and exit status 1."""
+    start_missing_processes()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()
     disable_datasets_progress()
+    # Whoever asks first decides whether there are other processes, and a bare PartialState() ignores this flag.
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     try:
         app(args=arguments)
     except (ValueError, OSError, TrainingError) as error:

@@ -53,6 +53,7 @@ def models(tmp_path_factory):
             drs=DrsConfig(),
             id2label=dict(enumerate(CLASSES)),
             background_threshold=0.55,
+            tag_threshold=0.4,
         )
     )
     segmenter = Segmenter(
@@ -63,8 +64,13 @@ def models(tmp_path_factory):
             id2label=dict(enumerate(["background", *CLASSES])),
         )
     )
+    pixels = WsssImageProcessor(size=SIZE)(photograph(), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
-        cam.classifier.weight.normal_()
+        # Orthogonal to the mean feature: each map is then positive somewhere and negative elsewhere.
+        mean = cam.eval().classify(pixels)[0][-1].mean(dim=(0, 2, 3))
+        weight = torch.randn(len(CLASSES), len(mean))
+        weight -= (weight @ mean)[:, None] * mean / mean.square().sum()
+        cam.classifier.weight.copy_(weight[:, :, None, None])
         for convolution in segmenter.head:
             convolution.weight.normal_()
     for name, model in (("cam", cam), ("segmenter", segmenter)):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 
 from ..data.batches import batches_by_size
@@ -72,6 +73,7 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quie
             tags.append(tags_to_multi_hot(row["tags"], len(names)).numpy())
             progress.advance(1)
     points = curve.all_reduce().compute()
+    scores, tags = gather_object(scores), gather_object(tags)
     return metric.all_reduce().compute() | {
         "threshold_curve": points["curve"],
         "best_threshold": points["best"],

@@ -8,13 +8,12 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from datasets import DatasetDict, load_from_disk
 
 from ..data.tagged import decode_image, undecoded
 from .make_masks import make_masks
-from .run import finish_run, maps_row, masks_row, segmenter_row
+from .run import check_run_folder, finish_run, maps_row, masks_row, segmenter_row
 from .train_cam import train_cam
 from .train_segmenter import train_segmenter
 
@@ -37,7 +36,7 @@ def demo(
 
     Writes what `run` writes, and `supervised/`; `plain_cam/` too, where the recipe has methods to compare with.
     """
-    out = Path(out)
+    out = check_run_folder(out)
     common = {"data_settings": data_settings, "quiet": quiet}
     plain = copy.deepcopy(recipe)
     plain["cam"] |= {"methods": {}, "maps": "cam"}
@@ -59,8 +58,8 @@ def demo(
         segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe, quiet),
         segmenter_row("segmenter trained on true masks", supervised, data, recipe, quiet),
     ]
-    notes = {"seconds": f"{time.perf_counter() - started:.0f}"}
-    finish_run(out, rows, data, cam, segmenter, recipe, data_settings, notes, quiet)
+    minutes = (time.perf_counter() - started) / 60
+    finish_run(out, rows, data, cam, segmenter, recipe, data_settings, minutes, quiet)
 
     picture = out / "example.png"
     decode_image(undecoded(data["val"])[0]["image"], "first image of split 'val'").save(picture)

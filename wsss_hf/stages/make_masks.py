@@ -45,6 +45,7 @@ def make_masks(
     if output.done:
         return output.path
     state = PartialState()
+    state.wait_for_everyone()  # all have looked at the folder before one writes to it
     if state.is_main_process:
         output.begin()
     state.wait_for_everyone()

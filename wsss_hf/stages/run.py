@@ -21,7 +21,7 @@ from ..labeling.prediction import predict_scores
 from ..labeling.pseudo_masks import label_images, load_labeler
 from ..models.modeling_segmenter import Segmenter
 from .make_masks import make_masks
-from .outputs import write_atomically
+from .outputs import OutputError, write_atomically
 from .train_cam import train_cam
 from .train_segmenter import train_segmenter
 
@@ -47,7 +47,7 @@ def run(
     Returns:
         the rows of the results table.
     """
-    out = Path(out)
+    out = check_run_folder(out)
     common = {"data_settings": data_settings, "hub_kwargs": hub_kwargs, "quiet": quiet}
     started = time.perf_counter()
     cam = train_cam(data, recipe, out / "cam", **common)
@@ -58,8 +58,21 @@ def run(
         masks_row("pseudo masks", labelled, quiet),
         segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe, quiet),
     ]
-    notes = {"minutes": f"{(time.perf_counter() - started) / 60:.1f}"}
-    return finish_run(out, rows, data, cam, segmenter, recipe, data_settings, notes, quiet)
+    minutes = (time.perf_counter() - started) / 60
+    return finish_run(out, rows, data, cam, segmenter, recipe, data_settings, minutes, quiet)
+
+
+def check_run_folder(out: str | os.PathLike) -> Path:
+    """`out` as a path, if a run may write there.
+
+    Raises:
+        OutputError: it holds files, and they are not those of a run.
+    """
+    out = Path(out)
+    held = {path.name.removesuffix(".partial") for path in out.iterdir()} if out.is_dir() else set()
+    if out.is_file() or (held and "cam" not in held):
+        raise OutputError(f"--out {out}: it exists and is no run; take another folder")
+    return out
 
 
 def masks_row(name: str, labelled: DatasetDict, quiet: bool = False) -> dict:
@@ -94,22 +107,24 @@ def finish_run(
     segmenter: Path,
     recipe: dict,
     data_settings: dict | None,
-    notes: dict,
+    minutes: float,
     quiet: bool,
 ) -> list[dict]:
     """Print the table; write it with the settings as JSON, with a dozen examples as HTML page and as picture."""
     if not PartialState().is_main_process:
         return rows
-    results = {"data": data_settings, "recipe": recipe, "results": rows, "notes": notes}
+    if (out / "results.json").exists():  # a run that was broken off has taken its time already
+        minutes += json.loads((out / "results.json").read_text())["minutes"]
+    results = {"data": data_settings, "recipe": recipe, "results": rows, "minutes": minutes}
     write_atomically(out / "results.json", json.dumps(results, indent=1))
     names = ["background", *class_names(data["train"])]
     examples = report_examples(data, cam, segmenter, recipe)
     curves = {row["result"]: row["threshold_curve"] for row in rows if "threshold_curve" in row}
     table = [{key: value for key, value in row.items() if key in (*COLUMNS, "iou")} for row in rows]
-    described = {"data": str((data_settings or {}).get("source", "given")), "classes": len(names) - 1, **notes}
-    write_report(
-        out / "report.html", "Image tags in, segmentation model out", table, examples, names, described, curves
-    )
+    source = (data_settings or {}).get("source", "given")
+    notes = {"data": source, "classes": len(names) - 1, "minutes": f"{minutes:.1f}"}
+    title = "Image tags in, segmentation model out"
+    write_report(out / "report.html", title, table, examples, names, notes, curves)
     write_gallery(out / "gallery.png", examples)
     print_table(rows, "Results (percent)", columns=COLUMNS)
     if not quiet:

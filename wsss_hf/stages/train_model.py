@@ -80,6 +80,7 @@ def train_and_save(
         image_std=processor.image_std,
     )
     examples = TaggedExamples(rows, transform, mask_column=mask_column, seed=recipe["seed"])
+    accelerator.wait_for_everyone()  # all have looked at the folder before one writes to it
     if accelerator.is_main_process:
         output.begin()
     accelerator.wait_for_everyone()

@@ -45,7 +45,24 @@ def load_recipe(name_or_file: str = "default", overrides: Sequence[str] = ()) ->
         for part in reversed(key.split(".")):
             change = {part: change}
         _merge(recipe, change, source=f"--set {override}")
+    _check(recipe)
     return recipe
+
+
+def _check(recipe: dict) -> None:
+    for section in ("cam", "segmenter"):
+        for key in ("epochs", "batch_size"):
+            value = recipe[section]["train"][key]
+            if value < 1:
+                raise RecipeError(f"{section}.train.{key} is {value}; 1 or more would be right")
+    for section, key in (("masks", "scales"), ("evaluation", "scales"), ("segmenter", "rates")):
+        values = recipe[section][key]
+        if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
+            raise RecipeError(f"{section}.{key} is {values}; a list of positive numbers would be right")
+    for key in ("mean", "std"):
+        values = recipe["image"][key]
+        if values is not None and not (isinstance(values, list) and len(values) == 3):
+            raise RecipeError(f"image.{key} is {values}; three numbers, one per channel, would be right")
 
 
 def _read(name_or_file: str) -> dict:
