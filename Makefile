@@ -7,7 +7,7 @@ VENV := .venv
 demo: $(VENV)/installed
 	$(VENV)/bin/wsss demo --out runs/demo
 
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/crf
 	$(VENV)/bin/python -m pytest
 
 lint: $(VENV)/installed
@@ -18,6 +18,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+# The dense CRF is an extra that has to be compiled; where it can't be, its tests are skipped.
+$(VENV)/crf: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[crf]" \
+		|| echo "pydensecrf2 does not build here: the tests of the dense CRF are skipped"
 	touch $@
 
 clean:
