@@ -3,8 +3,9 @@
 import argparse
 import json
 import re
-import shutil
 from pathlib import Path
+
+from PIL import Image
 
 from wsss_hf.evaluation.tables import markdown_table
 from wsss_hf.stages.run import COLUMNS
@@ -22,7 +23,8 @@ def main() -> None:
     text = f"written by `python scripts/update_readme.py` from the demo's results.json -->\n{table}"
     readme = ROOT / "README.md"
     readme.write_text(TABLE.sub(lambda _: text, readme.read_text()))
-    shutil.copyfile(run / "gallery.png", ROOT / "model_cards" / "demo.png")
+    picture = Image.open(run / "gallery.png").convert("RGB")
+    picture.reduce(2).quantize(256).save(ROOT / "model_cards" / "demo.png", optimize=True)
 
 
 if __name__ == "__main__":

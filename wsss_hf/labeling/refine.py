@@ -8,6 +8,7 @@ Label maps here count in the same way: 0 background, k + 1 the k-th *tagged* cla
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class RefinementError(ValueError):
     """Refinement steps that can't be built, or scores that don't fit their image."""
 
 
-class Refiner:
+class Refiner(ABC):
     """Turns scores into better scores with the help of the image.
 
     Attributes:
@@ -57,8 +58,9 @@ class Refiner:
         scores = scores.float()
         return scores if len(scores) < 2 else self._refine(scores, image)
 
+    @abstractmethod
     def _refine(self, scores: Tensor, image: np.ndarray) -> Tensor:
-        raise NotImplementedError
+        """What `__call__` does, for an image with at least one tagged class."""
 
 
 class Chain(Refiner):
