@@ -75,7 +75,7 @@ def fit(
         freeze_batch_norm(model)
     optimizer = build_optimizer(model, settings)
     inner = model
-    # Convolutions run a quarter faster with their channels last, on CPUs and on GPUs.
+    # With their channels last, the convolutions of MobileNetV2 run a quarter faster on a CPU.
     model = model.to(memory_format=torch.channels_last)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     steps_per_epoch = len(loader)
