@@ -40,7 +40,8 @@ def make_masks(
     Returns:
         `out`, loadable by `datasets.load_from_disk`; masks are palette PNGs, 0 = background, 255 = ignore.
     """
-    settings = {"stage": "make-masks", "data": data_settings, "cam": str(cam), "masks": recipe["masks"]}
+    settings = {"stage": "make-masks", "data": data_settings, "seed": recipe["seed"]}
+    settings |= {"cam": str(cam), "masks": recipe["masks"]}
     output = StageOutput(out, settings)
     if output.done:
         return output.path
@@ -49,37 +50,46 @@ def make_masks(
     if state.is_main_process:
         output.begin()
     state.wait_for_everyone()
-    model, processor = load_labeler(str(cam), state.device, **(hub_kwargs or {}))
-
-    rows = data["train"]
-    shard_size = recipe["masks"]["shard_size"]
-    folder = output.partial / "shards"
-    folder.mkdir(exist_ok=True)
-    shards = [folder / f"{start:08d}.parquet" for start in range(0, len(rows), shard_size)]
-    mine = shards[state.process_index :: state.num_processes]
-    sizes = {path: min(shard_size, len(rows) - int(path.stem)) for path in mine}
-    finished = [path for path in mine if path.exists()]
-    with Progress("masks", sum(sizes.values()), quiet or not state.is_main_process, unit="image") as progress:
-        progress.advance(sum(sizes[path] for path in finished))
-        for path in mine:
-            if path not in finished:
-                start = int(path.stem)
-                shard = rows.select(range(start, start + sizes[path]))
-                masks: list[bytes] = [b""] * len(shard)
-                for labelled in label_images(model, processor, shard, recipe["masks"]):
-                    masks[labelled.index] = encode_mask(labelled.pseudo_mask)
-                    progress.advance(1)
-                _write_shard(path, shard["image_id"], masks)
+    with output.nothing_left_behind():
+        shards = _label_shards(data["train"], cam, recipe["masks"], output.partial, state, hub_kwargs or {}, quiet)
     state.wait_for_everyone()
     if state.is_main_process:
         pseudo = Dataset.from_parquet([str(path) for path in shards], cache_dir=str(output.partial / "cache"))
-        train = rows.remove_columns([name for name in ("pseudo_mask",) if name in rows.column_names])
+        rows = data["train"]
+        train = rows.remove_columns("pseudo_mask") if "pseudo_mask" in rows.column_names else rows
         labelled = concatenate_datasets([train, pseudo.select_columns("pseudo_mask")], axis=1)
         result = output.partial / "result"
         DatasetDict({**data, "train": labelled}).save_to_disk(result)
         output.finish(result)
     state.wait_for_everyone()
     return output.path
+
+
+def _label_shards(
+    rows: Dataset, cam, settings: dict, partial: Path, state: PartialState, hub_kwargs: dict, quiet: bool
+) -> list[Path]:
+    """Write this process's shards, but those that are there; returns the paths of all shards, in order."""
+    model, processor = load_labeler(str(cam), state.device, **hub_kwargs)
+    size = settings["shard_size"]
+    folder = partial / "shards"
+    folder.mkdir(exist_ok=True)
+    shards = [folder / f"{start:08d}.parquet" for start in range(0, len(rows), size)]
+    mine = shards[state.process_index :: state.num_processes]
+    ranges = {path: range(int(path.stem), min(int(path.stem) + size, len(rows))) for path in mine}
+    finished = [path for path in mine if path.exists()]
+    total = sum(map(len, ranges.values()))
+    with Progress("masks", total, quiet or not state.is_main_process, unit="image") as progress:
+        progress.advance(sum(len(ranges[path]) for path in finished))
+        for path in mine:
+            if path in finished:
+                continue
+            shard = rows.select(ranges[path])
+            masks: list[bytes] = [b""] * len(shard)
+            for labelled in label_images(model, processor, shard, settings):
+                masks[labelled.index] = encode_mask(labelled.pseudo_mask)
+                progress.advance(1)
+            _write_shard(path, shard["image_id"], masks)
+    return shards
 
 
 def encode_mask(labels: np.ndarray) -> bytes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -56,6 +58,16 @@ class StageOutput:
         write_atomically(self.partial / SETTINGS_FILE, yaml.safe_dump(self.settings, sort_keys=False))
         return self.partial
 
+    @contextmanager
+    def nothing_left_behind(self) -> Iterator[None]:
+        """Work that fails before its first result takes its folder along; what can be resumed stays."""
+        try:
+            yield
+        except Exception:
+            if self.partial.is_dir() and not _holds_work(self.partial):
+                shutil.rmtree(self.partial, ignore_errors=True)
+            raise
+
     def finish(self, result: Path) -> None:
         """Move `result`, a folder inside the working folder, to its final name and drop the rest."""
         shutil.copyfile(self.partial / SETTINGS_FILE, result / SETTINGS_FILE)
@@ -66,8 +78,9 @@ class StageOutput:
 
 
 def _holds_work(folder: Path) -> bool:
-    """Settings alone are what a run left that was killed before its first result."""
-    return any(path.name != SETTINGS_FILE and not path.name.startswith(".") for path in folder.iterdir())
+    """Settings and empty folders are what a run left that ended before its first result."""
+    files = (path.name for path in folder.rglob("*") if path.is_file())
+    return any(name != SETTINGS_FILE and not name.startswith(".") for name in files)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -84,7 +84,8 @@ def train_and_save(
     if accelerator.is_main_process:
         output.begin()
     accelerator.wait_for_everyone()
-    history = fit(model, examples, settings, accelerator, output.partial, recipe["seed"], section, quiet)
+    with output.nothing_left_behind():
+        history = fit(model, examples, settings, accelerator, output.partial, recipe["seed"], section, quiet)
     if accelerator.is_main_process:
         result = output.partial / "result"
         model.save_pretrained(result)
