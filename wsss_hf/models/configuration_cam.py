@@ -11,7 +11,7 @@ from .d2cam import D2camConfig
 from .drs import DrsConfig
 from .hub_mixins import BackboneConfigMixin
 from .icd import IcdConfig
-from .methods import METHODS
+from .methods import METHODS, Method
 from .plda import PldaConfig
 from .seam import SeamConfig
 
@@ -25,6 +25,8 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         output_stride: largest allowed input size / map size; None leaves the backbone as it is.
         classifier_bias: whether the 1×1 convolution to the maps has a bias, as in some released networks.
         drs, icd, plda, d2cam, seam: options of the methods, as their dataclass or a dict; None is off.
+        method_warmup: share of the training, in [0, 1), in which only the tags teach. The losses of the methods begin
+            after it, and their progress counts from there: they read maps, which a random network does not have.
         maps: whose localisation maps are used: "cam", or the name of a method that is on and has maps.
         background_threshold: where every normalised map is below it, `segmentation_scores` says background.
         tag_threshold: probability above which a tag counts as predicted.
@@ -49,6 +51,7 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         plda: PldaConfig | dict | None = None,
         d2cam: D2camConfig | dict | None = None,
         seam: SeamConfig | dict | None = None,
+        method_warmup: float = 0.0,
         maps: str = "cam",
         background_threshold: float = 0.4,
         tag_threshold: float = 0.5,
@@ -66,8 +69,17 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
                 name,
                 _method_config(name, config_class, given[name] if name in given else kwargs.pop(name, None)),
             )
-        if maps != "cam" and maps not in self.methods:
-            raise ValueError(f"maps={maps!r}: 'cam' or a method that is on ({', '.join(self.methods)}) would be right")
+        if not 0 <= method_warmup < 1:
+            raise ValueError(f"method_warmup={method_warmup!r}: a share of the training in [0, 1) would be right")
+        self.method_warmup = method_warmup
+        sources = {"maps": maps} | {f"{name}.maps": getattr(o, "maps", "cam") for name, o in self.methods.items()}
+        for option, source in sources.items():
+            if source != "cam" and (source not in self.methods or METHODS[source][1].maps is Method.maps):
+                able = [name for name in self.methods if METHODS[name][1].maps is not Method.maps]
+                raise ValueError(
+                    f"{option}={source!r}: 'cam' or a method that is on and has maps ({', '.join(able) or 'none is'}) "
+                    "would be right"
+                )
         self.maps = maps
         self.background_threshold = background_threshold
         self.tag_threshold = tag_threshold

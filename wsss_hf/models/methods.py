@@ -20,9 +20,12 @@ class TrainingStep:
         features: backbone stage maps, shallow to deep, (B, D_i, h_i, w_i); the last one feeds the classifier.
         cams: (B, C, h, w) CAM logits before the relu, with gradient.
         progress: training progress in [0, 1].
-        classify: `classify(pixel_values) -> (features, cams)`, the same network once more.
+        classify: `classify(pixel_values) -> (features, cams)`, the same network once more, on another view of the
+            images; it does not move the running statistics of batch norms.
         superpixels: (B, H, W) int64 superpixel indices, or None.
         saliency: (B, H, W) float in [0, 1], or None.
+        localize: `localize(name, pixel_values, features, cams)`, the maps of the method `name` on these images,
+            (B, C, h, w); "cam" gives `cams` back.
     """
 
     pixel_values: Tensor
@@ -34,6 +37,7 @@ class TrainingStep:
     classify: Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]]
     superpixels: Tensor | None = None
     saliency: Tensor | None = None
+    localize: Callable[[str, Tensor, tuple[Tensor, ...], Tensor], Tensor] = lambda name, images, features, cams: cams
 
 
 class Method(nn.Module):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -16,7 +18,7 @@ from .backbone import Backbone
 from .configuration_cam import CamConfig
 from .hub_mixins import PortableModelMixin
 from .maps import add_background, normalize_maps
-from .methods import METHODS, Method, TrainingStep
+from .methods import METHODS, TrainingStep
 
 
 @dataclass
@@ -54,8 +56,6 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
 
     def __init__(self, config: CamConfig):
         super().__init__(config)
-        if config.maps != "cam" and METHODS[config.maps][1].maps is Method.maps:
-            raise ValueError(f"maps={config.maps!r}: the method has no maps of its own; 'cam' would be right")
         self.progress = 0.0  # share of the training that is done; the training loop moves it
         self.backbone = Backbone(config.backbone_config, config.output_stride)
         channels, bias = self.backbone.channels[-1], config.classifier_bias
@@ -81,6 +81,22 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         """Images (B, 3, H, W) → stage maps of the backbone, and CAM logits (B, C, h, w)."""
         features = self.backbone(pixel_values)
         return features, self.classifier(features[-1])
+
+    def classify_view(self, pixel_values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """[`classify`] on another view of the batch, which leaves the running statistics of batch norms alone.
+
+        They describe the images themselves, as inference sees them; not images at a third of their size (SEAM) or
+        with holes (PLDA).
+        """
+        norms = [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        try:
+            return self.classify(pixel_values)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
     @can_return_tuple
     def forward(
@@ -109,13 +125,17 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         if tags is not None:
             _check_tags(tags, logits)
             losses = {"classification": F.multilabel_soft_margin_loss(logits.float(), tags.float())}
-            if self.training and len(self.methods):
+            if self.training and self.progress >= self.config.method_warmup:
                 step = self._step(pixel_values, tags, features, cams, superpixels, saliency)
                 for method in self.methods.values():
                     losses |= method.losses(step)
+            elif self.training:
+                # Distributed training wants a gradient for every parameter.
+                idle = sum(parameter.sum() for parameter in self.methods.parameters())
+                losses["classification"] = losses["classification"] + 0 * idle
         if self.config.maps != "cam" and not self.training:
             step = self._step(pixel_values, tags, features, cams, superpixels, saliency)
-            maps = self.methods[self.config.maps].maps(step)
+            maps = step.localize(self.config.maps, pixel_values, features, cams)
         return CamOutput(
             loss=None if losses is None else sum(losses.values()),
             logits=logits,
@@ -129,17 +149,26 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         mean, std = (
             pixel_values.new_tensor(v)[:, None, None] for v in (self.config.image_mean, self.config.image_std)
         )
-        return TrainingStep(
+        step = TrainingStep(
             pixel_values=pixel_values,
             images=(pixel_values * std + mean).clamp(0, 1),
             tags=torch.ones_like(cams[:, :, 0, 0]).float() if tags is None else tags.float(),
             features=features,
             cams=cams,
-            progress=self.progress,
-            classify=self.classify,
+            progress=max(0.0, self.progress - self.config.method_warmup) / (1 - self.config.method_warmup),
+            classify=self.classify_view,
             superpixels=superpixels,
             saliency=saliency,
         )
+
+        def localize(name: str, pixel_values: Tensor, features: tuple[Tensor, ...], cams: Tensor) -> Tensor:
+            if name == "cam":
+                return cams
+            view = dataclasses.replace(step, pixel_values=pixel_values, features=features, cams=cams)
+            return self.methods[name].maps(view)
+
+        step.localize = localize
+        return step
 
     @property
     def mask_id2label(self) -> dict[int, str]:

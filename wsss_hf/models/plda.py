@@ -27,6 +27,8 @@ class PldaConfig:
     """Settings of PLDA.
 
     Attributes:
+        maps: whose localisation maps tell source from target: "cam", or a method that is on and has maps, such as
+            "seam", which the authors put PLDA on.
         source_threshold: normalised map value above which a pixel belongs to its domain, in (0, 1).
         foreground: part of an object's highest score that its pseudo labels must exceed, in (0, 1).
         background: the same for the background.
@@ -40,6 +42,7 @@ class PldaConfig:
         target_weight: weight of the cross-entropy on target pixels.
     """
 
+    maps: str = "cam"
     source_threshold: float = 0.6
     foreground: float = 0.6
     background: float = 0.7
@@ -259,12 +262,14 @@ class Plda(Method):
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
         config, tags, cams = self.config, step.tags.float(), step.cams.float()
         with torch.no_grad():
-            source = source_pixels(cams, tags, config.source_threshold)
+            maps = step.localize(config.maps, step.pixel_values, step.features, cams)
+            source = source_pixels(maps, tags, config.source_threshold)
             hidden = F.interpolate(source.any(dim=1, keepdim=True).float(), size=step.pixel_values.shape[-2:])
             masked_values = step.pixel_values * (1 - hidden)
-            _, masked_cams = step.classify(masked_values)
+            masked_features, masked_cams = step.classify(masked_values)
             masked_cams = masked_cams.float()
-            target = source_pixels(masked_cams, tags, config.source_threshold)
+            masked_maps = step.localize(config.maps, masked_values, masked_features, masked_cams)
+            target = source_pixels(masked_maps, tags, config.source_threshold)
         source_labels = self.confident_labels(step.pixel_values, cams, tags, source)
         target_labels = self.confident_labels(masked_values, masked_cams, tags, target)
 

@@ -54,6 +54,7 @@ def train_cam(
             hub_kwargs,
             output_stride=section["output_stride"],
             id2label=dict(enumerate(class_names(data["train"]))),
+            method_warmup=section["method_warmup"],
             maps=section["maps"],
             background_threshold=section["background_threshold"],
             tag_threshold=section["tag_threshold"],
