@@ -204,7 +204,7 @@ def test_maps_of_a_method_that_has_none_are_refused(build):
 
 
 def test_the_options_of_a_registered_method_come_back(build, peak, tmp_path):
-    model = build(peak={"weight": 3.0, "classes": [0, 2]}, drs={"mode": "fixed", "delta": 0.7})
+    model = build(peak={"weight": 3.0, "classes": [0, 2]}, drs={"mode": "fixed", "delta": 0.7, "layers": ["*"]})
     model.methods["peak"].projection.weight.data.fill_(7.0)
     model.save_pretrained(tmp_path)
     loaded = CamClassifier.from_pretrained(tmp_path)

@@ -66,6 +66,8 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
                 for name, options in config.methods.items()
             }
         )
+        for name, method in self.methods.items():
+            setattr(config, name, method.config)  # which may have been completed for this backbone
         self.post_init()
 
     @torch.no_grad()
