@@ -255,7 +255,7 @@ def test_a_saved_model_comes_back_bit_by_bit(build, drs, tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
         assert torch.equal(loaded.eval()(pixels).cams, model(pixels).cams)
-    assert loaded.config.drs == drs
+    assert loaded.config.drs == model.config.drs
     assert loaded.config.id2label == NAMES and loaded.config.label2id == {"cat": 0, "cow": 1, "dog": 2}
     assert (loaded.config.background_threshold, loaded.config.tag_threshold) == (0.3, 0.6)
     assert loaded.progress == 0.0

@@ -7,6 +7,7 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 
 from wsss_hf.data.tagged import DataError, class_names
+from wsss_hf.models.backbone import Backbone
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
@@ -63,6 +64,20 @@ def test_training_depends_on_the_seed_alone(toy_data, tiny_recipe, tmp_path):
     tiny_recipe["seed"] = 1
     other = train_cam(toy_data, tiny_recipe, tmp_path / "other", quiet=True)
     assert same_weights(first, again) and not same_weights(first, other)
+
+
+def test_gradient_checkpointing_is_a_setting(toy_data, tiny_recipe, tmp_path, monkeypatch):
+    plain = train_cam(toy_data, tiny_recipe, tmp_path / "plain", quiet=True)
+    enable, calls = Backbone.set_checkpointing, []
+
+    def counted(self, enabled, *args):
+        calls.append(enabled)
+        enable(self, enabled, *args)
+
+    monkeypatch.setattr(Backbone, "set_checkpointing", counted)
+    tiny_recipe["cam"]["train"]["gradient_checkpointing"] = True
+    out = train_cam(toy_data, tiny_recipe, tmp_path / "checkpointed", quiet=True)
+    assert calls == [True] and same_weights(plain, out)
 
 
 def test_a_classifier_learns_the_tags(toy_data, tiny_recipe, tmp_path):

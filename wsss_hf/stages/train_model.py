@@ -71,6 +71,8 @@ def train_and_save(
     accelerator = build_accelerator(settings, recipe["seed"])
     set_seed(recipe["seed"])
     model, processor = build_model()
+    if settings["gradient_checkpointing"]:
+        model.activation_checkpointing_enable()
     transform = TrainTransform(
         crop_size=recipe["image"]["size"],
         scale=tuple(settings["scale"]),
