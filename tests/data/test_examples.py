@@ -83,3 +83,37 @@ def test_a_mask_column_that_cannot_teach_is_refused(train):
         TaggedExamples(train, TrainTransform(8), mask_column="pseudo_mask")
     with pytest.raises(DataError, match="no row has a 'mask' to learn from"):
         TaggedExamples(rows(Image.new("RGB", (4, 4)), None), TrainTransform(8), mask_column="mask")
+
+
+def test_superpixels_and_saliency_come_along(train):
+    columns = [Image.fromarray(np.tile(np.arange(16, dtype=np.uint16) * 300, (16, 1)))] * 6  # half as large, 16 bits
+    grey = [Image.fromarray(np.full((32, 32), 51, dtype=np.uint8))] * 6
+    features = tagged_features(train.features["tags"].feature.names, "superpixels", "saliency")
+    given = {name: train[name][:] for name in ("image_id", "image", "tags")}
+    rows = Dataset.from_dict(given | {"superpixels": columns, "saliency": grey}, features=features)
+    examples = TaggedExamples(rows, TrainTransform(32, scale=(0.5, 0.5), flip=0), superpixels=True, saliency=True)
+    example = examples[0]
+    assert set(example) == {"pixel_values", "tags", "superpixels", "saliency"}
+    assert example["superpixels"].dtype == torch.int64 and example["saliency"].dtype == torch.float32
+    outside = example["saliency"] == 0
+    assert outside.sum() == 32 * 32 - 16 * 16 and torch.allclose(example["saliency"][~outside], torch.tensor(0.2))
+    assert (example["superpixels"][outside] == 4501).all()  # a superpixel of its own
+    assert example["superpixels"][~outside].view(16, 16).tolist() == [[300 * i for i in range(16)]] * 16
+    plain = TaggedExamples(rows, TrainTransform(32, scale=(0.5, 0.5), flip=0))[0]
+    assert set(plain) == {"pixel_values", "tags"} and torch.equal(plain["pixel_values"], example["pixel_values"])
+
+
+@pytest.mark.parametrize("name", ["superpixels", "saliency"])
+def test_maps_that_are_missing_or_in_colour_are_named(train, name):
+    with pytest.raises(
+        DataError, match=rf"wants {name} \(cam.{name}\) and there is no column '{name}', only image_id"
+    ):
+        TaggedExamples(train, TrainTransform(24), **{name: True})
+    given = {column: train[column][:] for column in ("image_id", "image", "tags")}
+    features = tagged_features(train.features["tags"].feature.names, name)
+    rows = Dataset.from_dict(given | {name: [None, *train["image"][1:]]}, features=features)
+    examples = TaggedExamples(rows, TrainTransform(24), **{name: True})
+    with pytest.raises(DataError, match=f"row 'train_00000', column {name}: has no image"):
+        examples[0]
+    with pytest.raises(DataError, match=f"row 'train_00001', column {name}: the image has mode RGB; one channel"):
+        examples[1]

@@ -36,6 +36,18 @@ def test_mask_follows_image_through_scale_crop_and_flip(size):
     assert directions == {True, False}
 
 
+@pytest.mark.parametrize("factor", [1, 2])
+def test_other_maps_follow_at_a_resolution_of_their_own(factor):
+    image, mask = gradient(40, 30)
+    coarse = np.ascontiguousarray(mask[::factor, ::factor]).astype(np.int32) + 1000
+    transform = TrainTransform(24, scale=(0.5, 2), **PLAIN)
+    for seed in range(30):
+        _, labels, followed = transform(image, mask, np.random.default_rng(seed), [(coarse, 7)])
+        inside = labels < 255
+        assert ((followed - 1000 - labels)[inside].abs() <= 4 * factor).all() and (followed[~inside] == 7).all()
+        assert torch.equal(labels, transform(image, mask, np.random.default_rng(seed))[1])
+
+
 def test_smaller_images_are_padded_at_a_random_place():
     image = Image.new("RGB", (20, 20), "white")
     transform = TrainTransform(20, scale=(0.5, 0.5), image_mean=(0.5,) * 3, image_std=(0.5,) * 3, color_jitter=0)

@@ -5,12 +5,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import ConvNextConfig, ResNetConfig, ViTConfig
+from transformers import (
+    ConvNextConfig,
+    DeiTConfig,
+    Dinov2Config,
+    MobileNetV2Config,
+    RegNetConfig,
+    ResNetConfig,
+    ViTConfig,
+)
 
 from wsss_hf import CamClassifier, CamConfig, DrsConfig
 from wsss_hf.models.backbone import Backbone
 from wsss_hf.models.drs import Drs, Suppression, suppress
 from wsss_hf.models.maps import normalize_maps
+from wsss_hf.models.vgg import Vgg16Config
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "official_outputs.safetensors"
 
@@ -139,9 +148,77 @@ def test_only_the_chosen_activation_changes():
     torch.testing.assert_close(after, suppress(before[chosen], 0.5))
 
 
-def test_a_pattern_that_meets_nothing_is_refused_with_the_names_there_are():
-    with pytest.raises(ValueError, match="named 'features.relu5'; it has: embedder.embedder.activation, encoder.*"):
-        Drs(DrsConfig(layers=["*", "features.relu5"]), tiny_backbone(), num_classes=2)
+@pytest.mark.parametrize(
+    ("pattern", "near"),
+    [
+        ("encoder.stages.0.layers.1.activation", "encoder.stages.0.layers.0.activation, "),
+        ("§§", "embedder.embedder.activation, encoder.stages.0.layers.0.activation$"),
+    ],
+)
+def test_a_pattern_that_meets_nothing_is_refused_with_names_near_it(pattern, near):
+    with pytest.raises(ValueError, match=f"named '{pattern}'; of its 3, near are {near}") as error:
+        Drs(DrsConfig(layers=["*", pattern]), tiny_backbone(), num_classes=2)
+    assert "\n" not in str(error.value)
+
+
+def vit_sizes(layers):
+    return {"hidden_size": 8, "num_hidden_layers": layers, "num_attention_heads": 2, "image_size": 32}
+
+
+FAMILIES = {
+    "vgg": (Vgg16Config(widths=[4] * 5, extra_channels=[4]), 14, ["features.1", "extra.1"]),
+    "resnet": (tiny_resnet(), 3, ["embedder.embedder.activation", "encoder.stages.0.layers.0.activation"]),
+    "mobilenet_v2": (
+        MobileNetV2Config(depth_multiplier=0.1, finegrained_output=False),
+        35,
+        ["conv_stem.first_conv.activation", "conv_1x1.activation"],
+    ),
+    "convnext": (
+        ConvNextConfig(depths=[1, 1, 2, 2], hidden_sizes=[4, 4, 4, 4], layer_scale_init_value=1.0),
+        4,
+        ["encoder.stages.2.layers.0.act", "encoder.stages.3.layers.1.act"],
+    ),
+    "vit": (ViTConfig(**vit_sizes(6)), 4, ["layers.2.mlp.activation_fn", "layers.5.mlp.activation_fn"]),
+    "dinov2": (
+        Dinov2Config(**vit_sizes(5), patch_size=16),
+        4,
+        ["encoder.layer.1.mlp.activation_fn", "encoder.layer.4.mlp.activation_fn"],
+    ),
+    "another transformer": (DeiTConfig(**vit_sizes(6)), 4, None),
+    "another convolutional network": (
+        RegNetConfig(depths=[1, 1], hidden_sizes=[8, 16], embedding_size=8, groups_width=8),
+        None,
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_placement_that_changes_the_maps_and_is_saved(family, tmp_path):
+    backbone_config, count, ends = FAMILIES[family]
+    torch.manual_seed(0)
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        drs = DrsConfig(mode="fixed", delta=0.5)
+        model = CamClassifier(CamConfig(backbone_config=backbone_config, output_stride=None, drs=drs)).eval()
+        maps = model(pixels).cams
+        for suppression in model.methods["drs"].layers.values():
+            suppression.delta = 1e9  # nothing exceeds it
+        assert (model(pixels).cams - maps).abs().max() > 1e-3 * maps.abs().max()
+        model.save_pretrained(tmp_path)
+        loaded = CamClassifier.from_pretrained(tmp_path).eval()
+        assert torch.equal(loaded(pixels).cams, maps)
+    chosen = loaded.config.drs.layers
+    known = list(model.backbone.activations())
+    assert len(chosen) == (count or len(known)) and set(chosen) <= set(known)
+    assert ends is None or [chosen[0], chosen[-1]] == ends
+    assert drs.layers is None  # the options of one network may serve another one
+
+
+def test_a_network_without_activations_is_refused(monkeypatch):
+    monkeypatch.setattr(Backbone, "activations", lambda self: {})
+    with pytest.raises(ValueError, match="it has none, so DRS can't stand on it"):
+        Drs(DrsConfig(), tiny_backbone(), num_classes=2)
 
 
 @pytest.mark.parametrize(

@@ -204,7 +204,7 @@ def test_maps_of_a_method_that_has_none_are_refused(build):
 
 
 def test_the_options_of_a_registered_method_come_back(build, peak, tmp_path):
-    model = build(peak={"weight": 3.0, "classes": [0, 2]}, drs={"mode": "fixed", "delta": 0.7})
+    model = build(peak={"weight": 3.0, "classes": [0, 2]}, drs={"mode": "fixed", "delta": 0.7, "layers": ["*"]})
     model.methods["peak"].projection.weight.data.fill_(7.0)
     model.save_pretrained(tmp_path)
     loaded = CamClassifier.from_pretrained(tmp_path)
@@ -255,7 +255,7 @@ def test_a_saved_model_comes_back_bit_by_bit(build, drs, tmp_path):
     assert not report["missing_keys"] and not report["unexpected_keys"]
     with torch.no_grad():
         assert torch.equal(loaded.eval()(pixels).cams, model(pixels).cams)
-    assert loaded.config.drs == drs
+    assert loaded.config.drs == model.config.drs
     assert loaded.config.id2label == NAMES and loaded.config.label2id == {"cat": 0, "cow": 1, "dog": 2}
     assert (loaded.config.background_threshold, loaded.config.tag_threshold) == (0.3, 0.6)
     assert loaded.progress == 0.0

@@ -1,12 +1,16 @@
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
+from PIL import Image
 from safetensors.torch import load_file
 
-from wsss_hf.data.tagged import DataError, class_names
+from wsss_hf.data import superpixels
+from wsss_hf.data.tagged import DataError, class_names, tagged_features
+from wsss_hf.models.backbone import Backbone
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
@@ -63,6 +67,55 @@ def test_training_depends_on_the_seed_alone(toy_data, tiny_recipe, tmp_path):
     tiny_recipe["seed"] = 1
     other = train_cam(toy_data, tiny_recipe, tmp_path / "other", quiet=True)
     assert same_weights(first, again) and not same_weights(first, other)
+
+
+def test_gradient_checkpointing_is_a_setting(toy_data, tiny_recipe, tmp_path, monkeypatch):
+    plain = train_cam(toy_data, tiny_recipe, tmp_path / "plain", quiet=True)
+    enable, calls = Backbone.set_checkpointing, []
+
+    def counted(self, enabled, *args):
+        calls.append(enabled)
+        enable(self, enabled, *args)
+
+    monkeypatch.setattr(Backbone, "set_checkpointing", counted)
+    tiny_recipe["cam"]["train"]["gradient_checkpointing"] = True
+    out = train_cam(toy_data, tiny_recipe, tmp_path / "checkpointed", quiet=True)
+    assert calls == [True] and same_weights(plain, out)
+
+
+def test_methods_are_given_superpixels_and_saliency(toy_data, tiny_recipe, tmp_path, monkeypatch):
+    forward, seen = CamClassifier.forward, []
+
+    def watched(self, *args, **kwargs):
+        seen.append(kwargs)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(CamClassifier, "forward", watched)
+    tiny_recipe["cam"] |= {"superpixels": True, "saliency": True, "methods": {"icd": {"hidden_channels": 8}}}
+    buffer = io.BytesIO()
+    Image.new("L", (48, 48), 255).save(buffer, format="PNG")
+    salient = {column: toy_data["train"][column][:] for column in ("image_id", "image", "tags")}
+    salient["saliency"] = [{"bytes": buffer.getvalue(), "path": None}] * 12
+    features = tagged_features(class_names(toy_data), "saliency")
+    data = DatasetDict(train=Dataset.from_dict(salient, features=features))
+    with pytest.raises(KeyboardInterrupt):
+        train_cam(data, tiny_recipe, tmp_path / "cam", quiet=True)
+    monkeypatch.setattr(superpixels, "superpixels", None)  # they are there already
+    out = train_cam(data, tiny_recipe, tmp_path / "cam", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["cam"] and (out / "model.safetensors").exists()
+    for batch in seen:
+        assert batch["superpixels"].shape == batch["saliency"].shape == (4, 48, 48)
+        assert batch["superpixels"].dtype == torch.int64 and batch["superpixels"].unique().numel() > 4
+        assert batch["saliency"].max() == 1
+
+
+def test_missing_saliency_is_named_before_anything_is_written(toy_data, tiny_recipe, tmp_path):
+    tiny_recipe["cam"]["saliency"] = True
+    with pytest.raises(DataError, match=r"wants saliency \(cam.saliency\) and there is no column 'saliency', only"):
+        train_cam(toy_data, tiny_recipe, tmp_path / "cam", quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_classifier_learns_the_tags(toy_data, tiny_recipe, tmp_path):

@@ -7,15 +7,28 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from .tagged import DataError, class_names, decode_image, decode_mask, has_value, tags_to_multi_hot, undecoded
+from .tagged import (
+    DataError,
+    class_names,
+    decode_gray,
+    decode_image,
+    decode_mask,
+    has_value,
+    tags_to_multi_hot,
+    undecoded,
+)
 
 
 class TaggedExamples(torch.utils.data.Dataset):
     """Item i → {"pixel_values": float32 (3, S, S), "tags": float32 (C,)}; with masks also "labels": int64 (S, S).
 
-    `transform(image, mask, rng)` makes the tensors (see TrainTransform). Its random numbers depend on (seed, epoch, i)
-    alone, so they are the same for any number of workers and processes. With `mask_column`, rows without a mask are
-    left out. Raises DataError for a column that does not exist or holds no mask, and for a file that does not decode.
+    With `superpixels` also "superpixels": int64 (S, S), indices from 0, what lies outside the image being one of its
+    own; with `saliency` also "saliency": float32 (S, S) in [0, 1]. Both from the column of that name.
+
+    `transform(image, mask, rng, followers)` makes the tensors (see TrainTransform). Its random numbers depend on
+    (seed, epoch, i) alone, so they are the same for any number of workers and processes. With `mask_column`, rows
+    without a mask are left out. Raises DataError for a column that does not exist or holds no mask, and for a file
+    that does not decode.
     """
 
     def __init__(
@@ -24,8 +37,17 @@ class TaggedExamples(torch.utils.data.Dataset):
         transform: Callable[..., tuple[Tensor, Tensor | None]],
         mask_column: str | None = None,
         seed: int = 0,
+        superpixels: bool = False,
+        saliency: bool = False,
     ):
-        columns = ["image_id", "image", "tags"]
+        self.maps = [name for name, wanted in (("superpixels", superpixels), ("saliency", saliency)) if wanted]
+        columns = ["image_id", "image", "tags", *self.maps]
+        for column in self.maps:
+            if column not in dataset.features:
+                raise DataError(
+                    f"the recipe wants {column} (cam.{column}) and there is no column {column!r}, only "
+                    f"{', '.join(dataset.features)}"
+                )
         if mask_column is not None:
             if mask_column not in dataset.features:
                 raise DataError(f"no column {mask_column!r} to learn from; there are {', '.join(dataset.features)}")
@@ -57,6 +79,13 @@ class TaggedExamples(torch.utils.data.Dataset):
                     f"{image.width}x{image.height}; they must be the same"
                 )
         rng = np.random.default_rng((self.seed, int(self._epoch), index))
-        pixel_values, labels = self.transform(image, mask, rng)
+        maps = [decode_gray(row[name], f"{where}, column {name}") for name in self.maps]
+        outside = [
+            int(values.max()) + 1 if name == "superpixels" else 0 for name, values in zip(self.maps, maps, strict=True)
+        ]
+        pixel_values, labels, *followed = self.transform(image, mask, rng, [*zip(maps, outside, strict=True)])
         example = {"pixel_values": pixel_values, "tags": tags_to_multi_hot(row["tags"], self.num_classes)}
+        example |= dict(zip(self.maps, followed, strict=True))
+        if "saliency" in example:
+            example["saliency"] = example["saliency"] / 255
         return example if labels is None else example | {"labels": labels}

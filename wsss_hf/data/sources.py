@@ -17,7 +17,7 @@ _SOURCES = (
 )
 _SAVED_MARKS = ("dataset_dict.json", "dataset_info.json")
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev", "test")}  # the first that exists
-_COLUMNS = ("image_id", "image", "tags", "mask", "saliency", "pseudo_mask")
+_COLUMNS = ("image_id", "image", "tags", "mask", "saliency", "superpixels", "pseudo_mask")
 
 
 def load_data(

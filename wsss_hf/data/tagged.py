@@ -107,6 +107,15 @@ def decode_mask(value: dict | Image.Image, where: str) -> np.ndarray:
         return np.array(image)
 
 
+def decode_gray(value: dict | Image.Image, where: str) -> np.ndarray:
+    """Image of one channel of 8 or 16 bits → values int32 (H, W). Raises DataError, which begins with `where`."""
+    image = _open(value, where)
+    if image.mode != "L" and not image.mode.startswith("I"):
+        raise DataError(f"{where}: the image has mode {image.mode}; one channel (mode L, or I;16) would be right")
+    with _naming(where):
+        return np.array(image).astype(np.int32)
+
+
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     width, height = image.size
     return (height, width) if image.getexif().get(_ORIENTATION, 1) >= 5 else (width, height)
@@ -138,7 +147,7 @@ def _check_columns(split: str, rows: Dataset) -> None:
             f"split {split!r} lacks column {', '.join(missing)}; it has {', '.join(rows.features)}: "
             "rename them or map them with `columns`"
         )
-    for name in ("image", "mask"):
+    for name in ("image", "mask", "saliency", "superpixels"):
         if name in rows.features and not isinstance(rows.features[name], ImageFeature):
             found = rows.features[name]
             raise DataError(f"column {name!r} of split {split!r} must hold images (datasets.Image), not {found}")

@@ -1,4 +1,4 @@
-"""Augmentation of an image together with its mask."""
+"""Augmentation of an image together with its mask and other maps."""
 
 from collections.abc import Sequence
 
@@ -38,9 +38,17 @@ class TrainTransform:
         self.std = torch.tensor(image_std).view(3, 1, 1)
 
     def __call__(
-        self, image: Image.Image, mask: np.ndarray | None, rng: np.random.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """RGB image, mask uint8 (H, W) or None → pixel_values float32 (3, S, S), mask int64 (S, S) or None."""
+        self,
+        image: Image.Image,
+        mask: np.ndarray | None,
+        rng: np.random.Generator,
+        followers: Sequence[tuple[np.ndarray, int]] = (),
+    ) -> tuple[torch.Tensor | None, ...]:
+        """RGB image, mask uint8 (H, W) or None → pixel_values float32 (3, S, S), mask int64 (S, S) or None.
+
+        After them comes an int64 (S, S) for every one of `followers`: maps int32 (h, w) of the whole image, at a
+        resolution of their own, each with the value that it gets outside the image.
+        """
         size = self.crop_size
         factor = size / min(image.size) * rng.uniform(*self.scale)
         (left, width, x), (top, height, y) = (self._crop_axis(length, factor, rng) for length in image.size)
@@ -54,13 +62,18 @@ class TrainTransform:
         pixel_values = torch.zeros(3, size, size)
         pixel_values[:, y : y + height, x : x + width] = pixels
         pixel_values = pixel_values.flip(-1) if flip else pixel_values
-        if mask is None:
-            return pixel_values, None
 
-        crop = Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST, box=box)
-        labels = torch.full((size, size), IGNORE_INDEX)
-        labels[y : y + height, x : x + width] = torch.from_numpy(np.array(crop)).long()
-        return pixel_values, labels.flip(-1) if flip else labels
+        def follow(values: np.ndarray, outside: int) -> torch.Tensor:
+            across, down = values.shape[1] / image.width, values.shape[0] / image.height
+            part = (box[0] * across, box[1] * down, min(box[2] * across, values.shape[1]), box[3] * down)
+            part = (*part[:3], min(part[3], values.shape[0]))
+            crop = Image.fromarray(values).resize((width, height), Image.Resampling.NEAREST, box=part)
+            followed = torch.full((size, size), outside)
+            followed[y : y + height, x : x + width] = torch.from_numpy(np.array(crop)).long()
+            return followed.flip(-1) if flip else followed
+
+        labels = None if mask is None else follow(mask, IGNORE_INDEX)
+        return pixel_values, labels, *(follow(values, outside) for values, outside in followers)
 
     def _crop_axis(self, length: int, factor: float, rng: np.random.Generator) -> tuple[float, int, int]:
         """One axis → where the crop begins in the image, its length in the output, where it is put in the output."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +69,7 @@ class Backbone(nn.Module):
     Attributes:
         channels: channels of each stage, shallow to deep.
         strides: input size / map size of each stage, after dilation.
+        gradient_checkpointing: whether training computes activations anew instead of keeping them.
 
     Raises:
         ValueError: the network takes no images, gives no spatial map, or can't be dilated to `output_stride`.
@@ -74,6 +77,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, output_stride: int | None = None):
         super().__init__()
+        self.gradient_checkpointing = False
         auto_class, kwargs = _auto_class(config)
         self.body = auto_class.from_config(config, **kwargs)
         if self.body.main_input_name != "pixel_values":
@@ -138,6 +142,43 @@ class Backbone(nn.Module):
             f"{tuple(hidden.shape)}; a network whose hidden states are (B, D, h, w) or patch tokens would be right"
         )
 
+    def set_checkpointing(self, enable: bool, function: Callable, every: int = 1) -> None:
+        """Turn gradient checkpointing on or off: of a block only the input is kept for the backward pass.
+
+        Networks of transformers that know how do it themselves; of others, a block is the smallest part with two
+        layers of weights or more. Batch norms do not count the images of the second computation again.
+
+        Args:
+            function: `torch.utils.checkpoint.checkpoint`, not reentrant.
+            every: only every n-th block.
+        """
+        self.gradient_checkpointing = enable
+        function = partial(function, context_fn=self._checkpoint_contexts)
+        if self.body.supports_gradient_checkpointing:
+            self.body._set_gradient_checkpointing(enable, function, every)
+            return
+        for block in _blocks(self.body)[::every]:
+            if enable:
+                block.forward = partial(_checkpointed_forward, block, function)
+            else:
+                vars(block).pop("forward", None)
+
+    def _checkpoint_contexts(self) -> tuple:
+        return nullcontext(), self.statistics_kept()
+
+    @contextmanager
+    def statistics_kept(self) -> Iterator[None]:
+        """Meanwhile the batch norms do not move their running statistics."""
+        norms = [module for module in self.body.modules() if isinstance(module, nn.BatchNorm2d)]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        try:
+            for norm in norms:
+                norm.momentum, norm.num_batches_tracked = 0.0, None
+            yield
+        finally:
+            for norm, (momentum, batches) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, batches
+
     def activations(self) -> dict[str, tuple[int, int]]:
         """Name in `body` → (channels, channel axis) of every activation function's output, in order of execution."""
         found = {}
@@ -183,6 +224,22 @@ class Backbone(nn.Module):
 
 _PROBE_SIZE = 224  # divisible by the strides 2 … 32 and by the patch sizes 14 and 16
 _ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
+
+
+def _blocks(body: nn.Module) -> list[nn.Module]:
+    """The smallest parts of a network that hold two layers of weights or more."""
+    layers = {
+        module: sum(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules())
+        for module in body.modules()
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict)
+    }
+    parts = {module for module, count in layers.items() if count > 1}
+    return [module for module in layers if module in parts and parts.isdisjoint([*module.modules()][1:])]
+
+
+def _checkpointed_forward(block: nn.Module, function: Callable, *args, **kwargs):
+    forward = partial(type(block).forward, block)
+    return function(forward, *args, **kwargs) if block.training else forward(*args, **kwargs)
 
 
 def _dilate(layers: list[tuple[nn.Module, int]], output_stride: int):

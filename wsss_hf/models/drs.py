@@ -5,11 +5,15 @@ Kim, Han and Kim, "Discriminative Region Suppression for Weakly-Supervised Seman
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from .methods import Method, register_method
 
@@ -21,21 +25,64 @@ class DrsConfig:
     Attributes:
         mode: "learnable" (a controller per image and channel) or "fixed" (one `delta` for all).
         delta: share of its maximum that a channel may keep in fixed mode, in (0, 1].
-        layers: names of the backbone's activation functions to suppress after, as shell patterns; "*" is all of them,
-            the paper's placement.
+        layers: names of the backbone's activation functions to suppress after, as shell patterns; "*" is all of them.
+            None takes those that `PLACEMENTS` has for the backbone's family; a model saves which these were.
     """
 
     mode: str = "learnable"
     delta: float = 0.55
-    layers: list[str] = field(default_factory=lambda: ["*"])
+    layers: list[str] | None = None
 
     def __post_init__(self):
         if self.mode not in ("learnable", "fixed"):
             raise ValueError(f"drs.mode={self.mode!r}: 'learnable' or 'fixed' would be right")
         if not isinstance(self.delta, int | float) or not 0 < self.delta <= 1:
             raise ValueError(f"drs.delta={self.delta!r}: a number in (0, 1] would be right")
-        if not isinstance(self.layers, list | tuple) or not self.layers:
+        if self.layers is not None and not (isinstance(self.layers, list | tuple) and self.layers):
             raise ValueError(f"drs.layers={self.layers!r}: a list of names or patterns would be right, such as ['*']")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Activations of a family of backbones.
+
+    Attributes:
+        patterns: shell patterns of their names.
+        deepest: how many of those that fit, counted from the end of the network; None is all.
+    """
+
+    patterns: tuple[str, ...] = ("*",)
+    deepest: int | None = None
+
+    def choose(self, names: Sequence[str]) -> list[str]:
+        """Those of `names`, which are in the order of execution, that are suppressed."""
+        fitting = [name for name in names if any(fnmatchcase(name, pattern) for pattern in self.patterns)]
+        return fitting if self.deepest is None else fitting[-self.deepest :]
+
+
+EVERYWHERE = Placement()
+# A controller is a square matrix of its activation's channels. After the four times widened hidden layers of ConvNeXt
+# and of transformers those of all blocks would outweigh the network.
+LAST_BLOCKS = Placement(deepest=4)
+PLACEMENTS: dict[str, Placement] = {
+    "wsss_vgg16": EVERYWHERE,  # the paper's placement: after each of the 13 relus and those of the extra convolutions
+    "wsss_wide_resnet38": EVERYWHERE,
+    "resnet": EVERYWHERE,  # inside the blocks and after each
+    "mobilenet_v2": EVERYWHERE,  # after widening and after depthwise convolutions; the narrow ones have no activation
+    "convnext": LAST_BLOCKS,  # after the GELU inside a block, (B, h, w, 4D)
+    "convnextv2": LAST_BLOCKS,
+    "vit": LAST_BLOCKS,  # after the GELU of the MLP, (B, N, 4D): the maximum is over all tokens
+    "dinov2": LAST_BLOCKS,
+    "dinov2_with_registers": LAST_BLOCKS,
+    "dinov3_vit": LAST_BLOCKS,
+}
+"""Model type of a backbone → where DRS stands if the configuration doesn't say."""
+
+
+def default_placement(backbone_config: PreTrainedConfig) -> Placement:
+    """What `PLACEMENTS` has for the family; for others the last blocks of a transformer and every activation else."""
+    has_attention = getattr(backbone_config, "num_attention_heads", None) is not None
+    return PLACEMENTS.get(backbone_config.model_type, LAST_BLOCKS if has_attention else EVERYWHERE)
 
 
 def suppress(features: Tensor, controller: Tensor | float, channel_axis: int = 1) -> Tensor:
@@ -87,14 +134,25 @@ class Drs(Method):
     def __init__(self, config: DrsConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
         activations = backbone.activations()
+        if config.layers is None:
+            # Written down, so that a saved model does not depend on today's table.
+            names = default_placement(backbone.body.config).choose(list(activations))
+            self.config = config = dataclasses.replace(config, layers=names or ["*"])
         for pattern in config.layers:
             if not any(fnmatchcase(name, pattern) for name in activations):
-                known = ", ".join(activations) or "none"
-                raise ValueError(f"drs.layers: no activation of the backbone is named {pattern!r}; it has: {known}")
+                raise ValueError(_no_such_layer(pattern, list(activations)))
         self.layers = nn.ModuleDict()
-        for name, (channels, axis) in activations.items():
-            if any(fnmatchcase(name, pattern) for pattern in config.layers):
-                suppression = Suppression(channels, axis, config.delta if config.mode == "fixed" else None)
-                self.layers[name.replace(".", "/")] = suppression
-                # A bound method, not a closure: deep copies of the model then hook their own copy.
-                backbone.body.get_submodule(name).register_forward_hook(suppression.hook)
+        for name in Placement(tuple(config.layers)).choose(list(activations)):
+            channels, axis = activations[name]
+            suppression = Suppression(channels, axis, config.delta if config.mode == "fixed" else None)
+            self.layers[name.replace(".", "/")] = suppression
+            # A bound method, not a closure: deep copies of the model then hook their own copy.
+            backbone.body.get_submodule(name).register_forward_hook(suppression.hook)
+
+
+def _no_such_layer(pattern: str, names: list[str]) -> str:
+    complaint = f"drs.layers: no activation of the backbone is named {pattern!r}"
+    if not names:
+        return f"{complaint}; it has none, so DRS can't stand on it"
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or [names[0], names[-1]]
+    return f"{complaint}; of its {len(names)}, near are {', '.join(near)}"

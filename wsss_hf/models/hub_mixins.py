@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch.utils.checkpoint import checkpoint
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -37,6 +40,7 @@ class PortableModelMixin:
     """
 
     auto_classes: tuple[str, ...] = ()
+    supports_gradient_checkpointing = True
 
     @classmethod
     def from_backbone(cls, backbone: str, hub_kwargs: dict | None = None, **config_kwargs):
@@ -53,6 +57,12 @@ class PortableModelMixin:
         body = pretrained_body(backbone, model.config.backbone_config, **hub_kwargs)
         model.backbone.body.load_state_dict(body.state_dict())
         return model
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ):
+        """What `activation_checkpointing_enable` and `_disable` of transformers call."""
+        self.backbone.set_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         classes = {"AutoConfig": type(self.config)} | dict.fromkeys(self.auto_classes, type(self))

@@ -44,7 +44,8 @@ class Method(nn.Module):
     """Base of all methods: turns features, maps and tags into named losses and, if it has any, better maps.
 
     Args:
-        config: the method's own config dataclass.
+        config: the method's own config dataclass. A method that fills in what depends on the backbone puts a completed
+            copy into `self.config`; the model saves that.
         backbone: the [`Backbone`] it will stand on; read its `channels` and `strides`, do not keep it.
         num_classes: number of object classes C.
     """

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
@@ -66,6 +65,8 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
                 for name, options in config.methods.items()
             }
         )
+        for name, method in self.methods.items():
+            setattr(config, name, method.config)  # which may have been completed for this backbone
         self.post_init()
 
     @torch.no_grad()
@@ -88,15 +89,8 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         They describe the images themselves, as inference sees them; not images at a third of their size (SEAM) or
         with holes (PLDA).
         """
-        norms = [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0
-        try:
+        with self.backbone.statistics_kept():
             return self.classify(pixel_values)
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
 
     @can_return_tuple
     def forward(

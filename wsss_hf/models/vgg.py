@@ -6,6 +6,7 @@ Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
@@ -69,6 +70,7 @@ class Vgg16Backbone(BackboneMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     has_attentions = False
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: Vgg16Config):
         super().__init__(config)
@@ -88,6 +90,7 @@ class Vgg16Backbone(BackboneMixin, PreTrainedModel):
             self.extra.extend(_convolution(channels, width))
             channels = width
         self.num_features = config.widths + config.extra_channels[-1:]
+        self.gradient_checkpointing = False
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -99,14 +102,18 @@ class Vgg16Backbone(BackboneMixin, PreTrainedModel):
     def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
         """Images (B, 3, H, W) → maps (B, D_i, H / s_i, W / s_i) of `out_features`; s is 1, 2, 4, 8, 8, 8."""
         hidden, maps = pixel_values, []
-        for layer in self.features:
-            if isinstance(layer, nn.MaxPool2d):
-                maps.append(hidden)
-            hidden = layer(hidden)
-        maps.append(hidden)
+        poolings = [index for index, layer in enumerate(self.features) if isinstance(layer, nn.MaxPool2d)]
+        for start, end in pairwise([0, *poolings, len(self.features)]):
+            hidden = self._run(self.features[start:end], hidden)
+            maps.append(hidden)
         if len(self.extra):
-            maps.append(self.extra(hidden))
+            maps.append(self._run(self.extra, hidden))
         return BackboneOutput(feature_maps=tuple(maps[index] for index in self.out_indices))
+
+    def _run(self, layers: nn.Sequential, hidden: Tensor) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(layers, hidden)
+        return layers(hidden)
 
 
 def _convolution(channels: int, width: int, dilation: int = 1) -> list[nn.Module]:

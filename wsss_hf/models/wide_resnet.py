@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils.generic import can_return_tuple
 
@@ -58,7 +59,7 @@ class WideResNet38Config(BackboneConfigMixin, PreTrainedConfig):
         return [2, 4, 8, 16, 32]
 
 
-class BasicBlock(nn.Module):
+class BasicBlock(GradientCheckpointingLayer):
     """bn, relu, 3×3, bn, relu, 3×3 beside the input, or beside a projection of its activation to another shape."""
 
     def __init__(
@@ -83,7 +84,7 @@ class BasicBlock(nn.Module):
         return shortcut + branch, activated
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(GradientCheckpointingLayer):
     """bn, relu, 1×1, bn, relu, dropout, 3×3, bn, relu, dropout, 1×1 beside a projection of the activated input."""
 
     def __init__(self, channels: int, width: int, dilation: int, dropout: float):
@@ -127,6 +128,7 @@ class WideResNet38Backbone(BackboneMixin, PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     has_attentions = False
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: WideResNet38Config):
         super().__init__(config)

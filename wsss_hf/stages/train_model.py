@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel
 
 from ..data.examples import TaggedExamples
+from ..data.superpixels import superpixel_column
 from ..data.transforms import TrainTransform
 from ..models.backbone import resolve_backbone_config
 from ..models.image_processing_wsss import WsssImageProcessor, backbone_normalization
 from ..training.loop import build_accelerator, fit
+from ..training.progress import Progress
 from ..training.recipes import RecipeError
 from .outputs import StageOutput
 
@@ -71,6 +75,8 @@ def train_and_save(
     accelerator = build_accelerator(settings, recipe["seed"])
     set_seed(recipe["seed"])
     model, processor = build_model()
+    if settings["gradient_checkpointing"]:
+        model.activation_checkpointing_enable()
     transform = TrainTransform(
         crop_size=recipe["image"]["size"],
         scale=tuple(settings["scale"]),
@@ -79,12 +85,15 @@ def train_and_save(
         image_mean=processor.image_mean,
         image_std=processor.image_std,
     )
-    examples = TaggedExamples(rows, transform, mask_column=mask_column, seed=recipe["seed"])
     accelerator.wait_for_everyone()  # all have looked at the folder before one writes to it
     if accelerator.is_main_process:
         output.begin()
     accelerator.wait_for_everyone()
+    wanted = {name: recipe[section].get(name, False) for name in ("superpixels", "saliency")}
     with output.nothing_left_behind():
+        if wanted["superpixels"]:
+            rows = _with_superpixels(rows, recipe, section, accelerator, output, quiet)
+        examples = TaggedExamples(rows, transform, mask_column=mask_column, seed=recipe["seed"], **wanted)
         history = fit(model, examples, settings, accelerator, output.partial, recipe["seed"], section, quiet)
     if accelerator.is_main_process:
         result = output.partial / "result"
@@ -94,3 +103,26 @@ def train_and_save(
         output.finish(result)
     accelerator.wait_for_everyone()
     return history
+
+
+def _with_superpixels(
+    rows: Dataset, recipe: dict, section: str, accelerator: Accelerator, output: StageOutput, quiet: bool
+) -> Dataset:
+    """`rows` with the column `superpixels`, its own or one that the processes compute, a part each, before training.
+
+    A training that was broken off finds the parts in its folder.
+    """
+    if "superpixels" in rows.features:
+        return rows
+    count = accelerator.num_processes
+    parts = [
+        (rows.shard(count, index, contiguous=True), output.partial / f"superpixels-{index}-of-{count}.arrow")
+        for index in range(count)
+    ]
+    compute = partial(superpixel_column, size=recipe["image"]["size"], options=recipe[section]["felzenszwalb"])
+    mine, file = parts[accelerator.process_index]
+    with Progress("superpixels", len(mine), quiet or not accelerator.is_main_process, unit="image") as progress:
+        compute(mine, cache_file=file, advance=progress.advance)
+    accelerator.wait_for_everyone()
+    column = concatenate_datasets([compute(part, cache_file=file) for part, file in parts])
+    return concatenate_datasets([rows, column], axis=1)

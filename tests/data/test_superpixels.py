@@ -1,0 +1,63 @@
+import numpy as np
+import pytest
+from datasets import Dataset
+from PIL import Image, ImageDraw
+
+from wsss_hf.data import superpixels as module
+from wsss_hf.data.superpixels import superpixel_column, superpixels
+from wsss_hf.data.tagged import DataError, decode_gray, tagged_features, undecoded
+from wsss_hf.data.toy import make_toy
+
+OPTIONS = {"scale": 100.0, "sigma": 0.5, "min_size": 20}
+
+
+def two_halves(size):
+    image = Image.new("RGB", size, (200, 40, 40))
+    ImageDraw.Draw(image).rectangle([size[0] // 2, 0, *size], fill=(40, 40, 200))
+    return image
+
+
+def test_regions_of_one_colour_are_superpixels():
+    found = superpixels(two_halves((40, 30)), 100, **OPTIONS)
+    assert found.shape == (30, 40) and found.dtype == np.uint16
+    left, right = found[:, :18], found[:, 22:]
+    assert (left == left[0, 0]).all() and (right == right[0, 0]).all() and left[0, 0] != right[0, 0]
+
+
+def test_large_photographs_are_reduced_first():
+    assert superpixels(two_halves((90, 60)), 20, **OPTIONS).shape == (20, 30)
+
+
+def test_they_follow_the_objects_of_the_embedded_data():
+    for row in make_toy(4, 1)["train"]:
+        found, mask = superpixels(row["image"], 96, **OPTIONS), np.array(row["mask"])
+        counts = np.zeros((found.max() + 1, 256))
+        np.add.at(counts, (found[mask < 255], mask[mask < 255]), 1)
+        assert counts.max(axis=1).sum() > 0.95 * counts.sum()  # nearly all pixels are of their superpixel's label
+        assert len(counts) < 150
+
+
+def test_more_than_16_bits_can_number_are_refused(monkeypatch):
+    monkeypatch.setattr(module, "_MOST", 1)
+    with pytest.raises(DataError, match="has [0-9] superpixels, 1 are possible; a larger min_size"):
+        superpixels(two_halves((40, 30)), 100, **OPTIONS)
+
+
+def test_a_column_is_computed_once(tmp_path, monkeypatch):
+    rows = make_toy(5, 1, image_size=32)["train"].select([3, 1, 4])
+    done = []
+    column = superpixel_column(rows, 32, OPTIONS, tmp_path / "cache.arrow", done.append)
+    assert sum(done) == 3 and column.column_names == ["superpixels"]
+    for image, row in zip(rows["image"], undecoded(column), strict=True):
+        assert np.array_equal(decode_gray(row["superpixels"], "row"), superpixels(image, 32, **OPTIONS))
+    monkeypatch.setattr(module, "superpixels", None)
+    again = superpixel_column(rows, 32, OPTIONS, tmp_path / "cache.arrow", done.append)
+    assert undecoded(again)[:] == undecoded(column)[:] and sum(done) == 3
+
+
+def test_a_bad_image_is_named(tmp_path):
+    columns = {"image_id": ["a"], "image": [{"bytes": b"no image", "path": None}], "tags": [[0]]}
+    rows = Dataset.from_dict(columns, features=tagged_features(["cat"]))
+    with pytest.raises(DataError, match="row 'a': cannot be decoded as an image"):
+        superpixel_column(rows, 32, OPTIONS, tmp_path / "cache.arrow")
+    assert not list(tmp_path.iterdir())
