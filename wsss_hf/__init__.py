@@ -20,6 +20,8 @@ from .models import (
     D2camConfig,
     DrsConfig,
     IcdConfig,
+    MapRefiner,
+    MapRefinerConfig,
     Method,
     PldaConfig,
     SeamConfig,
@@ -41,6 +43,8 @@ __all__ = [
     "D2camConfig",
     "DrsConfig",
     "IcdConfig",
+    "MapRefiner",
+    "MapRefinerConfig",
     "Method",
     "PldaConfig",
     "SeamConfig",
@@ -52,7 +56,11 @@ __all__ = [
     "register_method",
 ]
 
-for _config_class, _model_class in ((CamConfig, CamClassifier), (SegmenterConfig, Segmenter)):
+for _config_class, _model_class in (
+    (CamConfig, CamClassifier),
+    (MapRefinerConfig, MapRefiner),
+    (SegmenterConfig, Segmenter),
+):
     AutoConfig.register(_config_class.model_type, _config_class)
     AutoModel.register(_config_class, _model_class)
     AutoModelForSemanticSegmentation.register(_config_class, _model_class)

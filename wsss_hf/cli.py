@@ -27,6 +27,7 @@ from .stages.make_masks import make_masks as run_make_masks
 from .stages.run import COLUMNS, maps_row, masks_row, segmenter_row
 from .stages.run import run as run_all
 from .stages.train_cam import train_cam as run_train_cam
+from .stages.train_refiner import train_refiner as run_train_refiner
 from .stages.train_segmenter import train_segmenter as run_train_segmenter
 from .training.loop import TrainingError
 from .training.recipes import RecipeError, load_recipe, recipe_names
@@ -176,7 +177,7 @@ def demo(out: Out = Path("runs/demo"), recipe: RecipeName = "toy", changes: Set 
 @app.command()
 @_with_inputs
 def run(inputs: Inputs, out: Out, quiet: Quiet = False):
-    """All stages in order: train-cam, make-masks, train-segmenter, evaluate, report."""
+    """All stages in order: train-cam, train-refiner if refiner.use, make-masks, train-segmenter, evaluate, report."""
     run_all(inputs.data, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
 
 
@@ -185,6 +186,18 @@ def run(inputs: Inputs, out: Out, quiet: Quiet = False):
 def train_cam(inputs: Inputs, out: Out, quiet: Quiet = False):
     """Tagged images → CAM classifier."""
     run_train_cam(inputs.data, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
+
+
+@app.command()
+@_with_inputs
+def train_refiner(
+    inputs: Inputs,
+    cam: Annotated[str, typer.Argument(help="A trained CAM classifier, directory or Hub id.")],
+    out: Out,
+    quiet: Quiet = False,
+):
+    """Tagged images and a CAM classifier → map refiner, which can take its place in make-masks."""
+    run_train_refiner(inputs.data, cam, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
 
 
 @app.command()

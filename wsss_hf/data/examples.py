@@ -23,7 +23,8 @@ class TaggedExamples(torch.utils.data.Dataset):
     """Item i → {"pixel_values": float32 (3, S, S), "tags": float32 (C,)}; with masks also "labels": int64 (S, S).
 
     With `superpixels` also "superpixels": int64 (S, S), indices from 0, what lies outside the image being one of its
-    own; with `saliency` also "saliency": float32 (S, S) in [0, 1]. Both from the column of that name.
+    own; with `saliency` also "saliency": float32 (S, S) in [0, 1]. Both from the column of that name. With `targets`
+    also "targets": float32 (C, S, S) in [0, 1] from the column `localization_maps`, a grey PNG for each of the tags.
 
     `transform(image, mask, rng, followers)` makes the tensors (see TrainTransform). Its random numbers depend on
     (seed, epoch, i) alone, so they are the same for any number of workers and processes. With `mask_column`, rows
@@ -39,9 +40,10 @@ class TaggedExamples(torch.utils.data.Dataset):
         seed: int = 0,
         superpixels: bool = False,
         saliency: bool = False,
+        targets: bool = False,
     ):
         self.maps = [name for name, wanted in (("superpixels", superpixels), ("saliency", saliency)) if wanted]
-        columns = ["image_id", "image", "tags", *self.maps]
+        columns = ["image_id", "image", "tags", *self.maps, *["localization_maps"] * targets]
         for column in self.maps:
             if column not in dataset.features:
                 raise DataError(
@@ -55,6 +57,7 @@ class TaggedExamples(torch.utils.data.Dataset):
             if not len(dataset):
                 raise DataError(f"no row has a {mask_column!r} to learn from")
             columns.append(mask_column)
+        self.targets = targets
         self.num_classes = len(class_names(dataset))
         self.rows = undecoded(dataset.select_columns(columns))
         self.transform, self.mask_column, self.seed = transform, mask_column, seed
@@ -79,13 +82,31 @@ class TaggedExamples(torch.utils.data.Dataset):
                     f"{image.width}x{image.height}; they must be the same"
                 )
         rng = np.random.default_rng((self.seed, int(self._epoch), index))
-        maps = [decode_gray(row[name], f"{where}, column {name}") for name in self.maps]
-        outside = [
-            int(values.max()) + 1 if name == "superpixels" else 0 for name, values in zip(self.maps, maps, strict=True)
-        ]
-        pixel_values, labels, *followed = self.transform(image, mask, rng, [*zip(maps, outside, strict=True)])
+        followers = self._followers(row, where)
+        pixel_values, labels, *followed = self.transform(image, mask, rng, [*followers.values()])
         example = {"pixel_values": pixel_values, "tags": tags_to_multi_hot(row["tags"], self.num_classes)}
-        example |= dict(zip(self.maps, followed, strict=True))
-        if "saliency" in example:
-            example["saliency"] = example["saliency"] / 255
-        return example if labels is None else example | {"labels": labels}
+        if labels is not None:
+            example["labels"] = labels
+        followed = dict(zip(followers, followed, strict=True))
+        if self.targets:
+            example["targets"] = torch.zeros(self.num_classes, *pixel_values.shape[-2:])
+            for tag in row["tags"]:
+                example["targets"][tag] = followed.pop(tag)
+        return example | followed
+
+    def _followers(self, row: dict, where: str) -> dict[str | int, tuple[np.ndarray, int]]:
+        """What the transform does to other maps than masks, by column or, for localisation maps, by class."""
+        followers = {}
+        for name in self.maps:
+            values = decode_gray(row[name], f"{where}, column {name}")
+            is_index = name == "superpixels"
+            followers[name] = (values, int(values.max()) + 1) if is_index else (_share(values), 0)
+        if self.targets:
+            for tag, png in zip(row["tags"], row["localization_maps"], strict=True):
+                followers[tag] = _share(decode_gray({"bytes": png}, f"{where}, localization_maps")), 0
+        return followers
+
+
+def _share(values: np.ndarray) -> np.ndarray:
+    """0..255 → float32 in [0, 1]."""
+    return values.astype(np.float32) / 255

@@ -46,8 +46,9 @@ class TrainTransform:
     ) -> tuple[torch.Tensor | None, ...]:
         """RGB image, mask uint8 (H, W) or None → pixel_values float32 (3, S, S), mask int64 (S, S) or None.
 
-        After them comes an int64 (S, S) for every one of `followers`: maps int32 (h, w) of the whole image, at a
-        resolution of their own, each with the value that it gets outside the image.
+        After them comes a tensor (S, S) for every one of `followers`: maps (h, w) of the whole image, at a resolution
+        of their own, each with the value that it gets outside the image. Of int32 ones, indices, the nearest are
+        taken, as int64; float32 ones are interpolated.
         """
         size = self.crop_size
         factor = size / min(image.size) * rng.uniform(*self.scale)
@@ -67,9 +68,11 @@ class TrainTransform:
             across, down = values.shape[1] / image.width, values.shape[0] / image.height
             part = (box[0] * across, box[1] * down, min(box[2] * across, values.shape[1]), box[3] * down)
             part = (*part[:3], min(part[3], values.shape[0]))
-            crop = Image.fromarray(values).resize((width, height), Image.Resampling.NEAREST, box=part)
-            followed = torch.full((size, size), outside)
-            followed[y : y + height, x : x + width] = torch.from_numpy(np.array(crop)).long()
+            smooth = values.dtype == np.float32
+            resample = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+            crop = Image.fromarray(values).resize((width, height), resample, box=part)
+            followed = torch.full((size, size), outside, dtype=torch.float32 if smooth else torch.int64)
+            followed[y : y + height, x : x + width] = torch.from_numpy(np.array(crop)).to(followed.dtype)
             return followed.flip(-1) if flip else followed
 
         labels = None if mask is None else follow(mask, IGNORE_INDEX)

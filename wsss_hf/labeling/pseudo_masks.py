@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoImageProcessor, BaseImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
 from ..data.batches import batches_by_size
+from ..models.configuration_cam import CamConfig
 from ..models.maps import add_background
 from ..models.modeling_cam import CamClassifier
+from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
 from .localization import label_map, localize
 from .refine import build_refiner
 
@@ -72,6 +74,14 @@ def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict)
 
 
 def load_labeler(directory: str, device: torch.device | str, **hub_kwargs) -> tuple[CamClassifier, BaseImageProcessor]:
-    """A trained CAM classifier in eval mode and its image processor, from a directory or Hub id."""
-    model = CamClassifier.from_pretrained(directory, **hub_kwargs).to(device, memory_format=torch.channels_last).eval()
+    """A trained CAM classifier or map refiner in eval mode and its image processor, from a directory or Hub id.
+
+    Raises:
+        ValueError: it is another kind of model.
+    """
+    config = AutoConfig.from_pretrained(directory, **hub_kwargs)
+    model_class = MapRefiner if isinstance(config, MapRefinerConfig) else CamClassifier
+    if not isinstance(config, CamConfig):
+        raise ValueError(f"{directory} is a {config.model_type}; a CAM classifier or a map refiner would be right")
+    model = model_class.from_pretrained(directory, **hub_kwargs).to(device, memory_format=torch.channels_last).eval()
     return model, AutoImageProcessor.from_pretrained(directory, **hub_kwargs)

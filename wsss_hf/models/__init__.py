@@ -8,6 +8,7 @@ from .icd import IcdConfig
 from .image_processing_wsss import WsssImageProcessor
 from .methods import Method, TrainingStep, register_method
 from .modeling_cam import CamClassifier, CamOutput
+from .modeling_map_refiner import MapRefiner, MapRefinerConfig
 from .modeling_segmenter import Segmenter
 from .pipeline_wsss import WeakSegmentationPipeline
 from .plda import PldaConfig
@@ -20,6 +21,8 @@ __all__ = [
     "D2camConfig",
     "DrsConfig",
     "IcdConfig",
+    "MapRefiner",
+    "MapRefinerConfig",
     "Method",
     "PldaConfig",
     "SeamConfig",

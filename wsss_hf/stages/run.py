@@ -23,6 +23,7 @@ from ..models.modeling_segmenter import Segmenter
 from .make_masks import make_masks
 from .outputs import OutputError, write_atomically
 from .train_cam import train_cam
+from .train_refiner import train_refiner
 from .train_segmenter import train_segmenter
 
 COLUMNS = ["result", "split", "mean_iou", "mean_iou_interval", "pixel_accuracy", "num_images"]
@@ -36,13 +37,14 @@ def run(
     hub_kwargs: dict | None = None,
     quiet: bool = False,
 ) -> list[dict]:
-    """Train the CAM classifier, make pseudo masks, train the segmenter, evaluate, report.
+    """Train the CAM classifier and, if the recipe says so, the map refiner; make pseudo masks, train the segmenter,
+    evaluate, report.
 
     Args:
         data: tagged images; rows that have a `mask` serve the evaluation, and nothing else.
         recipe: a resolved recipe.
-        out: gets `cam/`, `masks/`, `segmenter/`, `results.json`, `report.html` and `gallery.png`. Finished stages of
-            the same settings are not done again.
+        out: gets `cam/`, perhaps `refiner/`, `masks/`, `segmenter/`, `results.json`, `report.html` and `gallery.png`.
+            Finished stages of the same settings are not done again.
 
     Returns:
         the rows of the results table.
@@ -51,7 +53,8 @@ def run(
     common = {"data_settings": data_settings, "hub_kwargs": hub_kwargs, "quiet": quiet}
     started = time.perf_counter()
     cam = train_cam(data, recipe, out / "cam", **common)
-    masks = make_masks(data, cam, recipe, out / "masks", **common)
+    labeler = train_refiner(data, cam, recipe, out / "refiner", **common) if recipe["refiner"]["use"] else cam
+    masks = make_masks(data, labeler, recipe, out / "masks", **common)
     labelled = load_from_disk(str(masks))
     segmenter = train_segmenter(labelled, recipe, out / "segmenter", cam=cam, **common)
     rows = [
@@ -59,7 +62,7 @@ def run(
         segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe, quiet),
     ]
     minutes = (time.perf_counter() - started) / 60
-    return finish_run(out, rows, data, cam, segmenter, recipe, data_settings, minutes, quiet)
+    return finish_run(out, rows, data, labeler, segmenter, recipe, data_settings, minutes, quiet)
 
 
 def check_run_folder(out: str | os.PathLike) -> Path:

@@ -68,8 +68,14 @@ def train_and_save(
     section: str,
     output: StageOutput,
     quiet: bool,
+    targets: bool = False,
 ) -> list[dict]:
-    """Train what `build_model()` gives, (model, processor), and put both where `output` says; returns the log."""
+    """Train what `build_model()` gives, (model, processor), and put both where `output` says; returns the log.
+
+    Args:
+        mask_column: label maps to learn from; None learns from tags, or
+        targets: from the localisation maps of the rows.
+    """
     settings = recipe[section]["train"]
     AcceleratorState._reset_state()  # each stage of a run has its own precision
     accelerator = build_accelerator(settings, recipe["seed"])
@@ -93,7 +99,9 @@ def train_and_save(
     with output.nothing_left_behind():
         if wanted["superpixels"]:
             rows = _with_superpixels(rows, recipe, section, accelerator, output, quiet)
-        examples = TaggedExamples(rows, transform, mask_column=mask_column, seed=recipe["seed"], **wanted)
+        examples = TaggedExamples(
+            rows, transform, mask_column=mask_column, seed=recipe["seed"], targets=targets, **wanted
+        )
         history = fit(model, examples, settings, accelerator, output.partial, recipe["seed"], section, quiet)
     if accelerator.is_main_process:
         result = output.partial / "result"

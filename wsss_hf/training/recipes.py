@@ -50,12 +50,12 @@ def load_recipe(name_or_file: str = "default", overrides: Sequence[str] = ()) ->
 
 
 def _check(recipe: dict) -> None:
-    for section in ("cam", "segmenter"):
+    for section in ("cam", "refiner", "segmenter"):
         for key in ("epochs", "batch_size"):
             value = recipe[section]["train"][key]
             if value < 1:
                 raise RecipeError(f"{section}.train.{key} is {value}; 1 or more would be right")
-    for section, key in (("masks", "scales"), ("evaluation", "scales"), ("segmenter", "rates")):
+    for section, key in (("masks", "scales"), ("refiner", "scales"), ("evaluation", "scales"), ("segmenter", "rates")):
         values = recipe[section][key]
         if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
             raise RecipeError(f"{section}.{key} is {values}; a list of positive numbers would be right")

@@ -1,0 +1,126 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors.torch import load_file
+
+from wsss_hf import MapRefiner, Segmenter, SegmenterConfig, WsssImageProcessor
+from wsss_hf.data.batches import batches_by_size
+from wsss_hf.data.tagged import class_names, decode_gray
+from wsss_hf.labeling.localization import localize
+from wsss_hf.labeling.pseudo_masks import load_labeler
+from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.stages import train_refiner as module
+from wsss_hf.stages.make_masks import make_masks
+from wsss_hf.stages.outputs import OutputError
+from wsss_hf.stages.run import run
+from wsss_hf.stages.train_refiner import train_refiner
+
+
+@pytest.fixture
+def recipe(tiny_recipe):
+    tiny_recipe["refiner"] |= {"batch_size": 4, "shard_size": 5}
+    tiny_recipe["refiner"]["train"] |= {"epochs": 2, "batch_size": 4}
+    return tiny_recipe
+
+
+def stored_maps(rows, cam, recipe, folder):
+    """(rows with maps, one list of arrays per row)"""
+    found = module._with_maps(rows, cam, recipe["refiner"], folder, {}, quiet=True)
+    return [[decode_gray({"bytes": png}, "map") for png in pngs] for pngs in found["localization_maps"]]
+
+
+def test_stored_maps_are_the_maximum_over_the_scales_one_for_each_tag(toy_data, cam_folder, recipe, tmp_path):
+    rows = toy_data["train"]
+    stored = stored_maps(rows, cam_folder, recipe, tmp_path)
+    model, processor = load_labeler(str(cam_folder), "cpu")
+    (batch,) = batches_by_size(rows.select([3]), processor, 1)
+    maps, _ = localize(model, batch.pixel_values, batch.tags, (12, 12), (0.8, 1.0, 1.2), flip=False, fusion="max")
+    assert [len(maps) for maps in stored] == [len(tags) for tags in rows["tags"]]
+    order = np.argsort(np.argsort(rows[3]["tags"]))  # localize goes by class
+    for position, values in zip(order, stored[3], strict=True):
+        assert np.abs(values - 255 * maps[position].numpy()).max() <= 0.51
+
+
+def test_a_refiner_learns_the_maps_of_the_classifier(toy_data, cam_folder, recipe, tmp_path):
+    recipe["refiner"]["train"] |= {"epochs": 20, "lr": 3e-3, "freeze_batch_norm": False}
+    recipe["refiner"]["train"] |= {"scale": [1.0, 1.0], "color_jitter": 0.0}
+    out = train_refiner(toy_data, cam_folder, recipe, tmp_path / "refiner", {"source": "toy"}, quiet=True)
+    losses = [record["refinement"] for record in json.loads((out / "training_log.json").read_text())]
+    assert losses[-1] < 0.7 * losses[0]
+    model = MapRefiner.from_pretrained(out)
+    assert [model.config.id2label[c] for c in range(8)] == class_names(toy_data)
+    assert model.backbone.strides[-1] == 16 and model.config.methods == {}
+    assert WsssImageProcessor.from_pretrained(out).size["shortest_edge"] == 48
+    assert [path.name for path in tmp_path.iterdir()] == ["refiner"]  # the maps are gone
+    model, processor = load_labeler(str(out), "cpu")
+    assert type(model) is MapRefiner
+    masks = load_from_disk(str(make_masks(toy_data, out, recipe, tmp_path / "masks", quiet=True)))
+    assert len(np.unique(np.stack(masks["train"]["pseudo_mask"]))) > 2
+
+
+def test_true_masks_are_never_read(toy_data, poisoned_data, cam_folder, recipe, tmp_path):
+    first, second = (
+        train_refiner(data, cam_folder, recipe, tmp_path / name, quiet=True)
+        for name, data in (("clean", toy_data), ("poisoned", poisoned_data))
+    )
+    first, second = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_killed_stage_goes_on_where_it_was(toy_data, cam_folder, recipe, tmp_path, monkeypatch):
+    unbroken = train_refiner(toy_data, cam_folder, recipe, tmp_path / "unbroken", quiet=True)
+    forward, calls = MapRefiner.forward, []
+
+    def mortal(self, *args, **kwargs):
+        calls.append(self.progress)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(MapRefiner, "forward", mortal)
+    with pytest.raises(KeyboardInterrupt):
+        train_refiner(toy_data, cam_folder, recipe, tmp_path / "broken", quiet=True)
+    monkeypatch.setattr(module, "localize", None)  # the maps are there
+    out = train_refiner(toy_data, cam_folder, recipe, tmp_path / "broken", quiet=True)
+    assert calls[5:] == pytest.approx([3 / 6, 4 / 6, 5 / 6])
+    first, second = (load_file(folder / "model.safetensors") for folder in (unbroken, out))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_it_may_start_from_the_classifiers_backbone(toy_data, cam_folder, recipe, tmp_path):
+    recipe["cam"]["backbone_config"] = None
+    recipe["refiner"]["from_cam"] = True
+    recipe["refiner"]["train"]["lr"] = 0.0
+    with pytest.raises(ValueError, match="cam.backbone is empty"):
+        train_refiner(
+            toy_data, cam_folder, recipe | {"refiner": recipe["refiner"] | {"from_cam": False}}, tmp_path / "x"
+        )
+    out = train_refiner(toy_data, cam_folder, recipe, tmp_path / "refiner", quiet=True)
+    teacher, model = CamClassifier.from_pretrained(cam_folder), MapRefiner.from_pretrained(out)
+    for name, value in teacher.backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value), name
+    assert model.config.image_mean == teacher.config.image_mean
+
+
+def test_a_run_may_include_it(toy_data, recipe, tmp_path, monkeypatch):
+    recipe["refiner"]["use"] = True
+    rows = run(toy_data, recipe, tmp_path / "run", quiet=True)
+    assert type(load_labeler(str(tmp_path / "run" / "refiner"), "cpu")[0]) is MapRefiner
+    assert "cam: " + str(tmp_path / "run" / "refiner") in (tmp_path / "run" / "masks" / "recipe.yaml").read_text()
+    assert rows[0]["mean_iou"] >= 0
+    recipe["refiner"]["use"] = False  # a stage of its own takes the same result for its own
+    assert train_refiner(toy_data, tmp_path / "run" / "cam", recipe, tmp_path / "run" / "refiner", quiet=True)
+    recipe["refiner"]["fusion"] = "mean"
+    with pytest.raises(OutputError, match="refiner.fusion is 'max' there and 'mean' here"):
+        train_refiner(toy_data, tmp_path / "run" / "cam", recipe, tmp_path / "run" / "refiner", quiet=True)
+
+
+def test_a_segmenter_is_no_classifier(toy_data, tiny_recipe, tmp_path):
+    config = SegmenterConfig(backbone_config=tiny_recipe["cam"]["backbone_config"], rates=[1])
+    Segmenter(config).save_pretrained(tmp_path / "segmenter")
+    with pytest.raises(ValueError, match="segmenter is a wsss_segmenter; a CAM classifier or a map refiner"):
+        train_refiner(toy_data, tmp_path / "segmenter", tiny_recipe, tmp_path / "refiner", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["segmenter"]

@@ -1,0 +1,56 @@
+"""What is computed for every image of a data set: in shards, over all processes, none of them twice."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset, Features
+
+from ..training.progress import Progress
+
+
+def compute_shards(
+    compute: Callable[[Dataset], Iterable[tuple[int, dict]]],
+    rows: Dataset,
+    features: Features,
+    folder: Path,
+    size: int,
+    title: str,
+    quiet: bool = False,
+) -> Dataset:
+    """One row of `features` for each of `rows`, in their order, kept in `folder` as parquet files.
+
+    The shards are split over the processes of `accelerate launch`; a finished one is not computed again.
+
+    Args:
+        compute: gives (index, values of `features`) for each row of a shard, in any order.
+        size: images of a shard.
+        title: of the progress bar.
+    """
+    state = PartialState()
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = {
+        folder / f"{start:08d}.parquet": range(start, min(start + size, len(rows)))
+        for start in range(0, len(rows), size)
+    }
+    mine = list(shards)[state.process_index :: state.num_processes]
+    finished = {path for path in mine if path.exists()}
+    total = sum(len(shards[path]) for path in mine)
+    with Progress(title, total, quiet or not state.is_main_process, unit="image") as progress:
+        progress.advance(sum(len(shards[path]) for path in finished))
+        for path in mine:
+            if path in finished:
+                continue
+            shard = rows.select(shards[path])
+            found: list[dict] = [{}] * len(shard)
+            for index, values in compute(shard):
+                found[index] = values
+                progress.advance(1)
+            fresh = path.with_suffix(".new")
+            Dataset.from_list(found, features=features).to_parquet(fresh)
+            os.replace(fresh, path)
+    state.wait_for_everyone()
+    return Dataset.from_parquet([str(path) for path in shards], features=features, cache_dir=str(folder / "cache"))
