@@ -25,8 +25,8 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         output_stride: largest allowed input size / map size; None leaves the backbone as it is.
         classifier_bias: whether the 1×1 convolution to the maps has a bias, as in some released networks.
         drs, icd, plda, d2cam, seam: options of the methods, as their dataclass or a dict; None is off.
-        method_warmup: share of the training, in [0, 1), in which only the tags teach. The losses of the methods begin
-            after it, and their progress counts from there: they read maps, which a random network does not have.
+        method_warmup: share of the training, in [0, 1), in which only the tags teach. The methods begin after it, and
+            their progress counts from there: they work on maps, which a network from random weights does not have.
         maps: whose localisation maps are used: "cam", or the name of a method that is on and has maps.
         background_threshold: where every normalised map is below it, `segmentation_scores` says background.
         tag_threshold: probability above which a tag counts as predicted.

@@ -110,6 +110,7 @@ class Suppression(nn.Module):
 
     def __init__(self, channels: int, channel_axis: int = 1, delta: float | None = None):
         super().__init__()
+        self.active = True
         self.channel_axis = channel_axis
         self.delta = delta
         self.fc = nn.Linear(channels, channels, bias=False) if delta is None else None
@@ -124,7 +125,7 @@ class Suppression(nn.Module):
         return suppress(features, controller.view(shape), self.channel_axis)
 
     def hook(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
-        return self(output)
+        return self(output) if self.active or not self.training else output
 
 
 @register_method("drs", DrsConfig)
@@ -148,6 +149,15 @@ class Drs(Method):
             self.layers[name.replace(".", "/")] = suppression
             # A bound method, not a closure: deep copies of the model then hook their own copy.
             backbone.body.get_submodule(name).register_forward_hook(suppression.hook)
+
+    @property
+    def active(self) -> bool:
+        return all(suppression.active for suppression in self.layers.values())
+
+    @active.setter
+    def active(self, active: bool):
+        for suppression in self.layers.values():
+            suppression.active = active
 
 
 def _no_such_layer(pattern: str, names: list[str]) -> str:

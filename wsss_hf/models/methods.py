@@ -48,7 +48,12 @@ class Method(nn.Module):
             copy into `self.config`; the model saves that.
         backbone: the [`Backbone`] it will stand on; read its `channels` and `strides`, do not keep it.
         num_classes: number of object classes C.
+
+    Attributes:
+        active: False while the training is in the warmup that comes before the methods.
     """
+
+    active: bool = True
 
     def __init__(self, config, backbone: nn.Module, num_classes: int):
         super().__init__()

@@ -55,7 +55,7 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
 
     def __init__(self, config: CamConfig):
         super().__init__(config)
-        self.progress = 0.0  # share of the training that is done; the training loop moves it
+        self._progress = 0.0
         self.backbone = Backbone(config.backbone_config, config.output_stride)
         channels, bias = self.backbone.channels[-1], config.classifier_bias
         self.classifier = nn.Conv2d(channels, config.num_labels, kernel_size=1, bias=bias)
@@ -77,6 +77,17 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         self.classifier.reset_parameters()
         for method in self.methods.values():
             method.reset_parameters()
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]; the training loop moves it."""
+        return self._progress
+
+    @progress.setter
+    def progress(self, progress: float):
+        self._progress = progress
+        for method in self.methods.values():
+            method.active = progress >= self.config.method_warmup
 
     def classify(self, pixel_values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Images (B, 3, H, W) → stage maps of the backbone, and CAM logits (B, C, h, w)."""
@@ -119,11 +130,11 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         if tags is not None:
             _check_tags(tags, logits)
             losses = {"classification": F.multilabel_soft_margin_loss(logits.float(), tags.float())}
-            if self.training and self.progress >= self.config.method_warmup:
+            if self.training and any(method.active for method in self.methods.values()):
                 step = self._step(pixel_values, tags, features, cams, superpixels, saliency)
                 for method in self.methods.values():
                     losses |= method.losses(step)
-            elif self.training:
+            elif self.training and len(self.methods):
                 # Distributed training wants a gradient for every parameter.
                 idle = sum(parameter.sum() for parameter in self.methods.parameters())
                 losses["classification"] = losses["classification"] + 0 * idle
