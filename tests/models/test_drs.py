@@ -76,6 +76,36 @@ def test_a_channel_that_is_negative_everywhere_stays():
     assert not torch.equal(suppressed[:, 1], features[:, 1])
 
 
+@pytest.mark.parametrize("learnable", [True, False])
+@pytest.mark.parametrize("layout", ["channels first", "channels last in memory", "channels last", "tokens"])
+def test_the_gradient_is_that_of_the_equation(layout, learnable):
+    torch.manual_seed(0)
+    features = torch.randn(2, 5, 4, 3) + torch.tensor([0.0, 1, 2, 0, -9]).view(5, 1, 1)
+    axis = 1
+    if layout == "channels last in memory":
+        features = features.contiguous(memory_format=torch.channels_last)
+    elif layout != "channels first":
+        features, axis = features.permute(0, 2, 3, 1), 3
+        if layout == "tokens":
+            features, axis = features.flatten(1, 2), 2
+    spatial = [a for a in range(1, features.ndim) if a != axis]
+    controller = torch.rand_like(features.amax(spatial, keepdim=True)) if learnable else torch.tensor(0.6)
+    weights = torch.randn_like(features)
+
+    def gradients(function, share):
+        x = features.clone().requires_grad_()
+        s = share.clone().requires_grad_() if learnable else share.item()
+        y = function(x, s)
+        return y, torch.autograd.grad((y * weights).sum(), [x, s] if learnable else [x])
+
+    def equation(x, s):
+        return torch.minimum(x, x.amax(spatial, keepdim=True).clamp_min(0) * s)
+
+    found, wanted = gradients(lambda x, s: suppress(x, s, axis), controller), gradients(equation, controller)
+    torch.testing.assert_close(found, wanted)
+    assert torch.equal(suppress(features, controller, axis), found[0])
+
+
 @pytest.mark.parametrize("delta", [None, 0.5])
 def test_channels_last_and_tokens_are_the_same_numbers_in_another_order(delta):
     features = torch.randn(2, 6, 4, 3)

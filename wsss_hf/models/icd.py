@@ -7,6 +7,7 @@ the object, superpixels clean the result, and a top-down classifier learns it an
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -28,7 +29,8 @@ class IcdConfig:
         top_down_ramp: fraction of the training over which that weight ramps up (the first 2 of 20 epochs).
         sign_momentum: momentum of the running CAM means that decide each direction's sign.
         margin: normalised scores with an absolute value up to this teach the top-down classifier nothing.
-        hidden_channels: channels of both hidden convolutions of the top-down classifier.
+        hidden_channels: channels of both hidden convolutions of the top-down classifier, 1024 in the paper. None takes
+            a quarter of the backbone's, at least 64, so that a small backbone isn't outweighed by its classifier.
     """
 
     bottom_up_weight: float = 10.0
@@ -36,7 +38,7 @@ class IcdConfig:
     top_down_ramp: float = 0.1
     sign_momentum: float = 0.9
     margin: float = 0.2
-    hidden_channels: int = 1024
+    hidden_channels: int | None = None
 
     def __post_init__(self):
         for name in ("bottom_up_weight", "top_down_weight"):
@@ -47,7 +49,7 @@ class IcdConfig:
         for name in ("sign_momentum", "margin"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"icd: {name} must lie in [0, 1), but is {getattr(self, name)}.")
-        if self.hidden_channels < 1:
+        if self.hidden_channels is not None and self.hidden_channels < 1:
             raise ValueError(f"icd: hidden_channels must be at least 1, but is {self.hidden_channels}.")
 
 
@@ -287,6 +289,8 @@ class Icd(Method):
     def __init__(self, config: IcdConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
         channels = backbone.channels[-1]
+        if config.hidden_channels is None:
+            self.config = config = dataclasses.replace(config, hidden_channels=max(64, channels // 4))
         self.norm = FeatureNorm(channels)
         self.directions = nn.Parameter(torch.empty(num_classes, channels))
         self.top_down = TopDownClassifier(channels, config.hidden_channels, num_classes)

@@ -7,6 +7,7 @@ keep them discriminative. "Scores" and "logits" are (B, 1 + C, h, w) with the ba
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 
@@ -33,7 +34,8 @@ class PldaConfig:
         foreground: part of an object's highest score that its pseudo labels must exceed, in (0, 1).
         background: the same for the background.
         floor: score that every pseudo label must exceed, in [0, 1).
-        hidden: channels of the domain classifier's hidden layers.
+        hidden: channels of the domain classifier's hidden layers. None takes, as on the paper's backbone with 4096, a
+            quarter and an eighth of the backbone's channels, at least 64 and 32.
         dropout: probability of dropping a hidden channel's value, in [0, 1).
         pamr_iterations: refinement steps of the scores before they become pseudo labels (0: no refinement).
         pamr_dilations: distances to the neighbours in that refinement.
@@ -47,7 +49,7 @@ class PldaConfig:
     foreground: float = 0.6
     background: float = 0.7
     floor: float = 0.2
-    hidden: list[int] = field(default_factory=lambda: [1024, 512])
+    hidden: list[int] | None = None
     dropout: float = 0.5
     pamr_iterations: int = 10
     pamr_dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 24])
@@ -62,7 +64,7 @@ class PldaConfig:
         for name in ("floor", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"plda: {name} must lie in [0, 1), but is {getattr(self, name)}")
-        if not self.hidden or min(self.hidden) < 1:
+        if self.hidden is not None and (not self.hidden or min(self.hidden) < 1):
             raise ValueError(f"plda: hidden must name the channels of one layer or more, but is {self.hidden}")
         if self.pamr_iterations < 0:
             raise ValueError(f"plda: pamr_iterations must not be negative, but is {self.pamr_iterations}")
@@ -241,9 +243,10 @@ class Plda(Method):
 
     def __init__(self, config: PldaConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
-        self.domain_classifier = DomainClassifier(
-            backbone.channels[-1], num_classes, hidden=config.hidden, dropout=config.dropout
-        )
+        channels = backbone.channels[-1]
+        if config.hidden is None:
+            self.config = config = dataclasses.replace(config, hidden=[max(64, channels // 4), max(32, channels // 8)])
+        self.domain_classifier = DomainClassifier(channels, num_classes, config.hidden, config.dropout)
 
     def reset_parameters(self):
         self.domain_classifier.reset_parameters()
