@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wsss_hf.labeling.localization import label_map, localize
+from wsss_hf.labeling.localization import average_maps, label_map, localize
+from wsss_hf.labeling.prediction import resize_images
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.maps import add_background
 from wsss_hf.models.modeling_cam import CamClassifier
@@ -87,6 +88,21 @@ def test_a_map_that_is_zero_everywhere_stays_zero(model, images, tags):
     assert not labels.any() and confidence.isfinite().all()
 
 
+@pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((0.75, 1.25), True)])
+def test_averages_are_those_of_the_plain_loop(model, images, tags, scales, flip):
+    maps, cams = average_maps(model, images, tags, SIZE, scales, flip)
+    assert torch.equal(maps, cams)  # of a classifier whose maps are its CAMs
+    views = []
+    with torch.no_grad():
+        for scale in scales:
+            scaled = images if scale == 1 else resize_images(images, scale)
+            for mirror in (False, True)[: 1 + flip]:
+                view = model(scaled.flip(-1) if mirror else scaled).cams
+                view = view.flip(-1) if mirror else view
+                views.append(F.interpolate(view, size=SIZE, mode="bilinear")[tags.bool()])
+    torch.testing.assert_close(cams, torch.stack(views).mean(dim=0), atol=1e-4, rtol=1e-4)
+
+
 def test_an_unknown_fusion_is_refused(model, images, tags):
     with pytest.raises(ValueError, match="fusion='sum': 'mean' or 'max' would be right"):
         localize(model, images, tags, SIZE, fusion="sum")
@@ -96,7 +112,7 @@ def test_a_label_is_the_strongest_map_above_the_threshold():
     maps = torch.tensor([[[0.9, 0.5, 0.3, 0.0]], [[0.2, 0.7, 0.39, 0.0]]])
     labels, confidence = label_map(with_background(maps, 0.4), torch.tensor([2, 5]))
     assert labels.dtype == torch.uint8 and labels.tolist() == [[3, 6, 0, 0]]
-    torch.testing.assert_close(confidence, torch.tensor([[0.5, 0.2, 0.01, 0.4]]))
+    torch.testing.assert_close(confidence, torch.tensor([[1 - 0.4 / 0.9, 1 - 0.5 / 0.7, 1 - 0.39 / 0.4, 1.0]]))
 
 
 def test_no_tag_is_background_everywhere():

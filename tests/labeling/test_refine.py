@@ -1,4 +1,4 @@
-"""Refiners: chains from a recipe, each refiner's part of the interface, counted fallbacks, published seed rules."""
+"""Refiners: chains from a recipe, each refiner's part of the interface, counted fallbacks."""
 
 import sys
 
@@ -7,16 +7,14 @@ import pytest
 import torch
 
 from wsss_hf.labeling import matting
+from wsss_hf.labeling import refine as refine_module
 from wsss_hf.labeling.crf import dense_crf
 from wsss_hf.labeling.matting import closed_form_alphas
 from wsss_hf.labeling.refine import (
+    Note,
     RefinementError,
     build_refiner,
-    class_labels,
-    seed_drs,
-    seed_icd,
 )
-from wsss_hf.models.icd import icd_seeds
 from wsss_hf.models.pamr import pamr
 
 SIZE = (40, 44)
@@ -69,13 +67,14 @@ def test_crf_takes_its_options(scores, image):
 
 
 def test_matting_gives_alphas_and_the_rest_to_the_background(scores, image):
-    refiner = build_refiner([{"matting": {"foreground_threshold": 0.6, "erosion": 1}}])
-    refined = refiner(scores, image)
+    refiner, note = build_refiner([{"matting": {"foreground_threshold": 0.6, "erosion": 1}}]), Note()
+    refined = refiner(scores, image, note)
     trimaps = refiner.refiners[0].trimaps(scores[1:].numpy())
     assert {0, 128, 255} == set(np.unique(trimaps))
     np.testing.assert_array_equal(refined[1:], np.stack(closed_form_alphas(image, trimaps)))
     torch.testing.assert_close(refined[0], 1 - refined[1:].amax(dim=0))
-    assert not refiner.fallbacks
+    assert not note.fallbacks and np.array_equal(note.pictures["trimap"], trimaps)
+    np.testing.assert_allclose(note.pictures["alpha"] / 255, refined[1:], atol=0.51 / 255)
 
 
 @pytest.mark.parametrize("name", ["pamr", "crf", "matting"])
@@ -107,6 +106,20 @@ def test_one_pixel_one_colour_and_no_class(name):
     assert torch.equal(refine([name], only_background, image), only_background)
 
 
+@pytest.mark.parametrize("steps", [["pamr"], ["pamr", "matting"]])
+def test_a_batch_is_refined_like_each_image_alone(steps, scores, image, monkeypatch):
+    monkeypatch.setattr(refine_module, "_PAMR_PIXELS", 3 * SIZE[0] * SIZE[1])
+    wide = np.ascontiguousarray(image.transpose(1, 0, 2))
+    batch = [(scores, image), (scores[:2], image[::-1]), (scores[:1], image), (scores[:, ::2], image[::2])]
+    batch += [(scores, image[:, ::-1]), (scores[[0, 2]], image), (scores.transpose(1, 2), wide)]
+    notes = [Note() for _ in batch]
+    found = build_refiner(steps).batch(*zip(*batch, strict=True), notes)
+    for (own, picture), result, note in zip(batch, found, notes, strict=True):
+        alone = Note()
+        torch.testing.assert_close(result, build_refiner(steps)(own, picture, alone), atol=1e-5, rtol=0)
+        assert note.fallbacks == alone.fallbacks and note.pictures.keys() == alone.pictures.keys()
+
+
 def test_chains_run_in_order(scores, image):
     both = refine(["pamr", "matting"], scores, image)
     assert torch.equal(both, refine(["matting"], refine(["pamr"], scores, image), image))
@@ -114,23 +127,24 @@ def test_chains_run_in_order(scores, image):
 
 
 def test_zero_maps_and_missing_background_are_counted(scores, image):
-    refiner = build_refiner(["matting", "matting"])
+    refiner, note = build_refiner(["matting", "matting"]), Note()
     scores[1] = 0
     scores[2] = scores[2] / 2 + 0.5
-    refined = refiner.refiners[0](scores, image)
+    refined = refiner.refiners[0](scores, image, note)
     assert (refined[1] == 0).all()
-    assert dict(refiner.fallbacks) == {"class not found": 1, "no certain background": 1}
+    assert dict(note.fallbacks) == {"class not found": 1, "no certain background": 1}
     # Without matting the class keeps the pixels where it beat the background.
     assert torch.equal(refined.argmax(dim=0), scores.argmax(dim=0))
-    refiner(scores, image)
-    assert refiner.fallbacks["class not found"] == 3  # once here, and twice by the chain
+    refiner(scores, image, note)
+    assert note.fallbacks["class not found"] == 3  # once here, and twice by the chain
 
 
 def test_a_solver_that_does_not_converge_keeps_the_scores(scores, image, monkeypatch):
     monkeypatch.setattr(matting, "_MAX_ITERATIONS", 1)
     refiner = build_refiner([{"matting": {"erosion": 0}}])
-    refined = refiner(scores, image)
-    assert dict(refiner.fallbacks) == {"matting did not converge": 2}
+    note = Note()
+    refined = refiner(scores, image, note)
+    assert dict(note.fallbacks) == {"matting did not converge": 2}
     torch.testing.assert_close(refined.argmax(dim=0), scores.argmax(dim=0))
 
 
@@ -171,51 +185,3 @@ def test_scores_have_to_fit_the_image(scores, image):
     for bad in (image[1:], image.astype(np.float32), image[..., 0]):
         with pytest.raises(RefinementError, match="would be right"):
             build_refiner(["pamr"])(scores, bad)
-
-
-def test_drs_seeds_pixel_by_pixel():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.rand(4, 25, 30, generator=generator)
-    scores[1:, :8] = 0.85 + 0.15 * scores[1:, :8]  # conflicts
-    scores[1:, 8:14] *= 0.25  # mostly below the cue's threshold
-    saliency = torch.rand(25, 30, generator=generator)
-    saliency[:, ::2] *= 0.3
-    expected = torch.zeros(25, 30, dtype=torch.uint8)
-    for y in range(25):
-        for x in range(30):
-            salient = float(saliency[y, x]) > 50 / 255
-            channels = [0.0 if salient else 1.0]
-            channels += [float(value) if value >= 0.2 else 0.0 for value in scores[1:, y, x]]
-            label = channels.index(max(channels))
-            if sum(value > 0.9 for value in channels) > 2 or (salient and label == 0):
-                label = 255
-            expected[y, x] = label
-    assert set(expected.unique().tolist()) == {0, 1, 2, 3, 255}
-    assert torch.equal(seed_drs(scores, saliency), expected)
-    with pytest.raises(RefinementError, match="saliency"):
-        seed_drs(scores, saliency[1:])
-
-
-@pytest.mark.parametrize("with_saliency", [False, True])
-def test_icd_seeds_are_the_models_seeds_of_the_tagged_classes(with_saliency):
-    generator = torch.Generator().manual_seed(0)
-    top_down, cams = torch.randn(2, 5, 12, 14, generator=generator)
-    saliency = torch.rand(12, 14, generator=generator) * 0.03 if with_saliency else None
-    tagged = [1, 4]
-    tags = torch.zeros(1, 5)
-    tags[0, tagged] = 1
-    expected = icd_seeds(top_down[None], cams[None], tags, None if saliency is None else saliency[None])[0]
-    seeds = seed_icd(top_down[tagged], cams[tagged], saliency)
-    assert {0, 255} < set(seeds.unique().tolist())
-    assert torch.equal(class_labels(seeds, torch.tensor(tagged)), expected.to(torch.uint8))
-
-
-def test_icd_seeds_without_tags_know_background_only():
-    nothing = torch.zeros(0, 1, 2)
-    assert seed_icd(nothing, nothing).tolist() == [[0, 0]]
-    assert seed_icd(nothing, nothing, torch.tensor([[0.0, 1.0]])).tolist() == [[0, 255]]
-
-
-def test_labels_become_classes_of_the_data_set():
-    labels = torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8)
-    assert class_labels(labels, torch.tensor([3, 17])).tolist() == [[0, 4, 18, 255]]

@@ -1,11 +1,16 @@
+from collections import Counter
+
 import numpy as np
 import pytest
 from datasets import DatasetDict, concatenate_datasets, load_from_disk
+from datasets import Image as ImageFeature
+from PIL import Image
 
 from wsss_hf.data.tagged import check_dataset, class_names
+from wsss_hf.labeling.auto_threshold import auto_threshold
 from wsss_hf.labeling.pseudo_masks import label_images, load_labeler
 from wsss_hf.stages import make_masks as module
-from wsss_hf.stages.make_masks import make_masks
+from wsss_hf.stages.make_masks import make_masks, read_summary
 from wsss_hf.stages.outputs import OutputError
 
 
@@ -121,3 +126,66 @@ def test_old_pseudo_masks_are_replaced(toy_data, cam_folder, tiny_recipe, tmp_pa
     )
     out = make_masks(DatasetDict(train=old), cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
     assert all(np.array_equal(a, b) for a, b in zip(pseudo_masks(out), pseudo_masks(wanted), strict=True))
+
+
+def test_the_found_threshold_is_the_one_of_masks_and_summary(toy_data, cam_folder, tiny_recipe, tmp_path, capsys):
+    settings = tiny_recipe["masks"]
+    settings["background_threshold"] = "auto"
+    out = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "auto")
+    found = read_summary(out)["background_threshold"]
+    assert f"background threshold {found}, 12 images, fallbacks: none" in capsys.readouterr().err
+    assert found == auto_threshold(*load_labeler(str(cam_folder), "cpu"), toy_data["train"], settings)
+    settings["background_threshold"] = found
+    fixed = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "fixed", quiet=True)
+    assert all(np.array_equal(a, b) for a, b in zip(pseudo_masks(out), pseudo_masks(fixed), strict=True))
+
+
+def test_confidence_is_a_column_of_grey_pictures(toy_data, cam_folder, tiny_recipe, tmp_path):
+    tiny_recipe["masks"]["confidence"] = True
+    out = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
+    train = load_from_disk(str(out))["train"]
+    assert train.column_names[-2:] == ["pseudo_mask", "confidence"] and train.features["confidence"] == ImageFeature()
+    for start in range(0, 12, 4):
+        rows = toy_data["train"].select(range(start, start + 4))
+        for item in label_images(*load_labeler(str(cam_folder), "cpu"), rows, tiny_recipe["masks"]):
+            picture = train[start + item.index]["confidence"]
+            assert picture.mode == "L" and picture.size == train[start + item.index]["pseudo_mask"].size
+            np.testing.assert_allclose(np.asarray(picture) / 255, item.confidence, atol=0.51 / 255)
+    assert np.asarray(train["confidence"][0]).any()
+    tiny_recipe["masks"]["confidence"] = False
+    again = make_masks(load_from_disk(str(out)), cam_folder, tiny_recipe, tmp_path / "again", quiet=True)
+    assert "confidence" not in load_from_disk(str(again))["train"].column_names  # it belonged to the old masks
+
+
+def test_fallbacks_of_all_shards_are_counted_also_after_a_kill(
+    toy_data, cam_folder, tiny_recipe, tmp_path, labelled_rows
+):
+    tiny_recipe["masks"]["refine"] = [{"matting": {"background_threshold": 0.0, "foreground_threshold": 1.0}}]
+    wanted = sum((item.note.fallbacks for item in everything_labelled(toy_data, cam_folder, tiny_recipe)), Counter())
+    labelled_rows[1][0] = 6
+    with pytest.raises(KeyboardInterrupt):
+        make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
+    labelled_rows[1][0] = None
+    out = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
+    assert read_summary(out)["fallbacks"] == dict(wanted) and sum(wanted.values()) > 12
+
+
+def everything_labelled(toy_data, cam_folder, recipe):
+    return label_images(*load_labeler(str(cam_folder), "cpu"), toy_data["train"], recipe["masks"])
+
+
+def test_steps_are_kept_on_request(toy_data, cam_folder, tiny_recipe, tmp_path):
+    tiny_recipe["masks"] |= {"refine": ["matting"], "keep": 5}
+    out = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks", quiet=True)
+    names = {
+        f"{row:06d}_{label:03d}_{step}.png"
+        for row, tags in enumerate(toy_data["train"]["tags"][:5])
+        for label in tags
+        for step in ("map", "trimap", "alpha")
+    }
+    assert {path.name for path in (out / "steps").iterdir()} == names
+    label = toy_data["train"]["tags"][4][0]
+    trimap = np.asarray(Image.open(out / "steps" / f"000004_{label:03d}_trimap.png"))
+    assert trimap.shape == (48, 48) and set(np.unique(trimap)) <= {0, 128, 255}
+    alpha = np.asarray(Image.open(out / "steps" / f"000004_{label:03d}_alpha.png"))
+    assert (alpha[trimap == 255] == 255).all() and (alpha[trimap == 0] == 0).all()

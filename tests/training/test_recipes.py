@@ -120,6 +120,9 @@ def test_a_missing_recipe_names_those_that_there_are():
         ("masks=null", "masks is None; something like"),
         ("cam.train.epochs.more=3", "cam.train.epochs is {'more': 3}; something like"),
         ("cam.train.epochs=1.5", "cam.train.epochs is 1.5; something like"),
+        ("masks.background_threshold=otto", "background_threshold is 'otto'; a number or auto would be right"),
+        ("masks.background_threshold=2", r"background_threshold is 2; a number in \[0, 1\] or auto would be right"),
+        ("masks.background_threshold=null", "background_threshold is None; a number in"),
         ("cam.methods=null", "cam.methods is None"),
         ("cam.methods=[drs]", r"cam.methods is \['drs'\]"),
         ("cam.backbone_config=resnet", "cam.backbone_config is 'resnet'"),
@@ -128,6 +131,14 @@ def test_a_missing_recipe_names_those_that_there_are():
 def test_a_bad_set_is_named(change, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe("default", [change])
+
+
+def test_a_threshold_is_a_number_or_left_to_the_stage(recipe_file):
+    mine = recipe_file("masks: {background_threshold: auto}")
+    assert load_recipe(mine)["masks"]["background_threshold"] == "auto"
+    assert load_recipe(mine, ["masks.background_threshold=0.3"])["masks"]["background_threshold"] == 0.3
+    with pytest.raises(RecipeError, match="'otto'; a number or auto"):
+        load_recipe(mine, ["masks.background_threshold=otto"])
 
 
 def test_methods_and_backbones_bring_their_own_options(recipe_file):

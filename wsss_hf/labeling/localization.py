@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..models.maps import normalize_maps
 from ..models.modeling_cam import CamClassifier
@@ -24,7 +26,7 @@ def localize(
     flip: bool = True,
     fusion: str = "mean",
 ) -> tuple[Tensor, Tensor]:
-    """Normalised maps of images of one size, fused over scales and mirror images.
+    """Normalised maps of images of one size, fused over scales and mirror images; the network runs in bf16 on CUDA.
 
     Args:
         pixel_values: (B, 3, h, w) normalised images at scale 1.
@@ -45,21 +47,65 @@ def localize(
         raise ValueError(f"fusion={fusion!r}: {' or '.join(map(repr, FUSIONS))} would be right")
     images, classes = tags.nonzero(as_tuple=True)
     fused, logits = None, []
-    for scale in scales:
-        scaled = pixel_values if scale == 1 else resize_images(pixel_values, scale)
-        # Both mirror images in one pass.
-        outputs = model(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled)
-        views = outputs.maps.chunk(2) if flip else (outputs.maps,)
-        logits.extend(outputs.logits.float().chunk(len(views)))
-        for view, view_maps in enumerate(views):
-            tagged = (view_maps.flip(-1) if view else view_maps)[images, classes]
-            maps = normalize_maps(tagged[:, None], size=size)[:, 0]
-            if fused is None:
-                fused = maps
-            else:
-                fused = torch.maximum(fused, maps) if fusion == "max" else fused + maps
+    for outputs in _views(model, pixel_values, scales, flip):
+        logits.append(outputs.logits.float())
+        maps = normalize_maps(outputs.maps[images, classes][:, None], size=size)[:, 0]
+        if fused is None:
+            fused = maps
+        else:
+            fused = torch.maximum(fused, maps) if fusion == "max" else fused + maps
     # A map that is zero everywhere stays zero; every other one reaches 1 somewhere again.
     return normalize_maps(fused[:, None])[:, 0], torch.stack(logits).mean(dim=0)
+
+
+@torch.inference_mode()
+def average_maps(
+    model: CamClassifier,
+    pixel_values: Tensor,
+    tags: Tensor,
+    size: tuple[int, int],
+    scales: Sequence[float] = (1.0,),
+    flip: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Maps and CAM logits as the model gives them, not normalised, averaged over scales and mirror images.
+
+    Args:
+        pixel_values, tags, size, scales, flip: as of `localize`.
+
+    Returns:
+        maps and CAM logits, both (N, H, W) float32, one per tagged class of an image.
+    """
+    images, classes = tags.nonzero(as_tuple=True)
+    total, count = 0, 0
+    for outputs in _views(model, pixel_values, scales, flip):
+        both = torch.stack([outputs.maps[images, classes], outputs.cams[images, classes]]).float()
+        total = total + F.interpolate(both, size=size, mode="bilinear", align_corners=False)
+        count += 1
+    return tuple(total / count)
+
+
+@dataclass
+class _View:
+    """What a model makes of images at one scale; mirror images are turned back."""
+
+    maps: Tensor
+    cams: Tensor
+    logits: Tensor
+
+
+def _views(model: CamClassifier, pixel_values: Tensor, scales: Sequence[float], flip: bool) -> Iterator[_View]:
+    for scale in scales:
+        scaled = pixel_values if scale == 1 else resize_images(pixel_values, scale)
+        with torch.autocast(scaled.device.type, dtype=torch.bfloat16, enabled=scaled.is_cuda):
+            # Both mirror images in one pass.
+            outputs = model(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled)
+        whole = (outputs.maps, outputs.cams, outputs.logits)
+        if not flip:
+            yield _View(*whole)
+            continue
+        (maps, mirrored_maps), (cams, mirrored_cams), (logits, mirrored_logits) = (part.chunk(2) for part in whole)
+        yield _View(maps, cams, logits)
+        yield _View(mirrored_maps.flip(-1), mirrored_cams.flip(-1), mirrored_logits)
 
 
 def label_map(scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,10 +116,12 @@ def label_map(scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         classes: (K,) class indices c of these.
 
     Returns:
-        labels (H, W) uint8, 0 = background, c + 1 = class c; and confidence (H, W) in [0, 1]: how far the winning
-        score is from the best other one.
+        labels (H, W) uint8, 0 = background, c + 1 = class c; and confidence (H, W) in [0, 1]: the share of the winning
+        score that the best other one lacks, so 0 is a tie. Of the margins, this relative one tells right labels from
+        wrong ones best, on plain and on refined maps (`scripts/benchmark_thresholds.py --confidence`).
     """
     top = scores.topk(min(2, len(scores)), dim=0).values
-    confidence = top[0] - (top[1] if len(scores) > 1 else 0)
+    second = top[1] if len(scores) > 1 else torch.zeros_like(top[0])
+    confidence = torch.where(top[0] > 0, 1 - second / top[0].clamp(min=1e-12), 0)
     values = torch.cat([classes.new_zeros(1), classes + 1])
     return values[scores.argmax(dim=0)].to(torch.uint8), confidence  # of equals, argmax takes the first

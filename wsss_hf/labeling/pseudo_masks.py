@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
 from ..data.batches import batches_by_size
 from ..models.configuration_cam import CamConfig
-from ..models.maps import add_background
+from ..models.maps import IGNORE_INDEX, add_background
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
-from .localization import label_map, localize
-from .refine import build_refiner
+from .localization import average_maps, label_map, localize
+from .refine import Note, build_refiner
+from .seeds import Evidence, build_seeds
 
 
 @dataclass
@@ -29,9 +30,10 @@ class Labelled:
         image: the RGB image.
         classes: (K,) indices of its tags.
         maps: (K, H, W) float32 localisation maps in [0, 1], before refinement.
-        pseudo_mask: (H, W) uint8, 0 = background, c + 1 = class c.
-        confidence: (H, W) float32 in [0, 1], margin of the winning label.
+        pseudo_mask: (H, W) uint8, 0 = background, c + 1 = class c, 255 = open.
+        confidence: (H, W) float32 in [0, 1], see `localization.label_map`; 0 at open pixels.
         logits: (C,) float32 tag logits.
+        note: fallbacks that were taken, and pictures of the steps.
     """
 
     index: int
@@ -41,6 +43,7 @@ class Labelled:
     pseudo_mask: np.ndarray
     confidence: np.ndarray
     logits: np.ndarray
+    note: Note
 
 
 def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict) -> Iterator[Labelled]:
@@ -49,27 +52,44 @@ def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict)
     Args:
         model: in eval mode, on the device to work on.
         processor: the model's image processor.
-        settings: a recipe's `masks` section.
+        settings: a recipe's `masks` section, its background threshold a number (see `auto_threshold`).
+
+    Raises:
+        DataError: an image does not decode, or the seed rule needs a saliency that is missing; names the row.
+        ValueError: refinement or seeds can't be had with this model or installation.
     """
-    views = {key: settings[key] for key in ("scales", "flip", "fusion")}
-    refine = build_refiner(settings["refine"])
-    for batch in batches_by_size(rows, processor, settings["batch_size"]):
-        maps, logits = localize(
-            model, batch.pixel_values.to(model.device), batch.tags.to(model.device), batch.size, **views
-        )
-        per_image = maps.split([int(count) for count in batch.tags.sum(dim=1)])
-        for i, (index, image) in enumerate(zip(batch.indices, batch.images, strict=True)):
-            classes = batch.tags[i].nonzero()[:, 0].to(model.device)
-            scores = add_background(per_image[i][None], settings["background_threshold"])[0]
-            labels, confidence = label_map(refine(scores, np.asarray(image)), classes)
+    views = {key: settings[key] for key in ("scales", "flip")}
+    refine, seeds = build_refiner(settings["refine"]), build_seeds(settings["seeds"])
+    has_saliency = "saliency" in rows.column_names
+    reads_saliency = seeds.saliency == "needed" or (seeds.saliency == "optional" and has_saliency)
+    for batch in batches_by_size(rows, processor, settings["batch_size"], reads_saliency):
+        pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
+        counts = [int(count) for count in batch.tags.sum(dim=1)]
+        maps, logits = localize(model, pixel_values, tags, batch.size, **views, fusion=settings["fusion"])
+        per_image, averages = maps.split(counts), [None] * len(counts)
+        if seeds.averages:
+            both = average_maps(model, pixel_values, tags, batch.size, **views)
+            averages = list(zip(*(part.split(counts) for part in both), strict=True))
+        notes = [Note() for _ in counts]
+        images = [np.asarray(image) for image in batch.images]
+        scores = [add_background(one[None], settings["background_threshold"])[0] for one in per_image]
+        refined = refine.batch(scores, images, notes)
+        for i, index in enumerate(batch.indices):
+            classes = tags[i].nonzero()[:, 0]
+            if zeros := int((per_image[i].flatten(1).amax(dim=1) == 0).sum()):
+                notes[i].fallbacks["map of zeros"] = zeros
+            saliency = None if batch.saliency is None else batch.saliency[i].to(model.device)
+            labels = seeds.label(Evidence(refined[i], classes, len(tags[i]), images[i], saliency, averages[i]))
+            confidence = label_map(refined[i], classes)[1].masked_fill(labels == IGNORE_INDEX, 0)
             yield Labelled(
                 index=index,
-                image=image,
+                image=batch.images[i],
                 classes=classes.cpu().numpy(),
                 maps=per_image[i].cpu().numpy(),
                 pseudo_mask=labels.cpu().numpy(),
                 confidence=confidence.cpu().numpy(),
                 logits=logits[i].cpu().numpy(),
+                note=notes[i],
             )
 
 

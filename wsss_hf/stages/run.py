@@ -17,10 +17,11 @@ from ..data.tagged import class_names, decode_mask, has_value, undecoded
 from ..evaluation.evaluate import evaluate_cam, evaluate_masks, evaluate_segmenter
 from ..evaluation.report import ReportExample, write_gallery, write_report
 from ..evaluation.tables import print_table
+from ..labeling.auto_threshold import with_threshold
 from ..labeling.prediction import predict_scores
 from ..labeling.pseudo_masks import label_images, load_labeler
 from ..models.modeling_segmenter import Segmenter
-from .make_masks import make_masks
+from .make_masks import make_masks, read_summary
 from .outputs import OutputError, write_atomically
 from .train_cam import train_cam
 from .train_refiner import train_refiner
@@ -90,7 +91,9 @@ def maps_row(name: str, cam: Path, data: DatasetDict, recipe: dict, quiet: bool 
     if not _has_masks(data, "train"):
         return row
     model, processor = load_labeler(str(cam), PartialState().device)
-    return row | evaluate_cam(model, processor, data["train"], recipe["masks"], quiet)
+    settings = with_threshold(model, processor, data["train"], recipe["masks"])
+    figures = evaluate_cam(model, processor, data["train"], settings, quiet)
+    return row | figures | {"background_threshold": settings["background_threshold"]}
 
 
 def segmenter_row(name: str, segmenter: Path, data: DatasetDict, recipe: dict, quiet: bool = False) -> dict:
@@ -121,11 +124,13 @@ def finish_run(
     results = {"data": data_settings, "recipe": recipe, "results": rows, "minutes": minutes}
     write_atomically(out / "results.json", json.dumps(results, indent=1))
     names = ["background", *class_names(data["train"])]
-    examples = report_examples(data, cam, segmenter, recipe)
+    threshold = read_summary(out / "masks")["background_threshold"]
+    settings = recipe["masks"] | {"background_threshold": threshold}
+    examples = report_examples(data, cam, segmenter, recipe | {"masks": settings})
     curves = {row["result"]: row["threshold_curve"] for row in rows if "threshold_curve" in row}
     table = [{key: value for key, value in row.items() if key in (*COLUMNS, "iou")} for row in rows]
     source = (data_settings or {}).get("source", "given")
-    notes = {"data": source, "classes": len(names) - 1, "minutes": f"{minutes:.1f}"}
+    notes = {"data": source, "classes": len(names) - 1, "minutes": f"{minutes:.1f}", "background threshold": threshold}
     title = "Image tags in, segmentation model out"
     write_report(out / "report.html", title, table, examples, names, notes, curves)
     write_gallery(out / "gallery.png", examples)

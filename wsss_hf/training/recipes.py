@@ -13,6 +13,8 @@ import yaml
 _PACKAGED = resources.files(__package__) / "recipes"
 # Values under these keys are not checked against the default recipe, but by the class that they configure.
 _OPEN = {"cam.methods", "cam.backbone_config", "segmenter.backbone_config"}
+# Numbers that the stage finds itself where this word stands in their place.
+_FOUND = {"masks.background_threshold": "auto"}
 
 
 class RecipeError(ValueError):
@@ -55,6 +57,9 @@ def _check(recipe: dict) -> None:
             value = recipe[section]["train"][key]
             if value < 1:
                 raise RecipeError(f"{section}.train.{key} is {value}; 1 or more would be right")
+    threshold = recipe["masks"]["background_threshold"]
+    if threshold is None or (threshold != _FOUND["masks.background_threshold"] and not 0 <= threshold <= 1):
+        raise RecipeError(f"masks.background_threshold is {threshold}; a number in [0, 1] or auto would be right")
     for section, key in (("masks", "scales"), ("refiner", "scales"), ("evaluation", "scales"), ("segmenter", "rates")):
         values = recipe[section][key]
         if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
@@ -97,6 +102,10 @@ def _merge(recipe: dict, changes: dict, source: str, prefix: str = "") -> None:
             value = _number(value)  # YAML takes 1e-3, without a point, for text
         if isinstance(old, dict) and isinstance(value, dict):
             _merge(old, value, source, f"{dotted}.")
+        elif dotted in _FOUND:
+            if value != _FOUND[dotted] and not _same_kind(0.0, value):
+                raise RecipeError(f"{source}: {dotted} is {value!r}; a number or {_FOUND[dotted]} would be right")
+            recipe[key] = value
         elif value is old or isinstance(value, dict) if dotted in _OPEN else is_open or _same_kind(old, value):
             recipe[key] = value
         else:
