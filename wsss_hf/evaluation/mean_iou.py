@@ -99,18 +99,19 @@ class MeanIoU(StreamingMetric):
         """Forgets all images."""
         super().reset()
         self.image_counts: list[np.ndarray] = []
+        classes = len(self.class_names)
+        # Row and column of a label; the ignore index comes after the classes, and last what is neither.
+        self._index = np.full(256, classes + 1)
+        self._index[:classes] = np.arange(classes)
+        self._index[self.ignore_index] = classes
 
     def _count(self, prediction, reference, who: str) -> np.ndarray:
         prediction, reference = label_maps(prediction, reference, who)
-        classes = len(self.class_names)
-        index = np.full(256, classes + 1)  # of what is neither a class nor ignored
-        index[:classes] = np.arange(classes)
-        index[self.ignore_index] = classes
-        pairs = _count_pairs(index, reference, prediction)
+        pairs = _count_pairs(self._index, reference, prediction)
         if pairs[-1].any() or pairs[:, -1].any():
             self._check_labels(np.bincount(prediction.ravel(), minlength=256) > 0, f"{who}prediction")
             self._check_labels(np.bincount(reference.ravel(), minlength=256) > 0, f"{who}reference")
-        matrix = pairs[:classes, : classes + 1]
+        matrix = pairs[:-2, :-1]
         if self.intervals:
             self.image_counts.append(np.stack(_hits_truth_predicted(matrix)).astype(np.int32))
         return matrix
@@ -153,17 +154,25 @@ class MeanIoU(StreamingMetric):
 
 
 def _count_pairs(index: np.ndarray, reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """(N, N) int64: how often each pair of `index` values, 0..N-1, occurs in two uint8 maps of one size."""
+    """(N, N) int64: how often each pair of `index` values, 0..N-1, occurs in two uint8 maps of one size.
+
+    Label maps are patches: the runs along their rows are counted instead of their pixels, as long as they are few.
+    """
     reference, prediction = reference.ravel(), prediction.ravel()
+    changed = reference[1:] != reference[:-1]
+    changed |= prediction[1:] != prediction[:-1]
+    changes = np.flatnonzero(changed)
     lengths = None
-    # Label maps are patches: count the runs along their rows, which are few, instead of their pixels.
-    changes = np.flatnonzero((reference[1:] != reference[:-1]) | (prediction[1:] != prediction[:-1]))
     if changes.size < reference.size // 8:
         ends = np.append(changes, reference.size - 1)
-        lengths = np.diff(ends, prepend=-1)
+        lengths = ends + 1
+        lengths[1:] -= lengths[:-1].copy()
         reference, prediction = reference[ends], prediction[ends]
     size = index.max() + 1
-    pairs = np.bincount(index[reference] * size + index[prediction], weights=lengths, minlength=size * size)
+    codes = index[reference]
+    codes *= size
+    codes += index[prediction]
+    pairs = np.bincount(codes, weights=lengths, minlength=size * size)
     # Weighted counts are sums of whole numbers below 2**53 in float64, and so exact.
     return pairs.astype(np.int64).reshape(size, size)
 
