@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from transformers import logging as transformers_logging
 
 from .data.sources import load_data
-from .evaluation.comparison import comparison_table
+from .evaluation.comparison import print_comparison
 from .evaluation.tables import print_table
 from .hub.convert import convert_checkpoint
 from .launch import start_missing_processes
@@ -305,7 +305,7 @@ def compare(
     hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
     given = {key: value for key, value in hub_kwargs.items() if value is not None}
     results = run_compare(wanted, out, given, jobs, quiet)
-    print_table(comparison_table(results["rows"]), "Methods compared (percent)")
+    print_comparison(results["rows"])
     if not quiet:
         print(f"tables, plots and pictures: {out}/comparison.md, {out}/comparison*.html, {out}/results.json")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .report import ReportExample, write_report
-from .tables import Spread, markdown_table
+from .tables import Spread, markdown_table, print_table
 
 _SHARES = (
     "mean_iou",
@@ -19,6 +19,7 @@ _SHARES = (
     "mean_average_precision",
     "best_threshold_mean_iou",
 )
+_MAIN_COLUMNS = ("segmenter, mean IoU", "masks, mean IoU")
 NOTES = """\
 In percent. ± is the sample standard deviation over seeds; an interval is the bootstrap 95 % interval over images, its
 ends averaged over seeds. "threshold" is the recipe's background threshold, chosen without masks; the column "best
@@ -95,6 +96,14 @@ def _cost(costs: list[dict]) -> dict:
         "minutes": mean([sum(part["minutes"] for part in parts) if parts else None for parts in trainings]),
         "label_seconds_per_image": mean([cost.get("label_seconds_per_image") for cost in costs]),
     }
+
+
+def print_comparison(rows: Sequence[dict]) -> None:
+    """The columns that matter most in the terminal."""
+    short = ("data", "method", "seeds", *_MAIN_COLUMNS, "threshold", "best threshold, by masks", "s/step")
+    table = comparison_table(rows)
+    columns = [column for column in short if any(column in cells for cells in table)]
+    print_table(table, "Methods compared (percent)", columns=columns)
 
 
 def comparison_table(rows: Sequence[dict]) -> list[dict]:
