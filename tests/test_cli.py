@@ -1,5 +1,6 @@
 """The command line from outside: what it prints, writes and refuses; and its scripts on two processes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -352,3 +353,17 @@ def test_all_stages_run_on_two_processes(tiny, tmp_path):
     launch_well("run.py", "--data", "toy", *tiny, "--out", tmp_path / "run", processes=2)
     files = {"cam", "masks", "segmenter", "results.json", "report.html", "gallery.png"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == files
+
+
+def test_masks_are_exported_for_other_programs(wsss, tiny, tmp_path, cam_folder):
+    devkit, coco = tmp_path / "devkit", tmp_path / "coco.json"
+    command = ["make-masks", "--data", "toy", "--cam", cam_folder, "--out", tmp_path / "masks", "--quiet", *tiny]
+    exports = ["--export-voc", devkit, "--export-coco", coco]
+    assert wsss(*command, *exports)[0] == 0
+    train = load_from_disk(str(tmp_path / "masks"))["train"]
+    for row in train:
+        assert np.array_equal(Image.open(devkit / "SegmentationClass" / f"{row['image_id']}.png"), row["pseudo_mask"])
+    assert len(json.loads(coco.read_text())["images"]) == len(train)
+    # Known before anything is labelled.
+    code, _, err = wsss(*command, "--out", tmp_path / "other", "--export-voc", devkit)
+    assert code == 1 and f"--export-voc {devkit}: exists already" in err and not (tmp_path / "other").exists()

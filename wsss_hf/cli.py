@@ -27,6 +27,7 @@ from .launch import start_missing_processes
 from .stages.compare import CompareError, read_plan
 from .stages.compare import compare as run_compare
 from .stages.demo import demo as run_demo
+from .stages.make_masks import check_exports, export_masks
 from .stages.make_masks import make_masks as run_make_masks
 from .stages.run import COLUMNS, maps_row, masks_row, segmenter_row
 from .stages.run import run as run_all
@@ -215,10 +216,16 @@ def make_masks(
     inputs: Inputs,
     cam: Annotated[str, typer.Option(help="A trained CAM classifier, directory or Hub id.")],
     out: Out,
+    export_voc: Annotated[
+        Path | None, typer.Option(help="Folder: also write palette PNGs in the layout of a VOC devkit.")
+    ] = None,
+    export_coco: Annotated[Path | None, typer.Option(help="File: also write COCO-JSON, run-length encoded.")] = None,
     quiet: Quiet = False,
 ):
     """Tagged images and a CAM classifier → the data set with a column pseudo_mask."""
-    run_make_masks(inputs.data, cam, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
+    check_exports(export_voc, export_coco)
+    masks = run_make_masks(inputs.data, cam, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
+    export_masks(masks, export_voc, export_coco)
 
 
 @app.command()

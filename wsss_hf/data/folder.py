@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 
 from .tagged import DataError, tagged_features
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _LAYOUTS = (
     "either metadata.csv or metadata.jsonl with the columns file_name and tags (and, if known, mask), "
@@ -61,7 +61,7 @@ def _metadata(folder: Path) -> Path | None:
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES and file.is_file())
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
 
 
 def _class_folders(folder: Path) -> list[Path]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_from_disk
 from datasets import Image as ImageFeature
 
+from ..data.export import check_free, export_coco, export_voc, require_pycocotools
 from ..data.palette import mask_image
+from ..data.tagged import class_names, decode_mask, undecoded
 from ..labeling.pseudo_masks import label_images, load_labeler
 from ..training.progress import Progress
 from .outputs import StageOutput
@@ -63,6 +66,46 @@ def make_masks(
         output.finish(result)
     state.wait_for_everyone()
     return output.path
+
+
+def export_masks(
+    masks: str | os.PathLike, voc: str | os.PathLike | None = None, coco: str | os.PathLike | None = None
+) -> None:
+    """Write the pseudo masks that `make_masks` made for other programs.
+
+    Args:
+        masks: what `make_masks` returned.
+        voc: folder for palette PNGs in VOC's layout, see [`export_voc`].
+        coco: file for COCO-JSON, see [`export_coco`].
+
+    Raises:
+        DataError: one of them exists, or an image_id is no file name.
+    """
+    if not PartialState().is_main_process or (voc is None and coco is None):
+        return
+    rows = load_from_disk(str(masks))["train"]
+    if voc is not None:
+        export_voc(voc, _pseudo_masks(rows), class_names(rows))
+    if coco is not None:
+        export_coco(coco, _pseudo_masks(rows), class_names(rows))
+
+
+def check_exports(voc: str | os.PathLike | None = None, coco: str | os.PathLike | None = None) -> None:
+    """What would stop `export_masks`, known before hours of work.
+
+    Raises:
+        DataError: one of them exists, or COCO-JSON needs what is not installed.
+    """
+    if voc is not None:
+        check_free(voc, "--export-voc")
+    if coco is not None:
+        check_free(coco, "--export-coco")
+        require_pycocotools()
+
+
+def _pseudo_masks(rows: Dataset) -> Iterator[tuple[str, np.ndarray]]:
+    for row in undecoded(rows.select_columns(["image_id", "pseudo_mask"])):
+        yield row["image_id"], decode_mask(row["pseudo_mask"], f"row {row['image_id']!r}, column pseudo_mask")
 
 
 def _label_shards(
