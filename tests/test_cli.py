@@ -60,7 +60,7 @@ def photos(tmp_path):
 def test_help_names_every_stage(wsss):
     code, out, _ = wsss("--help")
     assert code == 0
-    for command in ("demo", "run", "train-cam", "make-masks", "train-segmenter", "evaluate"):
+    for command in ("demo", "run", "train-cam", "make-masks", "train-segmenter", "evaluate", "compare"):
         assert command in out
         code, text, _ = wsss(command, "--help")
         assert code == 0 and "--set" in text and "--recipe" in text
@@ -101,6 +101,17 @@ def test_run_takes_a_folder_from_tags_to_report(wsss, tiny, tmp_path, photos):
     assert code == 0 and not err and "Results" in out
     assert len(load_from_disk(str(tmp_path / "run" / "masks"))["train"]) == 4
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_compare_takes_a_plan_or_options(wsss, tiny, tmp_path):
+    (tmp_path / "plan.yaml").write_text("rows: {plain: {}, drs: {cam.methods: {drs: {}}}}\nseeds: [5, 6]\n")
+    options = ["--data", "toy", "--recipe", "default", "--seeds", "0", "--out", tmp_path / "out", "--quiet", *tiny]
+    code, out, err = wsss("compare", tmp_path / "plan.yaml", *options)
+    assert code == 0 and not err and "drs" in out and "Methods compared" in out
+    trained = {path.parent.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("cell.json")}
+    assert trained == {"cells/toy/plain/seed0", "cells/toy/drs/seed0"}
+    assert_one_line(wsss("compare", "--data", "toy", "--out", tmp_path / "new"), "the plan has no rows")
+    assert_one_line(wsss("compare", "--recipes", "toy", "--out", tmp_path / "new"), "the plan has no data")
 
 
 def test_a_backbone_folder_is_where_training_starts(wsss, tiny, tmp_path, cam_folder, photos):

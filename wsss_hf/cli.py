@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -19,9 +20,12 @@ from transformers import AutoConfig
 from transformers import logging as transformers_logging
 
 from .data.sources import load_data
+from .evaluation.comparison import print_comparison
 from .evaluation.tables import print_table
 from .hub.convert import convert_checkpoint
 from .launch import start_missing_processes
+from .stages.compare import CompareError, read_plan
+from .stages.compare import compare as run_compare
 from .stages.demo import demo as run_demo
 from .stages.make_masks import check_exports, export_masks
 from .stages.make_masks import make_masks as run_make_masks
@@ -115,14 +119,7 @@ def _load_inputs(
         resolved["cam"]["backbone"] = resolved["segmenter"]["backbone"] = backbone
     if seed is not None:
         resolved["seed"] = seed
-    settings = {
-        "source": source,
-        "root": None if root is None else str(root),
-        "classes": None if classes is None else [name.strip() for name in classes.split(",")],
-        "columns": None if columns is None else _pairs(columns),
-        "limit": limit,
-        "revision": revision,
-    }
+    settings = _data_settings(source, root, classes, columns, limit, revision)
     hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
     toy = resolved["toy"] if source == "toy" else None
     data = load_data(**settings, **hub_kwargs, seed=resolved["seed"], masks=masks, toy=toy)
@@ -134,6 +131,18 @@ def _load_inputs(
         settings={key: value for key, value in settings.items() if value is not None},
         hub_kwargs={key: value for key, value in hub_kwargs.items() if value is not None},
     )
+
+
+def _data_settings(source, root, classes, columns, limit, revision) -> dict:
+    """The options that name data as arguments of `load_data`."""
+    return {
+        "source": source,
+        "root": None if root is None else str(root),
+        "classes": None if classes is None else [name.strip() for name in classes.split(",")],
+        "columns": None if columns is None else _pairs(columns),
+        "limit": limit,
+        "revision": revision,
+    }
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -254,6 +263,61 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    out: Out,
+    plan: Annotated[
+        Path | None, typer.Argument(help="YAML: rows, seeds, data, recipe, set, segmenter; options below win.")
+    ] = None,
+    recipes: Annotated[str | None, typer.Option(help="Recipes a,b,c as rows, instead of a plan.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds 0,1,2 of every row.")] = None,
+    segmenter: Annotated[
+        bool, typer.Option("--segmenter", help="Whole runs, not only CAM classifiers and their maps.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(help="So many at the same time; without it, one per GPU.", show_default=False)
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--data", help="As for the other commands.", rich_help_panel="Data")
+    ] = None,
+    root: Root = None,
+    classes: Classes = None,
+    columns: Columns = None,
+    limit: Limit = None,
+    revision: Revision = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    recipe: RecipeName = None,
+    changes: Set = None,
+    backbone: BackboneName = None,
+    quiet: Quiet = False,
+):
+    """Methods x seeds x data under one condition → table, plots and pictures side by side."""
+    wanted = read_plan(plan) if plan is not None else {}
+    if recipes is not None:
+        wanted["rows"] = [name.strip() for name in recipes.split(",")]
+    if seeds is not None:
+        wanted["seeds"] = _integers("--seeds", seeds)
+    if segmenter:
+        wanted["segmenter"] = True
+    if source is not None:
+        named = _data_settings(source, root, classes, columns, limit, revision)
+        wanted["data"] = {key: value for key, value in named.items() if value is not None}
+    if recipe is not None:
+        wanted["recipe"] = recipe
+    bodies = [f"{part}.backbone={json.dumps(backbone)}" for part in ("cam", "segmenter")] if backbone else []
+    if bodies or changes:
+        held = wanted.get("set") or []
+        held = [f"{key}={json.dumps(value)}" for key, value in held.items()] if isinstance(held, dict) else held
+        wanted["set"] = [*held, *bodies, *(changes or [])]
+    hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
+    given = {key: value for key, value in hub_kwargs.items() if value is not None}
+    results = run_compare(wanted, out, given, jobs, quiet)
+    print_comparison(results["rows"])
+    if not quiet:
+        print(f"tables, plots and pictures: {out}/comparison.md, {out}/comparison*.html, {out}/results.json")
+
+
+@app.command()
 def convert(
     file: Annotated[Path, typer.Argument(help="A released checkpoint: .safetensors, .pth, .pt or .bin.")],
     out: Annotated[Path, typer.Option("--to", help="Folder to write; must not hold anything.")],
@@ -281,7 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     try:
         app(args=arguments)
-    except (ValueError, OSError, TrainingError) as error:
+    except (ValueError, OSError, TrainingError, CompareError) as error:
         if os.environ.get("WSSS_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
 from wsss_hf.evaluation.classification import mean_average_precision
 
@@ -25,6 +26,16 @@ def test_agrees_with_a_plain_loop(decimals):
     assert result["average_precision"].pop("absent") is None
     assert list(result["average_precision"].values()) == pytest.approx(expected, abs=1e-9)
     assert result["mean_average_precision"] == pytest.approx(np.mean(expected), abs=1e-9)
+
+
+@pytest.mark.parametrize("decimals", [1, 6])
+def test_agrees_with_scikit_learn(decimals):
+    rng = np.random.default_rng(decimals)
+    tags = (rng.random((200, 4)) < 0.2).astype(int)
+    scores = (tags * 0.3 + rng.random(tags.shape)).round(decimals)
+    result = mean_average_precision(scores, tags)
+    expected = average_precision_score(tags, scores, average=None)
+    assert list(result["average_precision"].values()) == pytest.approx(expected.tolist(), abs=1e-9)
 
 
 def test_order_of_images_does_not_matter_among_ties():

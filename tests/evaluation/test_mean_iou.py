@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.metrics import accuracy_score, jaccard_score, precision_score, recall_score
 
 from wsss_hf.evaluation import mean_iou as script
 from wsss_hf.evaluation.mean_iou import MeanIoU, bootstrap_interval
@@ -51,6 +52,7 @@ def plain_figures(images, names):
     return {
         "mean_iou": mean(iou.values()),
         "iou": iou,
+        "absent_classes": [name for name, value in iou.items() if value is None],
         "pixel_accuracy": np.mean([p == t for *_, p, t in pixels]),
         "precision": precision,
         "recall": recall,
@@ -67,7 +69,7 @@ def flat(figures):
         if isinstance(value, dict):
             yield from ((f"{key} {name}", number) for name, number in value.items())
         else:
-            yield key, value
+            yield key, ", ".join(value) if key == "absent_classes" else value
 
 
 def assert_same(figures, expected):
@@ -87,6 +89,33 @@ def test_agrees_with_sets_of_pixels(seed):
     figures = stream(images).compute()
     assert_same(figures, plain_figures(images, NAMES))
     assert figures["iou"]["owl"] is None
+
+
+def patches(seed, count=5):
+    """Masks as segmenters make them: few large patches with voids between; the predictions shifted by a few pixels."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        grid = rng.choice([0, 0, 0, 1, 2, 3], size=(4, 5)).astype(np.uint8)
+        truth = np.array(Image.fromarray(grid).resize((61, 47), Image.Resampling.NEAREST))
+        prediction = np.roll(truth, rng.integers(-4, 5, size=2), axis=(0, 1))
+        truth[np.roll(truth, 1, axis=1) != truth] = 255
+        yield prediction, truth
+
+
+@pytest.mark.parametrize("images", [random_images, patches])
+def test_agrees_with_scikit_learn(images):
+    images = list(images(11))
+    figures = stream(images).compute()
+    truth = np.concatenate([truth[truth != 255] for _, truth in images])
+    prediction = np.concatenate([prediction[truth != 255] for prediction, truth in images])
+    options = {"labels": [0, 1, 2, 3], "average": None}
+    for key, score in (("iou", jaccard_score), ("precision", precision_score), ("recall", recall_score)):
+        expected = score(truth, prediction, **options)
+        assert list(figures[key].values())[:4] == pytest.approx(expected.tolist(), abs=1e-9)
+        assert figures[key]["owl"] is None
+    assert figures["mean_iou"] == pytest.approx(jaccard_score(truth, prediction, **options).mean(), abs=1e-9)
+    assert figures["pixel_accuracy"] == pytest.approx(accuracy_score(truth, prediction), abs=1e-9)
+    assert figures["absent_classes"] == ["owl"]
 
 
 def test_one_shot_streaming_and_merged_halves_agree():
@@ -128,21 +157,28 @@ def test_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_loads_as_a_script_without_network_and_without_the_package(tmp_path):
+def test_load_as_scripts_without_network_and_without_the_package(tmp_path):
     program = f"""
 import socket, sys
 def refuse(*_): raise OSError("no network here")
 socket.socket.connect = refuse
 import evaluate
-metric = evaluate.load({script.__file__!r}, class_names=["background", "cat"])
-print(metric.compute(predictions=[[[0, 1], [1, 1]]], references=[[[0, 0], [1, 255]]])["iou"])
+def figure(file, key, predictions, references, **settings):
+    metric = evaluate.load({str(Path(script.__file__).parent)!r} + file, **settings)
+    print(metric.compute(predictions=predictions, references=references)[key])
+for file in ("/mean_iou.py", ""):
+    figure(file, "iou", [[[0, 1], [1, 1]]], [[[0, 0], [1, 255]]], class_names=["background", "cat"])
+figure("/boundary_f.py", "boundary_f", [[[0, 1], [0, 1]]], [[[0, 1], [0, 1]]], num_classes=2)
+figure("/thresholds.py", "best", [[[[0.1, 0.7]]]], [[[0, 1]]], num_classes=2)
+figure("/classification.py", "mean_average_precision", [[0.2], [0.9]], [[0], [1]])
 assert not any(name.startswith("wsss_hf") for name in sys.modules)
 """
     environment = {"HF_HOME": str(tmp_path), "HOME": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
     )
-    assert done.stdout == "{'background': 0.5, 'cat': 0.5}\n", done.stderr
+    halves = "{'background': 0.5, 'cat': 0.5}"
+    assert done.stdout.splitlines() == [halves, halves, "1.0", "(0.1, 1.0)", "1.0"], done.stderr
 
 
 def test_works_beside_other_metrics_in_combine():
@@ -179,7 +215,7 @@ def test_bad_images_are_named_and_not_counted(prediction, reference, message):
     metric = MeanIoU(NAMES)
     with pytest.raises(ValueError, match=message):
         metric.add(prediction=prediction, reference=reference, name="img_7")
-    assert len(metric) == 0 and not metric.matrix.any()
+    assert len(metric) == 0 and not metric.counts.any()
 
 
 @pytest.mark.parametrize(

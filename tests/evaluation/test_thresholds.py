@@ -45,7 +45,7 @@ def test_best_threshold_separates_object_from_background():
         (np.zeros((2, 4, 4)), np.zeros((4, 4), int), "do not fit 3 classes"),
         (np.full((3, 2, 2), np.nan), np.zeros((2, 2), int), r"img_7: maps must lie in \[0, 1\], got nan"),
         (np.full((3, 2, 2), 7.0), np.zeros((2, 2), int), "got 7.0 to 7.0"),
-        (np.zeros((3, 2, 2)), np.full((2, 2), 4), "img_7: truth holds labels up to 4"),
+        (np.zeros((3, 2, 2)), np.full((2, 2), 4), r"img_7: truth holds the labels \[4\]; right are 0..3 and 255"),
     ],
 )
 def test_bad_images_are_named(scores, truth, message):

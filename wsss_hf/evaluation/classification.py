@@ -1,10 +1,32 @@
-"""How well image tags are predicted."""
+"""How well image tags are predicted.
+
+Also a script: `evaluate.load("wsss_hf/evaluation/classification.py")`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import datasets
+import evaluate
 import numpy as np
+
+
+class MeanAveragePrecision(evaluate.Metric):
+    """[`mean_average_precision`] as a metric; its scores wait on disk, as the library does it."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        predictions = datasets.List(datasets.Value("float64"))
+        references = datasets.List(datasets.Value("int32"))
+        return evaluate.MetricInfo(
+            description=mean_average_precision.__doc__,
+            citation="",
+            inputs_description="predictions: (N, C) scores; references: (N, C) 0/1; class_names: see above.",
+            features=datasets.Features({"predictions": predictions, "references": references}),
+        )
+
+    def _compute(self, predictions, references, class_names: Sequence[str] | None = None) -> dict:
+        return mean_average_precision(predictions, references, class_names)
 
 
 def mean_average_precision(scores: np.ndarray, tags: np.ndarray, class_names: Sequence[str] | None = None) -> dict:

@@ -14,9 +14,29 @@ from ..data.tagged import DataError, class_names, decode_mask, has_value, tags_t
 from ..labeling.prediction import predict_scores
 from ..labeling.pseudo_masks import label_images
 from ..training.progress import Progress
+from .boundary_f import BoundaryF
 from .classification import mean_average_precision
 from .mean_iou import MeanIoU
 from .thresholds import ThresholdCurve
+
+
+class Figures:
+    """All figures of label maps against true ones: those of [`MeanIoU`] with its interval, and of [`BoundaryF`]."""
+
+    def __init__(self, names: list[str]):
+        self.metrics = (MeanIoU(names, intervals=True), BoundaryF(names))
+
+    def add(self, prediction: np.ndarray, reference: np.ndarray, name: str) -> None:
+        """Counts one image, `name` in error messages."""
+        for metric in self.metrics:
+            metric.add(prediction, reference, name)
+
+    def compute(self) -> dict:
+        """The figures over the images of all processes."""
+        figures: dict = {}
+        for metric in self.metrics:
+            figures |= metric.all_reduce().compute()
+        return figures
 
 
 def rows_with(rows: Dataset, column: str) -> Dataset:
@@ -32,16 +52,16 @@ def rows_with(rows: Dataset, column: str) -> Dataset:
 
 
 def evaluate_masks(rows: Dataset, column: str = "pseudo_mask", quiet: bool = False) -> dict:
-    """Figures of the masks in `column` against the true ones, over the rows that have both; see [`MeanIoU`]."""
+    """Figures of the masks in `column` against the true ones, over the rows that have both; see [`Figures`]."""
     rows = rows_with(rows_with(rows, "mask"), column)
-    metric = MeanIoU(["background", *class_names(rows)], intervals=True)
+    metric = Figures(["background", *class_names(rows)])
     mine = _share(rows)
     with _progress("evaluating masks", mine, quiet) as progress:
         for row in undecoded(mine.select_columns(["image_id", "mask", column])):
             prediction = decode_mask(row[column], f"row {row['image_id']!r}, column {column}")
             metric.add(prediction=prediction, reference=_truth(row), name=f"row {row['image_id']!r}")
             progress.advance(1)
-    return metric.all_reduce().compute()
+    return metric.compute()
 
 
 def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quiet: bool = False) -> dict:
@@ -51,12 +71,12 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quie
         settings: a recipe's `masks` section.
 
     Returns:
-        the figures of [`MeanIoU`] at the fixed background threshold; `threshold_curve` and `best_threshold`, which
+        the figures of [`Figures`] at the fixed background threshold; `threshold_curve` and `best_threshold`, which
         read true masks and are for analysis only; `mean_average_precision` of the tags.
     """
     rows = rows_with(rows, "mask")
     names = class_names(rows)
-    metric = MeanIoU(["background", *names], intervals=True)
+    metric = Figures(["background", *names])
     curve = ThresholdCurve(["background", *names])
     mine = _share(rows)
     truths = undecoded(mine.select_columns(["image_id", "mask", "tags"]))
@@ -74,7 +94,7 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quie
             progress.advance(1)
     points = curve.all_reduce().compute()
     scores, tags = gather_object(scores), gather_object(tags)
-    return metric.all_reduce().compute() | {
+    return metric.compute() | {
         "threshold_curve": points["curve"],
         "best_threshold": points["best"],
         "mean_average_precision": mean_average_precision(np.stack(scores), np.stack(tags))["mean_average_precision"],
@@ -82,7 +102,7 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quie
 
 
 def evaluate_segmenter(model, processor: Callable, rows: Dataset, settings: dict, quiet: bool = False) -> dict:
-    """Figures of a segmenter on the rows of `rows` that have a mask, at the images' own size; see [`MeanIoU`].
+    """Figures of a segmenter on the rows of `rows` that have a mask, at the images' own size; see [`Figures`].
 
     Args:
         model: any model with `logits` (B, C+1, h, w), in eval mode, on the device to work on.
@@ -97,7 +117,7 @@ def evaluate_segmenter(model, processor: Callable, rows: Dataset, settings: dict
     known = [model.config.id2label[i] for i in sorted(model.config.id2label)]
     if known != names:
         raise DataError(f"the segmenter knows {', '.join(known)}; the data have {', '.join(names)}")
-    metric = MeanIoU(names, intervals=True)
+    metric = Figures(names)
     mine = _share(rows)
     truths = undecoded(mine.select_columns(["image_id", "mask"]))
     with _progress("evaluating segmenter", mine, quiet) as progress:
@@ -109,7 +129,7 @@ def evaluate_segmenter(model, processor: Callable, rows: Dataset, settings: dict
                 row = truths[index]
                 metric.add(prediction=prediction, reference=_truth(row), name=f"row {row['image_id']!r}")
             progress.advance(len(batch.indices))
-    return metric.all_reduce().compute()
+    return metric.compute()
 
 
 def _truth(row: dict) -> np.ndarray:

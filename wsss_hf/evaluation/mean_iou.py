@@ -1,16 +1,17 @@
 """Mean IoU and its relatives from a streamed confusion matrix.
 
-The file stands alone, so that it is also a script: `evaluate.load("path/to/mean_iou.py", class_names=[...])`.
+Also a script: `evaluate.load("wsss_hf/evaluation/mean_iou.py", class_names=[...])`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import datasets
 import evaluate
 import numpy as np
 import torch
+
+from .streaming import FEATURES, StreamingMetric, distributed, label_maps, mean_over_present, number, ratio
 
 DESCRIPTION = """
 Mean intersection over union of label maps, and what is read from the same confusion matrix: IoU, precision and recall
@@ -25,6 +26,7 @@ Args:
 Returns:
     mean_iou: mean of `iou` over the classes that occur.
     iou: class name -> IoU, None where the class occurs neither in the truth nor in the predictions.
+    absent_classes: the names of these.
     pixel_accuracy: share of counted pixels whose label is right.
     precision, recall: class name -> share; None where nothing was predicted, or nothing was there to find.
     mean_precision, mean_recall: means of these over the classes that have one.
@@ -37,12 +39,7 @@ Returns:
 
 def iou_from_counts(hits: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """IoU per class from right, true and predicted pixel counts of shape (..., K); NaN where a class is absent."""
-    return _ratio(hits, truth + predicted - hits)
-
-
-def mean_over_present(values: np.ndarray) -> np.ndarray:
-    """Mean over the last axis of the values that are not NaN; NaN where there is none."""
-    return _ratio(np.nansum(values, axis=-1), np.sum(~np.isnan(values), axis=-1))
+    return ratio(hits, truth + predicted - hits)
 
 
 def bootstrap_interval(
@@ -70,23 +67,12 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def sum_over_processes(counts: np.ndarray) -> np.ndarray:
-    """The sum of int64 `counts` over all processes of torch.distributed (`counts` itself where there is only one)."""
-    if not _distributed():
-        return counts
-    total = torch.tensor(counts, device="cuda" if torch.distributed.get_backend() == "nccl" else "cpu")
-    torch.distributed.all_reduce(total)
-    return total.cpu().numpy()
-
-
-class MeanIoU(evaluate.Metric):
+class MeanIoU(StreamingMetric):
     """Streams a (K, K + 1) confusion matrix: rows are true classes, columns predicted ones, the last column "no class"
     (a pseudo mask may say ignore; for the true class of that pixel it is a miss).
 
     Args:
-        class_names: names of the labels 0..K-1, background first. May also be given to `compute`.
-        num_classes: K, instead of `class_names`; the classes are then named "0", "1", ...
-        ignore_index: label of pixels that have no class, K..255.
+        class_names, num_classes, ignore_index: see [`StreamingMetric`].
         intervals: keep 3 K integers per image for `mean_iou_interval`.
         kwargs: what `evaluate.load` passes to every metric.
     """
@@ -99,174 +85,97 @@ class MeanIoU(evaluate.Metric):
         intervals: bool = False,
         **kwargs,
     ):
-        super().__init__(**kwargs)
-        self.ignore_index = ignore_index
         self.intervals = intervals
-        self.class_names: list[str] | None = None
-        self._name_classes(class_names, num_classes)
+        super().__init__(class_names, num_classes, ignore_index, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
-        features = datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()})
-        return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=features)
+        return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=FEATURES)
 
-    def _build_data_dir(self) -> str:
-        return self._data_dir_root  # the base class would create a cache folder; nothing is cached here
-
-    def __len__(self) -> int:
-        return 0 if self.class_names is None else self.num_images
-
-    def _name_classes(self, class_names: Sequence[str] | None, num_classes: int | None) -> None:
-        if class_names is None and num_classes is None:
-            return
-        names = [str(index) for index in range(num_classes)] if class_names is None else list(class_names)
-        if num_classes not in (None, len(names)):
-            raise ValueError(f"num_classes is {num_classes}, but class_names has {len(names)} names")
-        if len(set(names)) < len(names):
-            raise ValueError(f"class_names must differ from each other, got {names}")
-        if not 0 < len(names) <= self.ignore_index <= 255:
-            raise ValueError(
-                f"ignore_index must lie in {len(names)}..255 for {len(names)} classes, got {self.ignore_index}"
-            )
-        if self.class_names not in (None, names):
-            raise ValueError(f"the metric already counts the classes {self.class_names}, not {names}")
-        if self.class_names is None:
-            self.class_names = names
-            self.reset()
+    def _no_counts(self) -> np.ndarray:
+        classes = len(self.class_names)
+        return np.zeros((classes, classes + 1), dtype=np.int64)
 
     def reset(self) -> None:
         """Forgets all images."""
-        classes = len(self.class_names)
-        self.matrix = np.zeros((classes, classes + 1), dtype=np.int64)
-        self.num_images = 0
+        super().reset()
         self.image_counts: list[np.ndarray] = []
+        classes = len(self.class_names)
+        # Row and column of a label; the ignore index comes after the classes, and last what is neither.
+        self._index = np.full(256, classes + 1)
+        self._index[:classes] = np.arange(classes)
+        self._index[self.ignore_index] = classes
 
-    def add(self, *, prediction=None, reference=None, name: str | None = None) -> None:
-        """Counts one image: two (H, W) integer label maps (arrays, tensors or single-channel pictures).
-
-        Raises:
-            ValueError: sizes differ, or a label is neither a class nor the ignore index; `name` is named.
-        """
-        if self.class_names is None:
-            raise ValueError("name the classes first, e.g. evaluate.load(path, class_names=[...])")
-        who = f"{name}: " if name else ""
-        prediction, reference = _label_map(prediction, f"{who}prediction"), _label_map(reference, f"{who}reference")
-        if prediction.shape != reference.shape:
-            sizes = [f"{width}x{height}" for height, width in (prediction.shape, reference.shape)]
-            raise ValueError(f"{who}the prediction is {sizes[0]} pixels and the reference {sizes[1]}")
-        # One pass over the pixels: count all 256 x 256 pairs of bytes, look at the few that may occur afterwards.
-        codes = reference.astype(np.uint16) << 8 | prediction
-        pairs = np.bincount(codes.ravel(), minlength=1 << 16).reshape(256, 256)
-        labels = [*range(len(self.class_names)), self.ignore_index]
-        counted = pairs[np.ix_(labels, labels)]
-        if counted.sum() != reference.size:
-            for what, seen in (("prediction", pairs.any(0)), ("reference", pairs.any(1))):
-                if bad := sorted(set(np.flatnonzero(seen).tolist()) - set(labels)):
-                    raise ValueError(f"{who}{what} holds the labels {bad}; right are 0..{labels[-2]} and {labels[-1]}")
-        matrix = counted[:-1]
-        self.matrix += matrix
-        self.num_images += 1
+    def _count(self, prediction, reference, who: str) -> np.ndarray:
+        prediction, reference = label_maps(prediction, reference, who)
+        pairs = _count_pairs(self._index, reference, prediction)
+        if pairs[-1].any() or pairs[:, -1].any():
+            self._check_labels(np.bincount(prediction.ravel(), minlength=256) > 0, f"{who}prediction")
+            self._check_labels(np.bincount(reference.ravel(), minlength=256) > 0, f"{who}reference")
+        matrix = pairs[:-2, :-1]
         if self.intervals:
             self.image_counts.append(np.stack(_hits_truth_predicted(matrix)).astype(np.int32))
-
-    def add_batch(self, *, predictions=None, references=None, names: Iterable[str] | None = None) -> None:
-        """Counts several images, whose sizes may differ; `names` are used in error messages."""
-        if predictions is None or references is None:
-            raise ValueError("both predictions and references are needed")
-        if len(predictions) != len(references):
-            raise ValueError(f"{len(predictions)} predictions, but {len(references)} references")
-        names = names or [None] * len(references)
-        for prediction, reference, name in zip(predictions, references, names, strict=True):
-            self.add(prediction=prediction, reference=reference, name=name)
+        return matrix
 
     def merge(self, other: MeanIoU) -> MeanIoU:
         """Adds the images that `other` counted; returns itself."""
         if self.intervals != other.intervals:
             raise ValueError("only metrics that agree on intervals=True can be merged")
-        self._name_classes(other.class_names, None)
-        self.matrix += other.matrix
-        self.num_images += other.num_images
+        super().merge(other)
         self.image_counts += other.image_counts
         return self
 
     def all_reduce(self) -> MeanIoU:
         """Adds up the images of all processes in each of them; call once, after the last image. Returns itself."""
-        total = sum_over_processes(np.append(self.matrix, self.num_images))
-        if self.intervals and _distributed():
+        super().all_reduce()
+        if self.intervals and distributed():
             per_process = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(per_process, self.image_counts)
             self.image_counts = [counts for part in per_process for counts in part]
-        self.matrix, self.num_images = total[:-1].reshape(self.matrix.shape), int(total[-1])
         return self
 
-    def compute(
-        self,
-        *,
-        predictions=None,
-        references=None,
-        class_names: Sequence[str] | None = None,
-        num_classes: int | None = None,
-    ) -> dict:
-        """The figures over all images added (and `predictions` and `references`, if given); then forgets them."""
-        self._name_classes(class_names, num_classes)
-        if predictions is not None or references is not None:
-            self.add_batch(predictions=predictions, references=references)
-        if len(self) == 0:
-            raise ValueError("no image to evaluate: add at least one prediction with its reference")
-        figures = figures_from_confusion(self.matrix, self.class_names) | {"num_images": self.num_images}
+    def _figures(self) -> dict:
+        hits, truth, predicted = _hits_truth_predicted(self.counts)
+        union = truth + predicted - hits
+        iou, precision, recall = iou_from_counts(hits, truth, predicted), ratio(hits, predicted), ratio(hits, truth)
+        figures = {"mean_iou": number(mean_over_present(iou))}
         if self.intervals:
-            interval = bootstrap_interval(np.stack(self.image_counts))
-            figures = {"mean_iou": figures["mean_iou"], "mean_iou_interval": interval} | figures
-        self.reset()
-        return figures
+            figures["mean_iou_interval"] = bootstrap_interval(np.stack(self.image_counts))
+        return figures | {
+            "iou": self._by_name(iou),
+            "absent_classes": [name for name, pixels in zip(self.class_names, union, strict=True) if not pixels],
+            "pixel_accuracy": number(ratio(hits.sum(), truth.sum())),
+            "precision": self._by_name(precision),
+            "recall": self._by_name(recall),
+            "mean_precision": number(mean_over_present(precision)),
+            "mean_recall": number(mean_over_present(recall)),
+            "false_positive_share": number(mean_over_present(ratio(predicted - hits, union)[1:])),
+            "false_negative_share": number(mean_over_present(ratio(truth - hits, union)[1:])),
+        }
 
 
-def figures_from_confusion(matrix: np.ndarray, class_names: Sequence[str]) -> dict:
-    """All figures of [`MeanIoU`] but the counts of images, from its (K, K + 1) confusion matrix."""
-    hits, truth, predicted = _hits_truth_predicted(matrix)
-    union = truth + predicted - hits
-    iou, precision, recall = iou_from_counts(hits, truth, predicted), _ratio(hits, predicted), _ratio(hits, truth)
+def _count_pairs(index: np.ndarray, reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """(N, N) int64: how often each pair of `index` values, 0..N-1, occurs in two uint8 maps of one size.
 
-    def by_name(values: np.ndarray) -> dict[str, float | None]:
-        return {name: _number(value) for name, value in zip(class_names, values, strict=True)}
-
-    return {
-        "mean_iou": _number(mean_over_present(iou)),
-        "iou": by_name(iou),
-        "pixel_accuracy": _number(_ratio(hits.sum(), truth.sum())),
-        "precision": by_name(precision),
-        "recall": by_name(recall),
-        "mean_precision": _number(mean_over_present(precision)),
-        "mean_recall": _number(mean_over_present(recall)),
-        "false_positive_share": _number(mean_over_present(_ratio(predicted - hits, union)[1:])),
-        "false_negative_share": _number(mean_over_present(_ratio(truth - hits, union)[1:])),
-    }
+    Label maps are patches: the runs along their rows are counted instead of their pixels, as long as they are few.
+    """
+    reference, prediction = reference.ravel(), prediction.ravel()
+    changed = reference[1:] != reference[:-1]
+    changed |= prediction[1:] != prediction[:-1]
+    changes = np.flatnonzero(changed)
+    lengths = None
+    if changes.size < reference.size // 8:
+        ends = np.append(changes, reference.size - 1)
+        lengths = ends + 1
+        lengths[1:] -= lengths[:-1].copy()
+        reference, prediction = reference[ends], prediction[ends]
+    size = index.max() + 1
+    codes = index[reference]
+    codes *= size
+    codes += index[prediction]
+    pairs = np.bincount(codes, weights=lengths, minlength=size * size)
+    # Weighted counts are sums of whole numbers below 2**53 in float64, and so exact.
+    return pairs.astype(np.int64).reshape(size, size)
 
 
 def _hits_truth_predicted(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.diagonal(matrix), matrix.sum(axis=1), matrix[:, :-1].sum(axis=0)
-
-
-def _ratio(part, whole) -> np.ndarray:
-    """part / whole, NaN where whole is 0."""
-    whole = np.asarray(whole)
-    return np.divide(part, whole, out=np.full(whole.shape, np.nan), where=whole > 0)
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _number(value: np.ndarray) -> float | None:
-    return None if np.isnan(value) else float(value)
-
-
-def _label_map(labels, what: str) -> np.ndarray:
-    """`labels` as (H, W) uint8."""
-    labels = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
-    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{what} must be (H, W) integer labels, got {labels.dtype} of shape {labels.shape}")
-    if labels.dtype != np.uint8:
-        if labels.size and not (labels.min() >= 0 and labels.max() <= 255):
-            raise ValueError(f"{what} holds labels from {labels.min()} to {labels.max()}; labels lie in 0..255")
-        labels = labels.astype(np.uint8)
-    return labels

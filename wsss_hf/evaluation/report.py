@@ -32,6 +32,7 @@ class ReportExample:
         tags: names of its classes.
         map: class name -> (h, w) map in [0, 1], or one such map; any resolution.
         pseudo_mask, prediction, truth: (H, W) labels of the image's size, 255 = ignore.
+        masks: column heading -> further labels, to stand side by side.
     """
 
     image: Image.Image
@@ -41,6 +42,7 @@ class ReportExample:
     pseudo_mask: np.ndarray | None = None
     prediction: np.ndarray | None = None
     truth: np.ndarray | None = None
+    masks: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def write_report(
@@ -51,6 +53,8 @@ def write_report(
     class_names: Sequence[str],
     notes: dict | None = None,
     curves: dict[str, Sequence[tuple[float, float]]] | None = None,
+    costs: dict[str, tuple[float, float]] | None = None,
+    caption: str = "",
 ) -> Path:
     """Writes one HTML file that needs nothing else: pictures and style are inside, nothing is fetched, no script runs.
 
@@ -63,15 +67,18 @@ def write_report(
         class_names: names of the labels 0..C, background first.
         notes: name -> value, the conditions under which the figures came about.
         curves: name -> [(threshold, mIoU), ...], drawn as one plot.
+        costs: name -> (minutes, mIoU), drawn as one plot.
+        caption: what the columns of the table mean, under it.
 
     Raises:
         ValueError: a label map has another size than its image; the image is named.
     """
     sections = [
         _notes(notes or {}),
-        _section("Results", _results_table(table)),
+        _section("Results", _results_table(table) + (f"<p>{_text(caption)}</p>" if caption else "")),
         _section("IoU per class", _class_table(table, class_names)),
         _section("Mean IoU against background threshold", _curve_plot(curves or {})),
+        _section("Mean IoU against minutes of training", _cost_plot(costs or {})),
         _section("Examples", _example_table(examples, class_names)),
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">{_ICON}'
@@ -135,12 +142,13 @@ def _pictures(example: ReportExample) -> dict[str, dict[str, Image.Image]]:
     """Column heading -> {caption: picture}, for what the example has."""
     image = example.image.convert("RGB")
     maps = {} if example.map is None else example.map if isinstance(example.map, dict) else {"": example.map}
-    masks = zip(HEADINGS[2:], (example.pseudo_mask, example.prediction, example.truth), strict=True)
+    masks = {HEADINGS[2]: example.pseudo_mask, HEADINGS[3]: example.prediction, **example.masks}
+    masks[HEADINGS[4]] = example.truth
     columns = {
         HEADINGS[0]: {"": image},
         HEADINGS[1]: {name: blend(image, heatmap(values)) for name, values in maps.items()},
     }
-    for name, labels in masks:
+    for name, labels in masks.items():
         try:
             columns[name] = {} if labels is None else {"": overlay(image, labels)}
         except ValueError as error:
@@ -156,7 +164,9 @@ def _one_map(example: ReportExample) -> ReportExample:
 
 
 def _columns(rows: Sequence[dict]) -> list[str]:
-    return [name for name in HEADINGS if any(name in row for row in rows)]
+    """Headings in the order in which the examples have them, the truth last."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return sorted(names, key=lambda name: (name == HEADINGS[4], HEADINGS.index(name) if name in HEADINGS else 2.5))
 
 
 def _fit(picture: Image.Image, side: int, enlarge: bool = False) -> Image.Image:
@@ -232,41 +242,68 @@ def _swatch(label: int) -> str:
     return f'<span class="swatch" style="background:#{red:02x}{green:02x}{blue:02x}"></span>'
 
 
+class _Plot:
+    """Inline SVG, 640 x 300, axes from 0; shares upwards, to the next tenth above the highest."""
+
+    left, right, top, bottom = 48, 620, 14, 256
+
+    def __init__(self, points: Sequence[tuple[float, float]], axis: str, label: str):
+        self.limit_x = max(x for x, _ in points) or 1.0
+        self.limit_y = min(1.0, np.ceil(10 * max(y for _, y in points) + 0.1) / 10)
+        self.label = label
+        self.parts, self.legend = [], []
+        for tick in np.arange(0, self.limit_y + 0.05, 0.1 if self.limit_y <= 0.6 else 0.2):
+            _, y = self.place(0, tick)
+            self.parts.append(f'<path class="grid" d="M{self.left} {y:.1f}H{self.right}"/>')
+            self.parts.append(f'<text x="{self.left - 8}" y="{y + 4:.1f}" text-anchor="end">{100 * tick:.0f}</text>')
+        for tick in np.linspace(0, self.limit_x, 6):
+            x, _ = self.place(tick, 0)
+            self.parts.append(f'<text x="{x:.1f}" y="{self.bottom + 20}" text-anchor="middle">{tick:.2g}</text>')
+        middle = (self.left + self.right) / 2
+        self.parts.append(f'<text x="{middle}" y="{self.bottom + 40}" text-anchor="middle">{_text(axis)}</text>')
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        return (
+            self.left + (self.right - self.left) * x / self.limit_x,
+            self.bottom - (self.bottom - self.top) * y / self.limit_y,
+        )
+
+    def add(self, name: str, note: str, mark: tuple[float, float], line: Sequence[tuple[float, float]] = ()) -> None:
+        """A series in the next colour: a line, if it has one, and its mark."""
+        color = f"var(--series-{len(self.legend) % 6})"
+        if line:
+            points = " ".join("{:.1f},{:.1f}".format(*self.place(*point)) for point in line)
+            self.parts.append(f'<polyline points="{points}" style="stroke:{color}"/>')
+        x, y = self.place(*mark)
+        self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" style="fill:{color}"/>')
+        self.legend.append(
+            f'<span class="chip"><span class="swatch" style="background:{color}"></span>{_text(name)}'
+            f"<small>{_text(note)}</small></span>"
+        )
+
+    def html(self) -> str:
+        svg = f'<svg viewBox="0 0 640 300" role="img" aria-label="{_text(self.label)}">{"".join(self.parts)}</svg>'
+        return f'<div class="card plot">{svg}<p class="chips">{"".join(self.legend)}</p></div>'
+
+
 def _curve_plot(curves: dict[str, Sequence[tuple[float, float]]]) -> str:
-    """Inline SVG, 640 x 300, axes from 0 to the highest threshold and to the next tenth above the highest mIoU."""
     if not curves:
         return ""
-    left, right, top, bottom = 48, 620, 14, 256
-    limit_x = max(threshold for curve in curves.values() for threshold, _ in curve) or 1.0
-    limit_y = min(1.0, np.ceil(10 * max(value for curve in curves.values() for _, value in curve) + 0.1) / 10)
-
-    def place(threshold: float, value: float) -> tuple[float, float]:
-        return left + (right - left) * threshold / limit_x, bottom - (bottom - top) * value / limit_y
-
-    parts = []
-    for tick in np.arange(0, limit_y + 0.05, 0.1 if limit_y <= 0.6 else 0.2):
-        _, y = place(0, tick)
-        parts.append(f'<path class="grid" d="M{left} {y:.1f}H{right}"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{100 * tick:.0f}</text>')
-    for tick in np.linspace(0, limit_x, 6):
-        x, _ = place(tick, 0)
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 20}" text-anchor="middle">{tick:.2g}</text>')
-    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 40}" text-anchor="middle">background threshold</text>')
-    legend = []
-    for index, (name, curve) in enumerate(curves.items()):
-        best = max(curve, key=lambda point: point[1])
-        x, y = place(*best)
-        points = " ".join("{:.1f},{:.1f}".format(*place(*point)) for point in curve)
-        color = f"var(--series-{index % 6})"
-        parts.append(f'<polyline points="{points}" style="stroke:{color}"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" style="fill:{color}"/>')
-        legend.append(
-            f'<span class="chip"><span class="swatch" style="background:{color}"></span>{_text(name)}'
-            f"<small>best {format_value(best[1])} at {best[0]:.2g}</small></span>"
-        )
     label = "Mean IoU in percent against the background threshold"
-    plot = f'<svg viewBox="0 0 640 300" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-    return f'<div class="card plot">{plot}<p class="chips">{"".join(legend)}</p></div>'
+    plot = _Plot([point for curve in curves.values() for point in curve], "background threshold", label)
+    for name, curve in curves.items():
+        best = max(curve, key=lambda point: point[1])
+        plot.add(name, f"best {format_value(best[1])} at {best[0]:.2g}", best, curve)
+    return plot.html()
+
+
+def _cost_plot(costs: dict[str, tuple[float, float]]) -> str:
+    if not costs:
+        return ""
+    plot = _Plot(list(costs.values()), "minutes of training", "Mean IoU in percent against minutes of training")
+    for name, (minutes, value) in costs.items():
+        plot.add(name, f"{format_value(value)} in {minutes:.3g} min", (minutes, value))
+    return plot.html()
 
 
 def _example_table(examples: Sequence[ReportExample], class_names: Sequence[str]) -> str:
@@ -277,7 +314,11 @@ def _example_table(examples: Sequence[ReportExample], class_names: Sequence[str]
     legend = "".join(
         f'<span class="chip">{_swatch(label)}{_text(name)}</span>' for label, name in enumerate(class_names)
     )
-    masks = [mask for example in examples for mask in (example.pseudo_mask, example.prediction, example.truth)]
+    masks = [
+        mask
+        for example in examples
+        for mask in (example.pseudo_mask, example.prediction, example.truth, *example.masks.values())
+    ]
     if any(mask is not None and (np.asarray(mask) == 255).any() for mask in masks):
         legend += f'<span class="chip">{_swatch(255)}ignore</span>'
     if HEADINGS[1] in columns:

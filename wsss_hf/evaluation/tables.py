@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 
 from rich.console import Console
@@ -20,6 +21,14 @@ _HEADINGS = {
 }
 
 
+@dataclass(frozen=True)
+class Spread:
+    """A share measured several times: mean and sample standard deviation (None for a single measurement)."""
+
+    mean: float
+    deviation: float | None
+
+
 def format_value(value) -> str:
     """A cell's text: a float is a share and becomes percent with one decimal, a pair an interval, None and NaN a dash.
 
@@ -27,6 +36,9 @@ def format_value(value) -> str:
     """
     if value is None or (isinstance(value, Real) and math.isnan(value)):
         return MISSING
+    if isinstance(value, Spread):
+        mean = format_value(value.mean)
+        return mean if value.deviation is None else f"{mean} ± {format_value(value.deviation)}"
     if isinstance(value, (tuple, list)):
         return MISSING if None in value else "–".join(map(format_value, value))
     if isinstance(value, Real) and not isinstance(value, Integral):
@@ -36,7 +48,7 @@ def format_value(value) -> str:
 
 def is_figure(value) -> bool:
     """Whether a cell stands right-aligned."""
-    return value is None or isinstance(value, (Real, tuple, list))
+    return value is None or isinstance(value, (Real, tuple, list, Spread))
 
 
 def column_names(rows: Sequence[dict]) -> list[str]:

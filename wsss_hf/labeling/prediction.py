@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
 
 
 @torch.inference_mode()
@@ -35,6 +36,15 @@ def predict_scores(
             view_logits = view_logits.flip(-1) if view else view_logits
             total = total + F.interpolate(view_logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
     return total / (len(scales) * (2 if flip else 1))
+
+
+def load_segmenter(
+    directory: str, device: torch.device | str, **hub_kwargs
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A trained segmenter, ours or transformers' own, in eval mode, and its image processor."""
+    model = AutoModelForSemanticSegmentation.from_pretrained(directory, **hub_kwargs)
+    model = model.to(device, memory_format=torch.channels_last).eval()
+    return model, AutoImageProcessor.from_pretrained(directory, **hub_kwargs)
 
 
 def resize_images(pixel_values: Tensor, scale: float) -> Tensor:

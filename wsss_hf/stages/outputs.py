@@ -41,7 +41,7 @@ class StageOutput:
             if not held.is_file():
                 raise OutputError(f"--out {self.path}: {folder} exists and is no result of this stage; take another")
             try:
-                difference = _first_difference(yaml.safe_load(held.read_text()), settings)
+                difference = first_difference(yaml.safe_load(held.read_text()), settings)
             except yaml.YAMLError:
                 difference = f"{SETTINGS_FILE} is not YAML"
             if difference:
@@ -90,10 +90,10 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(fresh, path)
 
 
-def _first_difference(held, wanted, prefix: str = "") -> str | None:
+def first_difference(held, wanted, prefix: str = "") -> str | None:
     if isinstance(held, dict) and isinstance(wanted, dict):
         for key in {**held, **wanted}:
-            found = _first_difference(held.get(key), wanted.get(key), f"{prefix}{key}.")
+            found = first_difference(held.get(key), wanted.get(key), f"{prefix}{key}.")
             if found:
                 return found
         return None

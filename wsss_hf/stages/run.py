@@ -8,19 +8,16 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_from_disk
-from transformers import AutoImageProcessor
 
 from ..data.tagged import class_names, decode_mask, has_value, undecoded
 from ..evaluation.evaluate import evaluate_cam, evaluate_masks, evaluate_segmenter
 from ..evaluation.report import ReportExample, write_gallery, write_report
 from ..evaluation.tables import print_table
 from ..labeling.auto_threshold import with_threshold
-from ..labeling.prediction import predict_scores
+from ..labeling.prediction import load_segmenter, predict_scores
 from ..labeling.pseudo_masks import label_images, load_labeler
-from ..models.modeling_segmenter import Segmenter
 from .make_masks import make_masks, read_summary
 from .outputs import OutputError, write_atomically
 from .train_cam import train_cam
@@ -101,7 +98,7 @@ def segmenter_row(name: str, segmenter: Path, data: DatasetDict, recipe: dict, q
     row = {"result": name, "split": "val"}
     if not _has_masks(data, "val"):
         return row
-    model, processor = _load_segmenter(segmenter)
+    model, processor = load_segmenter(str(segmenter), PartialState().device)
     return row | evaluate_segmenter(model, processor, data["val"], recipe["evaluation"], quiet)
 
 
@@ -148,7 +145,7 @@ def report_examples(data: DatasetDict, cam: Path, segmenter: Path, recipe: dict)
     names = class_names(rows)
     raw = undecoded(rows)
     classifier, cam_processor = load_labeler(str(cam), PartialState().device)
-    model, processor = _load_segmenter(segmenter)
+    model, processor = load_segmenter(str(segmenter), PartialState().device)
     examples: list[ReportExample | None] = [None] * count
     for labelled in label_images(classifier, cam_processor, rows, recipe["masks"]):
         row = raw[labelled.index]
@@ -172,8 +169,3 @@ def report_examples(data: DatasetDict, cam: Path, segmenter: Path, recipe: dict)
 def _has_masks(data: DatasetDict, split: str) -> bool:
     rows: Dataset | None = data.get(split)
     return rows is not None and "mask" in rows.column_names and bool(has_value(rows, "mask").any())
-
-
-def _load_segmenter(directory: Path):
-    model = Segmenter.from_pretrained(directory).to(PartialState().device, memory_format=torch.channels_last)
-    return model.eval(), AutoImageProcessor.from_pretrained(directory)

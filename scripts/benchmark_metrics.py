@@ -1,0 +1,167 @@
+"""Our mean IoU against the released metric's way, in one run on label maps of PASCAL VOC's size and 21 classes.
+
+The released `mean_iou` of the evaluate library stores every prediction and reference, and takes NumPy histograms of
+each image once all are there. That way is written here twice: with the arrays kept in a list, which leaves out the
+library's storage and so favours it, and through `evaluate.Metric` itself, which stores them as Arrow lists of lists.
+Seconds are those of the processor, so that what else runs on the machine does not count. Peak memory is measured for n
+and 4 n images, each in a process of its own, and includes what the imports take.
+
+    python scripts/benchmark_metrics.py
+    python scripts/benchmark_metrics.py --masks VOCdevkit/VOC2012/SegmentationClassAug
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import evaluate
+import numpy as np
+from PIL import Image
+
+from wsss_hf.evaluation.mean_iou import MeanIoU
+
+HEIGHT, WIDTH, CLASSES, IGNORE = 375, 500, 21, 255
+
+
+def images(count: int, masks: Path | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`count` pairs (prediction, truth): those in the folder `masks`, again and again, or drawn ones of VOC's size.
+
+    A drawn truth has three objects at most, with crooked outlines and a band of void around them. The prediction is
+    the truth without void, some pixels beside it, with one class mistaken for another.
+    """
+    rng = np.random.default_rng(0)
+    files = sorted(masks.glob("*.png")) if masks else []
+    if masks and not files:
+        sys.exit(f"{masks}: no *.png there; the folder SegmentationClassAug of a devkit would be right")
+    for number in range(count):
+        if files:
+            truth = np.array(Image.open(files[number % len(files)]))
+            filled = np.where(truth == IGNORE, 0, truth)
+        else:
+            present = np.append(rng.integers(1, CLASSES, size=3), 0)
+            scores = rng.random((4, 4, 5), dtype=np.float32)
+            scores[3] += 0.4
+            smooth = [np.asarray(Image.fromarray(s).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)) for s in scores]
+            filled = present[np.argmax(smooth, axis=0)].astype(np.uint8)
+            outline = np.zeros(filled.shape, dtype=bool)
+            for axis, step in itertools.product((0, 1), (-2, -1, 1, 2)):
+                outline |= np.roll(filled, step, axis) != filled
+            truth = np.where(outline, IGNORE, filled).astype(np.uint8)
+        prediction = np.roll(filled, rng.integers(-6, 7, size=2), axis=(0, 1))
+        prediction[prediction == rng.choice(np.unique(filled))] = rng.integers(CLASSES)
+        yield prediction, truth
+
+
+def histograms(prediction: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(3, K): intersection, predicted and true pixels of one image, as the released metric counts them."""
+    counted = truth != IGNORE
+    prediction, truth = prediction[counted], truth[counted]
+    areas = (prediction[prediction == truth], prediction, truth)
+    return np.stack([np.histogram(area, bins=CLASSES, range=(0, CLASSES - 1))[0] for area in areas])
+
+
+def mean_iou_of(totals: np.ndarray) -> float:
+    hits, predicted, true = totals.astype(np.float64)
+    union = predicted + true - hits
+    return float(np.mean(hits[union > 0] / union[union > 0]))
+
+
+class ReleasedWay(evaluate.Metric):
+    """Storage, features and histograms of the released metric."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        label_map = datasets.List(datasets.List(datasets.Value("uint16")))
+        features = datasets.Features({"predictions": label_map, "references": label_map})
+        return evaluate.MetricInfo(description="", citation="", inputs_description="", features=features)
+
+    def _compute(self, predictions, references) -> dict:
+        stored = zip(predictions, references, strict=True)
+        return {"mean_iou": mean_iou_of(sum(histograms(np.array(p), np.array(t)) for p, t in stored))}
+
+
+def ours(pairs: Iterator) -> tuple[float, float]:
+    """Mean IoU and seconds, without those that drawing the images takes."""
+    metric, seconds = MeanIoU(num_classes=CLASSES), 0.0
+    for prediction, truth in pairs:
+        start = time.process_time()
+        metric.add(prediction, truth)
+        seconds += time.process_time() - start
+    start = time.process_time()
+    result = metric.compute()["mean_iou"]
+    return result, seconds + time.process_time() - start
+
+
+def stored_histograms(pairs: Iterator) -> tuple[float, float]:
+    stored, seconds = [], 0.0
+    for prediction, truth in pairs:
+        start = time.process_time()
+        stored.append((prediction.copy(), truth.copy()))
+        seconds += time.process_time() - start
+    start = time.process_time()
+    result = mean_iou_of(sum(histograms(prediction, truth) for prediction, truth in stored))
+    return result, seconds + time.process_time() - start
+
+
+def through_evaluate(pairs: Iterator) -> tuple[float, float]:
+    metric, seconds = ReleasedWay(), 0.0
+    for prediction, truth in pairs:
+        start = time.process_time()
+        metric.add_batch(predictions=[prediction], references=[truth])
+        seconds += time.process_time() - start
+    start = time.process_time()
+    result = metric.compute()["mean_iou"]
+    return result, seconds + time.process_time() - start
+
+
+WAYS = {"ours": ours, "histograms, stored": stored_histograms, "histograms, evaluate": through_evaluate}
+
+
+def measure(way: str, count: int, masks: Path | None) -> tuple[float, float, float]:
+    """Mean IoU, seconds and peak memory in MB of a process that does this alone."""
+    command = [sys.executable, __file__, "--way", way, "--images", str(count)]
+    command += ["--masks", str(masks)] if masks else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return tuple(map(float, done.stdout.split()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=200, help="n; memory is measured for 4 n too")
+    parser.add_argument("--masks", type=Path, help="a folder of true masks to take instead of drawn ones")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        result, seconds = WAYS[arguments.way](images(arguments.images, arguments.masks))
+        print(result, seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return
+    few, many = arguments.images, 4 * arguments.images
+    print(
+        f"{WIDTH}x{HEIGHT}, {CLASSES} classes      mean IoU   ms/image  times ours   peak MB, {few} and {many} images"
+    )
+    fastest = None
+    for way in WAYS:
+        # The library's storage is so slow that four times as many images would add minutes and tell nothing new.
+        count = max(1, few // 10) if way == "histograms, evaluate" else few
+        result, seconds, memory = measure(way, count, arguments.masks)
+        per_image = 1000 * seconds / count
+        fastest = fastest or per_image
+        peaks = (
+            f"{memory:8.0f} ({count} images)"
+            if count < few
+            else f"{memory:8.0f} {measure(way, many, arguments.masks)[2]:8.0f}"
+        )
+        print(f"{way:24} {result:10.6f} {per_image:10.3f} {per_image / fastest:11.1f} {peaks}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from wsss_hf.data.sources import load_data
+from wsss_hf.evaluation.evaluate import evaluate_cam
+from wsss_hf.labeling.pseudo_masks import load_labeler
+from wsss_hf.stages.compare import CompareError, compare, plan_cells, read_plan
+from wsss_hf.stages.outputs import OutputError
+from wsss_hf.training.recipes import RecipeError
+
+
+@pytest.fixture(scope="module")
+def plan(tiny_settings):
+    return {
+        "recipe": "default",
+        "set": tiny_settings,
+        "rows": {"plain": None, "drs": {"cam.methods": {"drs": {}}, "masks": {"background_threshold": 0.3}}},
+        "seeds": [0, 1],
+        "data": {"toy": {"source": "toy"}},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(plan, tmp_path_factory):
+    """Folder and results of `plan`, for tests that leave them as they are."""
+    out = tmp_path_factory.mktemp("compared") / "out"
+    return out, compare(plan, out, quiet=True)
+
+
+def stamps(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_row_with_every_seed_is_one_training_of_its_own(finished):
+    out, results = finished
+    cells = {tuple(cell["settings"][key] for key in ("data", "row", "seed")) for cell in results["cells"]}
+    assert cells == {("toy", row, seed) for row in ("plain", "drs") for seed in (0, 1)}
+    weights = {path.read_bytes() for path in out.glob("cells/toy/*/*/cam/model.safetensors")}
+    assert len(weights) == 4
+    saved = yaml.safe_load((out / "cells/toy/drs/seed1/cam/recipe.yaml").read_text())
+    assert saved["seed"] == 1 and saved["cam"]["methods"] == {"drs": {}}
+
+
+def test_figures_are_those_of_the_saved_models_and_their_spread(finished):
+    out, results = finished
+    row = results["rows"][1]
+    assert (row["row"], row["seeds"], row["threshold"]) == ("drs", [0, 1], 0.3)
+    cells = [cell for cell in results["cells"] if cell["settings"]["row"] == "drs"]
+    settings = cells[0]["settings"]
+    rows = load_data(**settings["source"])["train"]
+    for seed, cell in enumerate(cells):
+        labeler = load_labeler(str(out / f"cells/toy/drs/seed{seed}/cam"), "cpu")
+        figures = evaluate_cam(*labeler, rows, settings["recipe"]["masks"], quiet=True)
+        assert cell["maps"]["mean_iou"] == pytest.approx(figures["mean_iou"])
+    values = [cell["maps"]["mean_iou"] for cell in cells]
+    assert row["maps"]["mean_iou"]["values"] == values
+    assert row["maps"]["mean_iou"]["mean"] == pytest.approx(np.mean(values))
+    assert row["maps"]["mean_iou"]["sd"] == pytest.approx(np.std(values, ddof=1))
+    best = [max(value for _, value in cell["maps"]["threshold_curve"]) for cell in cells]
+    assert row["maps"]["best_threshold_mean_iou"]["values"] == best
+    assert all(row["cost"][key] > 0 for key in ("seconds_per_step", "minutes", "label_seconds_per_image"))
+
+
+def test_tables_and_page_show_every_row(finished):
+    out, results = finished
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    text, page = (out / "comparison.md").read_text(), (out / "comparison.html").read_text()
+    for row in results["rows"]:
+        spread = row["maps"]["mean_iou"]
+        assert f"{100 * spread['mean']:.1f} ± {100 * spread['sd']:.1f}" in text
+        assert row["row"] in page
+    assert page.count("<polyline") == 2 and page.count("<svg") == 2
+    assert page.count("data:image/jpeg") == 3 * 4  # examples: image, two rows, truth
+
+
+def test_a_second_call_trains_nothing_and_a_longer_plan_only_what_is_new(plan, finished, tmp_path):
+    out, results = finished
+    before = stamps(out / "cells")
+    assert compare(plan, out, quiet=True) == json.loads(json.dumps(results))
+    assert stamps(out / "cells") == before
+    longer = plan | {"rows": {"plain": None}, "seeds": [0, 2]}
+    grown = compare(longer, out, quiet=True)
+    assert [row["seeds"] for row in grown["rows"]] == [[0, 2]]
+    after = stamps(out / "cells")
+    assert {path: after[path] for path in before} == before and len(after) > len(before)
+
+
+def test_a_cell_of_other_settings_is_refused(plan, finished):
+    changed = plan | {"set": [*plan["set"], "masks.fusion=max"]}
+    before = stamps(finished[0])
+    with pytest.raises(OutputError, match="seed0 holds another cell .recipe.masks.fusion is 'mean' there and 'max'"):
+        compare(changed, finished[0], quiet=True)
+    assert stamps(finished[0]) == before
+
+
+def test_whole_runs_are_compared_by_their_segmenters(plan, tmp_path):
+    whole = plan | {"rows": {"plain": {}}, "seeds": [0], "segmenter": True}
+    results = compare(whole, tmp_path / "out", quiet=True)
+    [row], [cell] = results["rows"], results["cells"]
+    last = cell["results"][-1]
+    assert last["split"] == "val" and row["segmenter"]["mean_iou"]["values"] == [last["mean_iou"]]
+    assert row["segmenter"]["mean_iou"]["sd"] is None
+    assert cell["cost"]["segmenter"]["minutes"] > 0
+    masks = [np.array(Image.open(path)) for path in (tmp_path / "out").rglob("examples/*.png")]
+    assert len(masks) == 3 and all(mask.shape == (48, 48) for mask in masks)
+    assert "segmenter, mean IoU" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_data_without_masks_are_compared_by_pictures(plan, tmp_path):
+    folder = tmp_path / "photos"
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    unmasked = plan | {"data": {"source": str(folder)}, "seeds": [0], "rows": {"plain": {}}}
+    results = compare(unmasked, tmp_path / "out", quiet=True)
+    assert "maps" not in results["rows"][0] and results["rows"][0]["data"] == "photos"
+    assert (tmp_path / "out" / "comparison.html").read_text().count("data:image/jpeg") == 3 * 2
+
+
+def test_a_failed_cell_does_not_stop_the_others(plan, tmp_path):
+    broken = {"cam.train": {"optimizer": "sgd", "lr": 1e30, "batch_size": 1}}
+    spoiled = plan | {"rows": {"broken": broken, "plain": {}}, "seeds": [0]}
+    with pytest.raises(CompareError, match="1 of 2 cells failed; broken, seed 0, toy: the loss"):
+        compare(spoiled, tmp_path / "out", quiet=True)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [row["row"] for row in results["rows"]] == ["plain"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_cells_in_processes_of_their_own_give_the_same(plan, finished, tmp_path):
+    both = compare(plan | {"seeds": [0]}, tmp_path / "out", jobs=2, quiet=True)
+    for cell in both["cells"]:
+        name = cell["settings"]["row"]
+        held = json.loads((finished[0] / f"cells/toy/{name}/seed0/cell.json").read_text())
+        assert cell["maps"] == held["maps"]
+
+
+def test_recipes_by_name_are_rows_on_several_data_sets(tmp_path):
+    cells = plan_cells(
+        {"rows": ["toy", "voc_drs"], "data": {"a": {"source": "toy"}, "b": {"source": "voc", "root": "x"}}}, tmp_path
+    )
+    assert [(cell.data, cell.row, cell.seed) for cell in cells] == [
+        (data, row, 0) for data in ("a", "b") for row in ("toy", "voc_drs")
+    ]
+    assert cells[1].recipe["cam"]["methods"] == {"drs": {"mode": "learnable"}}
+    assert len({cell.folder for cell in cells}) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rowz": {}}, "the plan has 'rowz'; right are recipe, set, rows"),
+        ({"rows": {}}, "the plan has no rows"),
+        ({"data": None}, "the plan has no data"),
+        ({"data": {"toy": {"sauce": "toy"}}}, "data toy: .*; source and some of root"),
+        ({"seeds": []}, "seeds: .*; a list of whole numbers would be right"),
+        ({"seeds": "0,1"}, "seeds: '0,1'; a list of whole numbers would be right"),
+        ({"rows": {"a/b": {}}}, "row 'a/b': a name that can be a folder would be right"),
+        ({"rows": {"drs": "drs"}}, "row drs: 'drs'; changes of the recipe as a mapping would be right"),
+        ({"rows": {"drs": {"cam.metods": {}}}}, "no setting cam.metods; did you mean cam.methods"),
+        ({"set": "seed"}, "set: 'seed'; a mapping, or a list of key=value, would be right"),
+    ],
+)
+def test_bad_plans(plan, tmp_path, change, message):
+    with pytest.raises(RecipeError, match=message):
+        compare(plan | change, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_is_a_mapping_in_yaml(tmp_path):
+    for text in ("a: [", "- a"):
+        (tmp_path / "plan.yaml").write_text(text)
+        with pytest.raises(RecipeError, match="plan.yaml: "):
+            read_plan(tmp_path / "plan.yaml")
+
+
+def test_a_foreign_folder_is_refused(plan, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="it exists and is no comparison"):
+        compare(plan, tmp_path, quiet=True)

@@ -1,0 +1,395 @@
+"""Methods side by side under one condition: every row of a plan, with every seed, on every data set."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict
+from rich.console import Console
+
+from ..data.palette import save_mask_png
+from ..data.sources import load_data
+from ..data.tagged import class_names, decode_image, decode_mask, has_value, undecoded
+from ..evaluation.comparison import comparison_markdown, summarize, write_comparison
+from ..evaluation.report import ReportExample
+from ..labeling.prediction import load_segmenter, predict_scores
+from ..labeling.pseudo_masks import label_images, load_labeler
+from ..training.recipes import RecipeError, load_recipe
+from .outputs import OutputError, first_difference, write_atomically
+from .run import maps_row, run
+from .train_cam import train_cam
+from .train_model import LOG_FILE
+
+PLAN_KEYS = ("recipe", "set", "rows", "seeds", "data", "segmenter")
+_DATA_KEYS = ("source", "root", "classes", "columns", "limit", "revision")
+_CELL_FILE = "cell.json"
+
+
+class CompareError(RuntimeError):
+    """Some cells failed; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training: a row of the plan, a data set, a seed.
+
+    Attributes:
+        data, row, seed: what the cell is called.
+        recipe: resolved; its seed is the cell's.
+        source: arguments of `load_data`.
+        segmenter: whether a segmenter is trained too.
+        folder: where models, figures and example masks go.
+    """
+
+    data: str
+    row: str
+    seed: int
+    recipe: dict
+    source: dict
+    segmenter: bool
+    folder: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.row}, seed {self.seed}, {self.data}"
+
+
+def read_plan(path: str | os.PathLike) -> dict:
+    """A plan from a YAML file; see [`plan_cells`].
+
+    Raises:
+        RecipeError: it can't be read, or has other keys.
+    """
+    try:
+        plan = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(plan, dict):
+        raise RecipeError(f"{path}: a mapping with {', '.join(PLAN_KEYS)} would be right")
+    return plan
+
+
+def plan_cells(plan: dict, out: str | os.PathLike) -> list[Cell]:
+    """The cells of a plan, every recipe resolved and checked.
+
+    Args:
+        plan: `rows`: name -> changes of the recipe (nested or with dotted keys, and `recipe` for another one to start
+            from), or a list of recipes' names; `recipe`: the recipe that all start from; `set`: changes for all, as
+            "key=value" strings or a mapping; `seeds`: whole numbers, default those of the recipe; `data`: name ->
+            arguments of `load_data`, or one such mapping; `segmenter`: train it too, not the CAM classifier only.
+        out: folder of the comparison.
+
+    Raises:
+        RecipeError: an unknown key, a row that is no recipe, or no rows, seeds or data.
+    """
+    unknown = [key for key in plan if key not in PLAN_KEYS]
+    if unknown:
+        raise RecipeError(f"the plan has {unknown[0]!r}; right are {', '.join(PLAN_KEYS)}")
+    rows, data = plan.get("rows") or {}, plan.get("data") or {}
+    if isinstance(rows, list):
+        rows = {str(name): {"recipe": name} for name in rows}
+    if "source" in data:
+        data = {Path(str(data["source"])).name: data}
+    if not isinstance(rows, dict) or not rows:
+        raise RecipeError("the plan has no rows; name: {changes}, or a list of recipes, would be right")
+    if not isinstance(data, dict) or not data:
+        raise RecipeError("the plan has no data; data: {source: toy} would be right")
+    common = _changes(plan.get("set") or {}, "set")
+    cells = []
+    for data_name, source in data.items():
+        if not isinstance(source, dict) or "source" not in source or not set(source) <= set(_DATA_KEYS):
+            raise RecipeError(f"data {data_name}: {source}; source and some of {', '.join(_DATA_KEYS[1:])} are right")
+        start = plan.get("recipe") or ("toy" if source["source"] == "toy" else "default")
+        for row, changes in rows.items():
+            if changes is not None and not isinstance(changes, dict):
+                raise RecipeError(f"row {row}: {changes!r}; changes of the recipe as a mapping would be right")
+            _check_name(row, "row")
+            _check_name(data_name, "data")
+            changes = dict(changes or {})
+            recipe = load_recipe(changes.pop("recipe", start), [*common, *_changes(changes, f"row {row}")])
+            seeds = plan.get("seeds", [recipe["seed"]])
+            if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
+                raise RecipeError(f"seeds: {seeds!r}; a list of whole numbers would be right")
+            drawn = {"toy": recipe["toy"]} if source["source"] == "toy" else {}
+            for seed in seeds:
+                folder = Path(out) / "cells" / data_name / row / f"seed{seed}"
+                cells.append(
+                    Cell(
+                        data=data_name,
+                        row=row,
+                        seed=seed,
+                        recipe=json.loads(json.dumps(recipe | {"seed": seed})),
+                        source=source | drawn,
+                        segmenter=bool(plan.get("segmenter", False)),
+                        folder=str(folder),
+                    )
+                )
+    return cells
+
+
+def _changes(changes: dict | list, where: str) -> list[str]:
+    """Changes of a recipe as "dotted.key=value" strings."""
+    if isinstance(changes, dict):
+        return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    if not isinstance(changes, list) or not all(isinstance(change, str) for change in changes):
+        raise RecipeError(f"{where}: {changes!r}; a mapping, or a list of key=value, would be right")
+    return changes
+
+
+def _check_name(name, what: str) -> None:
+    """Names become folders."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set('/\\:"<>|?*\0\n'):
+        raise RecipeError(f"{what} {name!r}: a name that can be a folder would be right")
+
+
+def compare(
+    plan: dict,
+    out: str | os.PathLike,
+    hub_kwargs: dict | None = None,
+    jobs: int | None = None,
+    quiet: bool = False,
+) -> dict:
+    """Train and evaluate every cell of a plan; write the table, the plots and the pictures.
+
+    Cells that `out` holds already are not done again, and an interrupted one goes on where it was. A plan may grow:
+    more rows, seeds or data only add cells. A cell that fails does not stop the others.
+
+    Args:
+        plan: see [`plan_cells`].
+        out: gets `cells/<data>/<row>/seed<k>/`, `results.json`, `comparison.md` and `comparison.html`.
+        hub_kwargs: `token`, `cache_dir`.
+        jobs: cells at the same time, each in a process with a device of its own; default: one per GPU.
+
+    Returns:
+        what `results.json` holds: `cells`, one record each, and `rows`, see [`summarize`].
+
+    Raises:
+        RecipeError: see [`plan_cells`]; or several processes were launched.
+        OutputError: `out` holds something else, or a cell of other settings.
+        CompareError: cells failed; all others are in the results.
+    """
+    out, hub_kwargs = Path(out), hub_kwargs or {}
+    cells = plan_cells(plan, out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "cells").is_dir()):
+        raise OutputError(f"--out {out}: it exists and is no comparison; take another folder")
+    if jobs is not None and jobs < 1:
+        raise RecipeError(f"--jobs {jobs}: 1 or more would be right")
+    if PartialState().num_processes > 1:
+        raise RecipeError("compare starts its own processes: --jobs without accelerate launch would be right")
+    jobs = min(jobs or max(1, torch.cuda.device_count()), len(cells))
+    console = Console(stderr=True, quiet=quiet)
+    started, failures = time.monotonic(), []
+    todo = [cell for cell in cells if not _finished(cell)]  # raises before hours of work where a folder is another's
+    for done, (cell, outcome) in enumerate(_outcomes(todo, hub_kwargs, jobs, quiet), start=1):
+        failed = isinstance(outcome, Exception)
+        if failed:
+            message = " ".join(str(outcome).split()) or type(outcome).__name__
+            failures.append(f"{cell.title}: {message}")
+        minutes = (time.monotonic() - started) / 60
+        left = minutes / done * (len(todo) - done)
+        state = "failed" if failed else _words(outcome)
+        console.print(f"cell {done} of {len(todo)}: {cell.title}: {state}; {left:.0f} min left", highlight=False)
+    results = _write_results(out, [record for record in map(_finished, cells) if record], hub_kwargs)
+    if failures:
+        raise CompareError(f"{len(failures)} of {len(cells)} cells failed; {failures[0]}")
+    return results
+
+
+def _words(record: dict) -> str:
+    figure = record["maps"].get("mean_iou")
+    return "no mask to measure on" if figure is None else f"mean IoU of the masks {100 * figure:.1f}"
+
+
+def _outcomes(
+    cells: Sequence[Cell], hub_kwargs: dict, jobs: int, quiet: bool
+) -> Iterator[tuple[Cell, dict | Exception]]:
+    """Every cell with its record, or with the error that it ended in, as they come."""
+    if jobs == 1:
+        for cell in cells:
+            yield cell, _attempt(lambda cell=cell: run_cell(cell, hub_kwargs, quiet))
+        return
+    spawn = multiprocessing.get_context("spawn")
+    devices = spawn.Queue()
+    for job in range(jobs):
+        devices.put(job % max(1, torch.cuda.device_count()))
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_take_device, initargs=(devices,)) as pool:
+        futures = {pool.submit(run_cell, cell, hub_kwargs, True): cell for cell in cells}
+        for future in as_completed(futures):
+            yield futures[future], _attempt(future.result)
+
+
+def _attempt(work: Callable[[], dict]) -> dict | Exception:
+    try:
+        return work()
+    except Exception as error:
+        if os.environ.get("WSSS_TRACEBACK"):
+            raise
+        return error
+
+
+def _take_device(devices) -> None:
+    """In a new process, before it touches a GPU: one of them is its own."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
+
+
+def run_cell(cell: Cell, hub_kwargs: dict, quiet: bool) -> dict:
+    """Train and evaluate one cell; returns its record, which `cell.json` keeps."""
+    folder = Path(cell.folder)
+    data = _load(json.dumps(cell.source), json.dumps(hub_kwargs))
+    common = {"data_settings": cell.source, "hub_kwargs": hub_kwargs, "quiet": quiet}
+    results = []
+    if cell.segmenter:
+        results = run(data, cell.recipe, folder, **common)
+    else:
+        train_cam(data, cell.recipe, folder / "cam", **common)
+    started = time.perf_counter()
+    maps = maps_row("maps", folder / "cam", data, cell.recipe, quiet)
+    seconds = time.perf_counter() - started
+    cost = {"cam": training_cost(folder / "cam", cell.recipe["cam"]["train"], len(data["train"]))}
+    if cell.segmenter:
+        steps = cell.recipe["segmenter"]["train"]
+        cost["segmenter"] = training_cost(folder / "segmenter", steps, len(data["train"]))
+    if "num_images" in maps:
+        cost["label_seconds_per_image"] = seconds / maps["num_images"]
+    _save_examples(cell, data)
+    record = {"settings": _settings(cell), "maps": maps, "results": results, "cost": cost}
+    record["class_names"] = ["background", *class_names(data)]
+    record["device"] = _device_name()
+    write_atomically(folder / _CELL_FILE, json.dumps(record, indent=1))
+    return record
+
+
+def training_cost(model: Path, settings: dict, num_images: int) -> dict:
+    """`seconds_per_step` and `minutes` of the training that a model folder's log speaks of; {} without a log.
+
+    Args:
+        settings: the recipe's `train` section.
+        num_images: size of split "train".
+    """
+    log = model / LOG_FILE
+    if not log.is_file():
+        return {}
+    rates = [record["images_per_second"] for record in json.loads(log.read_text())]
+    batch = min(settings["batch_size"], num_images)
+    steps = num_images // batch
+    seconds = [steps * batch / rate for rate in rates]
+    return {"seconds_per_step": float(np.sum(seconds)) / (steps * len(rates)), "minutes": float(np.sum(seconds)) / 60}
+
+
+def _settings(cell: Cell) -> dict:
+    return {key: value for key, value in asdict(cell).items() if key != "folder"}
+
+
+def _finished(cell: Cell) -> dict | None:
+    """The record of a cell that is done.
+
+    Raises:
+        OutputError: its folder holds one of other settings.
+    """
+    file = Path(cell.folder) / _CELL_FILE
+    if not file.is_file():
+        return None
+    record = json.loads(file.read_text())
+    difference = first_difference(record["settings"], json.loads(json.dumps(_settings(cell))))
+    if difference:
+        raise OutputError(f"{cell.folder} holds another cell ({difference}); take another --out or name of the row")
+    return record
+
+
+@lru_cache(maxsize=1)
+def _load(source: str, hub_kwargs: str) -> DatasetDict:
+    """The data set, the same for all seeds: what `limit` draws depends on no cell."""
+    return load_data(**json.loads(source), **json.loads(hub_kwargs))
+
+
+def _device_name() -> str:
+    device = PartialState().device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+# Pictures
+
+
+def _example_rows(data: DatasetDict, count: int) -> Dataset:
+    """Held-out images (of "train" where there is no "val"), those with masks first, evenly spaced."""
+    rows = data["val"] if "val" in data else data["train"]
+    if "mask" in rows.column_names and has_value(rows, "mask").any():
+        rows = rows.select(np.flatnonzero(has_value(rows, "mask")))
+    return rows.select(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
+
+
+def _save_examples(cell: Cell, data: DatasetDict) -> None:
+    """The masks of the example images: the segmenter's, or those made of the maps; `examples/<number>.png`."""
+    folder = Path(cell.folder)
+    rows = _example_rows(data, cell.recipe["evaluation"]["examples"])
+    (folder / "examples").mkdir(exist_ok=True)
+    device = PartialState().device
+    if not cell.segmenter:
+        model, processor = load_labeler(str(folder / "cam"), device)
+        for labelled in label_images(model, processor, rows, cell.recipe["masks"]):
+            save_mask_png(folder / "examples" / f"{labelled.index}.png", labelled.pseudo_mask)
+        return
+    model, processor = load_segmenter(str(folder / "segmenter"), device)
+    views = {key: cell.recipe["evaluation"][key] for key in ("scales", "flip")}
+    for number, row in enumerate(undecoded(rows)):
+        image = decode_image(row["image"], f"row {row['image_id']!r}")
+        pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(device)
+        scores = predict_scores(model, pixel_values, (image.height, image.width), **views)
+        labels = scores[0].argmax(dim=0).cpu().numpy().astype(np.uint8)
+        save_mask_png(folder / "examples" / f"{number}.png", labels)
+
+
+def _examples(out: Path, records: Sequence[dict], hub_kwargs: dict) -> list[ReportExample]:
+    """The example images of one data set with the masks of every row's first seed."""
+    settings = records[0]["settings"]
+    data = _load(json.dumps(settings["source"]), json.dumps(hub_kwargs))
+    names = class_names(data)
+    rows = undecoded(_example_rows(data, min(r["settings"]["recipe"]["evaluation"]["examples"] for r in records)))
+    first: dict[str, Path] = {}
+    for record in records:
+        cell = record["settings"]
+        first.setdefault(cell["row"], out / "cells" / cell["data"] / cell["row"] / f"seed{cell['seed']}" / "examples")
+    examples = []
+    for number, row in enumerate(rows):
+        where = f"row {row['image_id']!r}"
+        masks = {name: folder / f"{number}.png" for name, folder in first.items()}
+        truth = row.get("mask")
+        examples.append(
+            ReportExample(
+                image=decode_image(row["image"], where),
+                image_id=row["image_id"],
+                tags=[names[c] for c in row["tags"]],
+                masks={name: decode_mask({"path": str(file)}, str(file)) for name, file in masks.items()},
+                truth=None if truth is None else decode_mask(truth, f"{where}, column mask"),
+            )
+        )
+    return examples
+
+
+def _write_results(out: Path, records: Sequence[dict], hub_kwargs: dict) -> dict:
+    rows = summarize(records)
+    results = {"rows": rows, "cells": list(records)}
+    if not records:
+        return results
+    write_atomically(out / "results.json", json.dumps(results, indent=1))
+    write_atomically(out / "comparison.md", comparison_markdown(rows))
+    by_data: dict[str, list[dict]] = {}
+    for record in records:
+        by_data.setdefault(record["settings"]["data"], []).append(record)
+    for name, part in by_data.items():
+        page = "comparison.html" if len(by_data) == 1 else f"comparison-{name}.html"
+        shown = [row for row in rows if row["data"] == name]
+        write_comparison(out / page, name, shown, _examples(out, part, hub_kwargs), part[0]["class_names"])
+    return results
