@@ -8,8 +8,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .backbone import pretrained_body, resolve_backbone_config
+from .backbone import from_safetensors, pretrained_body, resolve_backbone_config
 from .pipeline_wsss import TagPipeline, WeakSegmentationPipeline
+
+_TASK = "image-segmentation"  # what our models are for where nobody says more
 
 
 class BackboneConfigMixin:
@@ -20,6 +22,15 @@ class BackboneConfigMixin:
         given = backbone is not None or backbone_config is not None
         self.backbone_config = resolve_backbone_config(backbone, backbone_config) if given else None
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # `pipeline(model=…)` without a task, which then is None here, takes a model's only custom pipeline, never one
+        # of several.
+        if "_from_pipeline" in kwargs and kwargs["_from_pipeline"] is None and "custom_pipelines" in values:
+            values["custom_pipelines"] = {_TASK: values["custom_pipelines"][_TASK]}
+        return values, unused
+
     @staticmethod
     def _completed(kwargs: dict) -> dict:
         """The arguments that `PreTrainedConfig` gets."""
@@ -27,7 +38,7 @@ class BackboneConfigMixin:
         if kwargs.get("id2label"):
             kwargs["label2id"] = {name: int(index) for index, name in kwargs["id2label"].items()}
         # Where the package is installed its pipeline is in the registry; only remote code finds it by its file.
-        registered = PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"]
+        registered = PIPELINE_REGISTRY.supported_tasks[_TASK]["impl"]
         if getattr(registered, "__name__", None) == WeakSegmentationPipeline.__name__:
             kwargs.pop("custom_pipelines", None)
         return kwargs
@@ -64,11 +75,15 @@ class PortableModelMixin:
         """What `activation_checkpointing_enable` and `_disable` of transformers call."""
         self.backbone.set_checkpointing(enable, gradient_checkpointing_func, every_n_layers)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        return from_safetensors(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         classes = {"AutoConfig": type(self.config)} | dict.fromkeys(self.auto_classes, type(self))
         self.config.auto_map = {auto_class: _code_reference(cls) for auto_class, cls in classes.items()}
         self.config.custom_pipelines = {
-            "image-segmentation": {
+            _TASK: {
                 "impl": _code_reference(WeakSegmentationPipeline),
                 "pt": ["AutoModelForSemanticSegmentation"],
                 "type": "image",

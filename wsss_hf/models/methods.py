@@ -48,7 +48,12 @@ class Method(nn.Module):
             copy into `self.config`; the model saves that.
         backbone: the [`Backbone`] it will stand on; read its `channels` and `strides`, do not keep it.
         num_classes: number of object classes C.
+
+    Attributes:
+        paper: where it was published, for the cards of models trained with it.
     """
+
+    paper: str | None = None
 
     def __init__(self, config, backbone: nn.Module, num_classes: int):
         super().__init__()
