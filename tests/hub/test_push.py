@@ -17,7 +17,7 @@ from huggingface_hub import HfApi, ModelCard
 from loopback_hub import TOKEN
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemanticSegmentation
+from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemanticSegmentation, pipeline
 
 from wsss_hf import CamClassifier, Segmenter, SegmenterConfig, WsssImageProcessor
 from wsss_hf.cli import main
@@ -354,6 +354,9 @@ for name, trust in wanted.items():
     task = ("image-segmentation",) if offline and not trust else ()
     found = pipeline(*task, model=f"tester/{name}", **options)(photograph)
     result[name] = [[entry["label"], entry["mask"].histogram()[255]] for entry in found]
+    if trust:
+        weak = pipeline("weak-segmentation", model=f"tester/{name}", **options)(photograph, refiner="pamr")
+        result[name].append(weak["mask"].histogram())
 old = AutoModelForSemanticSegmentation.from_pretrained("tester/pets", revision=first_commit, trust_remote_code=True)
 tensors["pets of old"] = outputs(old, AutoImageProcessor.from_pretrained("tester/pets", trust_remote_code=True))
 if not offline:
@@ -410,6 +413,7 @@ def test_a_stranger_gets_the_owners_outputs_bit_for_bit(hub, client_environment,
     sources = {"pets": (Segmenter, run_folder / "segmenter"), "cam": (CamClassifier, run_folder / "cam")}
     sources["segformer"] = (SegformerForSemanticSegmentation, tmp_path / "segformer")
     expected |= {name: logits(kind, folder, tmp_path) for name, (kind, folder) in sources.items()}
+    masks = {name: weak_histogram(folder, tmp_path) for name, (_, folder) in sources.items() if name != "segformer"}
     assert not [name for name in hub.files("tester/segformer") if name.endswith(".py")]
     assert b"trust_remote_code" not in hub.files("tester/segformer")["README.md"]
 
@@ -419,6 +423,7 @@ def test_a_stranger_gets_the_owners_outputs_bit_for_bit(hub, client_environment,
     for name in expected:
         assert torch.equal(outputs[name], expected[name]), name
     assert not torch.equal(outputs["pets of old"], outputs["pets"])
+    assert {name: result[name].pop() for name in masks} == masks
     for name in ("pets", "segformer"):
         assert {label for label, _ in result[name]} <= set(NAMES.values())
         assert sum(pixels for _, pixels in result[name]) == 70 * 50
@@ -430,6 +435,7 @@ def test_a_stranger_gets_the_owners_outputs_bit_for_bit(hub, client_environment,
     offline = client_environment | {"HF_HUB_OFFLINE": "1"}
     again, outputs = stranger(tmp_path, offline, wanted, first_commit, "offline")
     assert len(hub.requests) == asked
+    assert {name: again[name].pop() for name in masks} == masks
     assert all(again[name] == result[name] and torch.equal(outputs[name], expected[name]) for name in wanted)
 
 
@@ -439,6 +445,12 @@ def logits(kind, folder, tmp_path):
     )["pixel_values"]
     with torch.no_grad():
         return kind.from_pretrained(folder).eval()(pixel_values).logits
+
+
+def weak_histogram(folder, tmp_path):
+    return pipeline("weak-segmentation", str(folder))(str(tmp_path / "photograph.png"), refiner="pamr")[
+        "mask"
+    ].histogram()
 
 
 # security

@@ -9,9 +9,15 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .backbone import from_safetensors, pretrained_body, resolve_backbone_config
-from .pipeline_wsss import TagPipeline, WeakSegmentationPipeline
+from .pipeline_weak_segmentation import WeakSegmentationPipeline
+from .pipeline_wsss import MaskPipeline, TagPipeline
 
 _TASK = "image-segmentation"  # what our models are for where nobody says more
+_PIPELINES = (
+    (_TASK, MaskPipeline, "AutoModelForSemanticSegmentation"),
+    ("weak-segmentation", WeakSegmentationPipeline, "AutoModelForSemanticSegmentation"),
+    ("image-classification", TagPipeline, "AutoModelForImageClassification"),
+)
 
 
 class BackboneConfigMixin:
@@ -39,7 +45,7 @@ class BackboneConfigMixin:
             kwargs["label2id"] = {name: int(index) for index, name in kwargs["id2label"].items()}
         # Where the package is installed its pipeline is in the registry; only remote code finds it by its file.
         registered = PIPELINE_REGISTRY.supported_tasks[_TASK]["impl"]
-        if getattr(registered, "__name__", None) == WeakSegmentationPipeline.__name__:
+        if getattr(registered, "__name__", None) == MaskPipeline.__name__:
             kwargs.pop("custom_pipelines", None)
         return kwargs
 
@@ -83,18 +89,10 @@ class PortableModelMixin:
         classes = {"AutoConfig": type(self.config)} | dict.fromkeys(self.auto_classes, type(self))
         self.config.auto_map = {auto_class: _code_reference(cls) for auto_class, cls in classes.items()}
         self.config.custom_pipelines = {
-            _TASK: {
-                "impl": _code_reference(WeakSegmentationPipeline),
-                "pt": ["AutoModelForSemanticSegmentation"],
-                "type": "image",
-            }
+            task: {"impl": _code_reference(pipeline_class), "pt": [auto_class], "type": "image"}
+            for task, pipeline_class, auto_class in _PIPELINES
+            if auto_class in self.auto_classes
         }
-        if "AutoModelForImageClassification" in self.auto_classes:
-            self.config.custom_pipelines["image-classification"] = {
-                "impl": _code_reference(TagPipeline),
-                "pt": ["AutoModelForImageClassification"],
-                "type": "image",
-            }
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             custom_object_save(self, save_directory)
