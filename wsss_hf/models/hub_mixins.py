@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -22,6 +23,8 @@ _PIPELINES = (
 
 class BackboneConfigMixin:
     """A configuration that holds the configuration of a backbone."""
+
+    sub_configs = {"backbone_config": AutoConfig}
 
     def _set_backbone(self, backbone: str | None, backbone_config) -> None:
         # transformers builds a configuration without arguments to learn its defaults.
@@ -58,6 +61,8 @@ class PortableModelMixin:
 
     auto_classes: tuple[str, ...] = ()
     supports_gradient_checkpointing = True
+    # Whatever attention is asked for goes on to the backbone, which refuses what it does not know.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     @classmethod
     def from_backbone(cls, backbone: str, hub_kwargs: dict | None = None, **config_kwargs):
@@ -84,6 +89,9 @@ class PortableModelMixin:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         return from_safetensors(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def _shows_hidden_states(self, asked: bool | None) -> bool:
+        return self.config.output_hidden_states if asked is None else asked
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         classes = {"AutoConfig": type(self.config)} | dict.fromkeys(self.auto_classes, type(self))
