@@ -1,7 +1,7 @@
 """wsss_hf: image tags in, segmentation model out.
 
-Importing the package registers its models with the Auto classes of transformers and its pipeline with
-`pipeline("image-segmentation")`.
+Importing the package registers its models with the Auto classes of transformers, and its pipelines: beside
+`pipeline("image-segmentation")` and `pipeline("image-classification")`, `pipeline("weak-segmentation")`.
 """
 
 from transformers import (
@@ -22,17 +22,18 @@ from .models import (
     IcdConfig,
     MapRefiner,
     MapRefinerConfig,
+    MaskPipeline,
     Method,
     PldaConfig,
     SeamConfig,
     Segmenter,
     SegmenterConfig,
+    TagPipeline,
     TrainingStep,
     WeakSegmentationPipeline,
     WsssImageProcessor,
     register_method,
 )
-from .models.pipeline_wsss import TagPipeline
 
 __version__ = "0.1.0"
 
@@ -45,11 +46,13 @@ __all__ = [
     "IcdConfig",
     "MapRefiner",
     "MapRefinerConfig",
+    "MaskPipeline",
     "Method",
     "PldaConfig",
     "SeamConfig",
     "Segmenter",
     "SegmenterConfig",
+    "TagPipeline",
     "TrainingStep",
     "WeakSegmentationPipeline",
     "WsssImageProcessor",
@@ -67,5 +70,11 @@ for _config_class, _model_class in (
     AutoImageProcessor.register(_config_class, image_processor_classes={"pil": WsssImageProcessor})
 AutoModelForImageClassification.register(CamConfig, CamClassifier)
 # Ours does for every other model what the library's own does, so it takes its place without a warning.
-PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = WeakSegmentationPipeline
+PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = MaskPipeline
 PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = TagPipeline
+PIPELINE_REGISTRY.register_pipeline(
+    "weak-segmentation",
+    pipeline_class=WeakSegmentationPipeline,
+    pt_model=AutoModelForSemanticSegmentation,
+    type="image",
+)

@@ -16,6 +16,7 @@ from accelerate.utils import parse_flag_from_env
 from datasets import DatasetDict
 from datasets import logging as datasets_logging
 from datasets.utils import disable_progress_bars as disable_datasets_progress
+from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig
 from transformers import logging as transformers_logging
 
@@ -23,6 +24,7 @@ from .data.sources import load_data
 from .evaluation.comparison import print_comparison
 from .evaluation.tables import print_table
 from .hub.convert import convert_checkpoint
+from .hub.push import push_dataset, push_model
 from .launch import start_missing_processes
 from .stages.compare import CompareError, read_plan
 from .stages.compare import compare as run_compare
@@ -334,6 +336,31 @@ def convert(
     print(f"{converted}: {AutoConfig.from_pretrained(converted).converted_from}")
 
 
+@app.command()
+def push(
+    source: Annotated[Path, typer.Argument(help="A run's folder (its segmenter is meant), or that of a model.")],
+    repo_id: Annotated[str, typer.Argument(metavar="ID", help="Where to: owner/name, or a name of your own.")],
+    dataset: Annotated[bool, typer.Option("--dataset", help="Push the pseudo masks with their images.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Nobody else may see the new repository.")] = False,
+    branch: Annotated[
+        str | None, typer.Option("--branch", "--revision", help="Branch to push to; main without it.")
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Its licence as the Hub knows it: apache-2.0, cc-by-4.0 …")
+    ] = None,
+    pictures: Annotated[
+        bool, typer.Option("--pictures/--no-pictures", help="Show the run's example images on a model's card.")
+    ] = True,
+    token: Token = None,
+):
+    """A trained model, or pseudo masks → the Hub, with a card, in one commit."""
+    if dataset:
+        pushed = push_dataset(source, repo_id, private, branch, token, licence)
+    else:
+        pushed = push_model(source, repo_id, private, branch, token, licence, pictures)
+    print(f"{pushed.url} {'is now at' if pushed.changed else 'holds all of it already,'} commit {pushed.commit[:12]}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what the user can mend is one line on standard error and exit status 1."""
     start_missing_processes()
@@ -341,6 +368,7 @@ def main(arguments: list[str] | None = None) -> None:
     transformers_logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()
     disable_datasets_progress()
+    hub_logging.set_verbosity_error()
     # Whoever asks first decides whether there are other processes, and a bare PartialState() ignores this flag.
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     try:

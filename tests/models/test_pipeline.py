@@ -22,9 +22,9 @@ from wsss_hf import (
     CamClassifier,
     CamConfig,
     DrsConfig,
+    MaskPipeline,
     Segmenter,
     SegmenterConfig,
-    WeakSegmentationPipeline,
     WsssImageProcessor,
 )
 
@@ -189,7 +189,7 @@ def segformer(tmp_path_factory):
 def test_models_of_the_library_get_what_the_library_gives_them(segformer):
     ours = pipeline("image-segmentation", segformer)
     theirs = pipeline("image-segmentation", segformer, pipeline_class=ImageSegmentationPipeline)
-    assert type(ours) is WeakSegmentationPipeline and type(theirs) is ImageSegmentationPipeline
+    assert type(ours) is MaskPipeline and type(theirs) is ImageSegmentationPipeline
     for options in ({}, {"threshold": 0.2, "subtask": "semantic"}):
         actual, expected = ours(photograph(), **options), theirs(photograph(), **options)
         assert found(actual) == found(expected) and set(found(actual)) <= {"road", "sky", "tree"}

@@ -10,7 +10,8 @@ from .methods import Method, TrainingStep, register_method
 from .modeling_cam import CamClassifier, CamOutput
 from .modeling_map_refiner import MapRefiner, MapRefinerConfig
 from .modeling_segmenter import Segmenter
-from .pipeline_wsss import WeakSegmentationPipeline
+from .pipeline_weak_segmentation import WeakSegmentationPipeline
+from .pipeline_wsss import MaskPipeline, TagPipeline
 from .plda import PldaConfig
 from .seam import SeamConfig
 
@@ -23,11 +24,13 @@ __all__ = [
     "IcdConfig",
     "MapRefiner",
     "MapRefinerConfig",
+    "MaskPipeline",
     "Method",
     "PldaConfig",
     "SeamConfig",
     "Segmenter",
     "SegmenterConfig",
+    "TagPipeline",
     "TrainingStep",
     "WeakSegmentationPipeline",
     "WsssImageProcessor",

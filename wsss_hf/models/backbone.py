@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -42,7 +43,28 @@ def pretrained_body(backbone: str, config: PreTrainedConfig, **hub_kwargs) -> nn
     auto_class, kwargs = _auto_class(config)
     if auto_class is AutoBackbone:  # whose own from_pretrained takes no directory
         auto_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-    return auto_class.from_pretrained(backbone, config=config, **kwargs, **hub_kwargs)
+    return from_safetensors(auto_class.from_pretrained, backbone, config=config, **kwargs, **hub_kwargs)
+
+
+def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kwargs):
+    """`load(name, …)`, some `from_pretrained`, that opens nothing but safetensors: a pickle can run anything.
+
+    Raises:
+        ValueError: there are no such weights, or others were asked for.
+    """
+    refusal = (
+        f"{name}: no weights in safetensors; pickled ones (.bin, .pth, .pt) are never opened here, "
+        "`wsss convert` makes safetensors of the published checkpoints that it knows"
+    )
+    is_other_file = name is not None and os.path.isfile(name) and not str(name).endswith(".safetensors")
+    if kwargs.pop("use_safetensors", None) is False or is_other_file:
+        raise ValueError(refusal)
+    try:
+        return load(name, *args, use_safetensors=True, **kwargs)
+    except OSError as error:
+        if ".safetensors" in str(error):
+            raise ValueError(refusal) from error
+        raise
 
 
 def _auto_class(config: PreTrainedConfig) -> tuple[type, dict]:

@@ -208,6 +208,11 @@ class D2cam(Method):
     The losses train the projection head and the backbone features; the CAMs are read without gradient.
     """
 
+    paper = (
+        "Wang et al., “Treating Pseudo-labels Generation as Image Matting for Weakly Supervised Semantic "
+        "Segmentation”, ICCV 2023."
+    )
+
     def __init__(self, config: D2camConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
         size = config.embedding_channels

@@ -178,6 +178,10 @@ class Suppression(nn.Module):
 class Drs(Method):
     """Suppression modules after the chosen activations of a backbone. It has no losses and no maps of its own."""
 
+    paper = (
+        "Kim, Han and Kim, “Discriminative Region Suppression for Weakly-Supervised Semantic Segmentation”, AAAI 2021."
+    )
+
     def __init__(self, config: DrsConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
         activations = backbone.activations()

@@ -286,6 +286,11 @@ class Icd(Method):
     directions only; the top-down loss trains its classifier and the backbone; none of them reaches the CAMs.
     """
 
+    paper = (
+        "Fan, Zhang, Song and Tan, “Learning Integral Objects with Intra-Class Discriminator for Weakly-Supervised"
+        " Semantic Segmentation”, CVPR 2020."
+    )
+
     def __init__(self, config: IcdConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
         channels = backbone.channels[-1]

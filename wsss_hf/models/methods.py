@@ -51,9 +51,11 @@ class Method(nn.Module):
 
     Attributes:
         active: False while the training is in the warmup that comes before the methods.
+        paper: where it was published, for the cards of models trained with it.
     """
 
     active: bool = True
+    paper: str | None = None
 
     def __init__(self, config, backbone: nn.Module, num_classes: int):
         super().__init__()

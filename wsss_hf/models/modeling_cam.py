@@ -117,7 +117,7 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         Args:
             pixel_values: (B, 3, H, W) normalised images.
             tags: (B, C) 0/1 image-level labels; gives a loss.
-            output_hidden_states: also return the stage maps of the backbone.
+            output_hidden_states: also return the stage maps of the backbone; None does as the configuration says.
             superpixels: (B, H, W) int64, for methods that use them.
             saliency: (B, H, W) float in [0, 1], for methods that use it.
 
@@ -147,7 +147,7 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             cams=cams,
             maps=maps,
             losses=losses,
-            hidden_states=features if output_hidden_states else None,
+            hidden_states=features if self._shows_hidden_states(output_hidden_states) else None,
         )
 
     def _step(self, pixel_values: Tensor, tags: Tensor | None, features, cams, superpixels, saliency) -> TrainingStep:

@@ -76,5 +76,5 @@ class MapRefiner(CamClassifier):
             cams=maps,
             maps=maps,
             losses=losses,
-            hidden_states=features if output_hidden_states else None,
+            hidden_states=features if self._shows_hidden_states(output_hidden_states) else None,
         )

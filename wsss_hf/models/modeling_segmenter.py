@@ -60,7 +60,9 @@ class Segmenter(PortableModelMixin, PreTrainedModel):
             # A batch that is ignored everywhere teaches nothing; the plain mean would be 0 / 0.
             loss = total / (labels != IGNORE_INDEX).sum().clamp_min(1)
         return SemanticSegmenterOutput(
-            loss=loss, logits=logits, hidden_states=features if output_hidden_states else None
+            loss=loss,
+            logits=logits,
+            hidden_states=features if self._shows_hidden_states(output_hidden_states) else None,
         )
 
     @property

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from PIL import Image
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
 
-class WeakSegmentationPipeline(ImageSegmentationPipeline):
+class MaskPipeline(ImageSegmentationPipeline):
     """The library's image-segmentation pipeline, which also knows image tags.
 
     With our models, every class found gives `{"label", "score", "mask"}`: the mask is a black-and-white PIL image of
@@ -47,25 +49,9 @@ class WeakSegmentationPipeline(ImageSegmentationPipeline):
                 raise ValueError(f"threshold: {type(self.model).__name__} can't use it; leave it out")
             options["background_threshold"] = threshold
         if tags is not None:
-            options["tags"] = self._multi_hot(tags)
+            options["tags"] = tags_to_multi_hot(tags, list(self.model.mask_id2label.values())[1:])
         scores = self.model.segmentation_scores(model_outputs, tuple(model_outputs["target_size"][0]), **options)[0]
-        best, labels = scores.max(dim=0)
-        names = self.model.mask_id2label
-        return [
-            {
-                "score": best[labels == label].mean().item(),
-                "label": names[label],
-                "mask": Image.fromarray((labels == label).to(torch.uint8).mul(255).numpy()),
-            }
-            for label in labels.unique().tolist()
-        ]
-
-    def _multi_hot(self, tags: list[str]) -> torch.Tensor:
-        names = list(self.model.mask_id2label.values())[1:]
-        for tag in tags:
-            if tag not in names:
-                raise ValueError(f"tags: {tag!r} is no class of this model; it knows {', '.join(names)}")
-        return torch.tensor([[float(name in tags) for name in names]])
+        return named_segments(scores, self.model.mask_id2label)
 
 
 class TagPipeline(ImageClassificationPipeline):
@@ -76,3 +62,28 @@ class TagPipeline(ImageClassificationPipeline):
     def check_model_type(self, supported_models):
         if not hasattr(self.model, "segmentation_scores"):
             super().check_model_type(supported_models)
+
+
+def named_segments(scores: torch.Tensor, names: dict[int, str]) -> list[dict]:
+    """Scores (C+1, H, W) → for every label that wins somewhere its name, the mean of its pixels' scores, its mask."""
+    best, labels = scores.max(dim=0)
+    return [
+        {
+            "score": best[labels == label].mean().item(),
+            "label": names[label],
+            "mask": Image.fromarray((labels == label).to(torch.uint8).mul(255).numpy()),
+        }
+        for label in labels.unique().tolist()
+    ]
+
+
+def tags_to_multi_hot(tags: Sequence[str], names: Sequence[str]) -> torch.Tensor:
+    """Names of classes → (1, C) float 0/1.
+
+    Raises:
+        ValueError: a name that is not in `names`.
+    """
+    for tag in tags:
+        if tag not in names:
+            raise ValueError(f"tags: {tag!r} is no class of this model; it knows {', '.join(names)}")
+    return torch.tensor([[float(name in tags) for name in names]])

@@ -241,6 +241,11 @@ class Plda(Method):
     the network through its CAM. An image without tags contributes exact zeros.
     """
 
+    paper = (
+        "Du et al., “Pixel-Level Domain Adaptation: A New Perspective for Enhancing Weakly Supervised Semantic "
+        "Segmentation”, TIP 2024."
+    )
+
     def __init__(self, config: PldaConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
         channels = backbone.channels[-1]

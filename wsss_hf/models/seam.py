@@ -172,6 +172,11 @@ class Seam(Method):
     An image without tags contributes exact zeros to all losses but the classification.
     """
 
+    paper = (
+        "Wang, Zhang, Kan, Shan and Chen, “Self-supervised Equivariant Attention Mechanism for Weakly Supervised "
+        "Semantic Segmentation”, CVPR 2020."
+    )
+
     def __init__(self, config: SeamConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
         depth = len(backbone.channels)

@@ -59,7 +59,7 @@ def demo(
         segmenter_row("segmenter trained on true masks", supervised, data, recipe, quiet),
     ]
     minutes = (time.perf_counter() - started) / 60
-    finish_run(out, rows, data, cam, segmenter, recipe, data_settings, minutes, quiet)
+    finish_run(out, rows, data, cam, segmenter, recipe, data_settings, minutes, quiet, command="demo")
 
     picture = out / "example.png"
     decode_image(undecoded(data["val"])[0]["image"], "first image of split 'val'").save(picture)

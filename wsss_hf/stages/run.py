@@ -8,9 +8,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
+import transformers
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_from_disk
 
+from .. import __version__
 from ..data.tagged import class_names, decode_mask, has_value, undecoded
 from ..evaluation.evaluate import evaluate_cam, evaluate_masks, evaluate_segmenter
 from ..evaluation.report import ReportExample, write_gallery, write_report
@@ -78,13 +81,13 @@ def check_run_folder(out: str | os.PathLike) -> Path:
 
 def masks_row(name: str, labelled: DatasetDict, quiet: bool = False) -> dict:
     """Results row of the pseudo masks on split "train"; without figures where no row has a true mask."""
-    row = {"result": name, "split": "train"}
+    row = {"result": name, "split": "train", "of": "masks"}
     return row | evaluate_masks(labelled["train"], quiet=quiet) if _has_masks(labelled, "train") else row
 
 
 def maps_row(name: str, cam: Path, data: DatasetDict, recipe: dict, quiet: bool = False) -> dict:
     """Results row of the pseudo masks that a CAM classifier would make of split "train"."""
-    row = {"result": name, "split": "train"}
+    row = {"result": name, "split": "train", "of": Path(cam).name}
     if not _has_masks(data, "train"):
         return row
     model, processor = load_labeler(str(cam), PartialState().device)
@@ -95,7 +98,7 @@ def maps_row(name: str, cam: Path, data: DatasetDict, recipe: dict, quiet: bool 
 
 def segmenter_row(name: str, segmenter: Path, data: DatasetDict, recipe: dict, quiet: bool = False) -> dict:
     """Results row of a segmenter on split "val"; without figures where it has no true mask."""
-    row = {"result": name, "split": "val"}
+    row = {"result": name, "split": "val", "of": Path(segmenter).name}
     if not _has_masks(data, "val"):
         return row
     model, processor = load_segmenter(str(segmenter), PartialState().device)
@@ -112,13 +115,15 @@ def finish_run(
     data_settings: dict | None,
     minutes: float,
     quiet: bool,
+    command: str = "run",
 ) -> list[dict]:
     """Print the table; write it with the settings as JSON, with a dozen examples as HTML page and as picture."""
     if not PartialState().is_main_process:
         return rows
     if (out / "results.json").exists():  # a run that was broken off has taken its time already
         minutes += json.loads((out / "results.json").read_text())["minutes"]
-    results = {"data": data_settings, "recipe": recipe, "results": rows, "minutes": minutes}
+    results = {"command": command, "data": data_settings, "recipe": recipe, "results": rows, "minutes": minutes}
+    results["environment"] = _environment()
     write_atomically(out / "results.json", json.dumps(results, indent=1))
     names = ["background", *class_names(data["train"])]
     threshold = read_summary(out / "masks")["background_threshold"]
@@ -164,6 +169,14 @@ def report_examples(data: DatasetDict, cam: Path, segmenter: Path, recipe: dict)
             truth=None if truth is None else decode_mask(truth, f"row {row['image_id']!r}, column mask"),
         )
     return examples
+
+
+def _environment() -> dict:
+    """What the minutes were spent on, and the versions that the figures belong to."""
+    gpus = torch.cuda.device_count()
+    device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{os.cpu_count()} CPU cores"
+    versions = {"wsss_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {"device": device} | versions
 
 
 def _has_masks(data: DatasetDict, split: str) -> bool:

@@ -1,0 +1,478 @@
+"""Pushing to a Hub, and loading as a stranger: a process that cannot import wsss_hf and has an empty cache."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from huggingface_hub import HfApi, ModelCard
+from loopback_hub import TOKEN
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemanticSegmentation, pipeline
+
+from wsss_hf import CamClassifier, Segmenter, SegmenterConfig, WsssImageProcessor
+from wsss_hf.cli import main
+from wsss_hf.hub.push import HubError, push_folder, push_model
+
+NAMES = {0: "background", 1: "cat", 2: "dog"}
+TINY = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+RESULTS = {
+    "command": "run",
+    "data": {"source": "voc", "root": "/home/somebody/VOCdevkit/VOC2012", "classes": ["cat", "dog"]},
+    "recipe": {
+        "seed": 0,
+        "cam": {"backbone": "/home/somebody/weights/resnet", "methods": {"drs": {}}},
+        "masks": {"scales": [1.0], "refine": ["pamr"]},
+        "segmenter": {"backbone": "/home/somebody/weights/resnet", "train": {"epochs": 2}},
+    },
+    "results": [
+        {"result": "pseudo masks", "split": "train", "of": "masks", "mean_iou": 0.5, "pixel_accuracy": 0.75}
+        | {"mean_iou_interval": [0.4, 0.6], "iou": {"background": 0.7, "cat": 0.5, "dog": 0.3}, "num_images": 9},
+        {"result": "the segmenter", "split": "val", "of": "segmenter", "mean_iou": 0.625, "pixel_accuracy": 0.8}
+        | {"mean_iou_interval": [0.5, 0.75], "iou": {"background": 0.9, "cat": 0.55, "dog": 0.425}, "num_images": 7},
+    ],
+    "minutes": 12.3,
+    "environment": {"device": "2 CPU cores", "wsss_hf": "0.1.0"},
+}
+
+
+def save_segmenter(folder, seed=0):
+    torch.manual_seed(seed)
+    model = Segmenter(SegmenterConfig(backbone_config=TINY, rates=[1, 2], id2label=NAMES))
+    model.config.backbone_config._name_or_path = "/home/somebody/weights/resnet"
+    model.save_pretrained(folder)
+    WsssImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.fixture
+def run_folder(tmp_path, cam_folder):
+    """What a run leaves, with figures."""
+    root = tmp_path / "run"
+    save_segmenter(root / "segmenter")
+    shutil.copytree(cam_folder, root / "cam")
+    (root / "results.json").write_text(json.dumps(RESULTS))
+    Image.new("RGB", (8, 8), "teal").save(root / "gallery.png")
+    for unwanted in ("training_log.json", "notes.txt"):
+        (root / "segmenter" / unwanted).write_text("{}")
+    return root
+
+
+@pytest.fixture
+def wsss(capsys):
+    def call(*arguments):
+        AcceleratorState._reset_state()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        return (stopped.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+# what is pushed
+
+
+def test_a_run_is_pushed_in_one_commit(hub, wsss, run_folder):
+    code, out, err = wsss("push", run_folder, "tester/pets", "--license", "apache-2.0")
+    assert (code, err) == (0, "") and f"{hub.url}/tester/pets" in out
+    repository = hub.repositories["model", "tester/pets"]
+    assert not repository.private and len(repository.commits) == 2  # the first one is the Hub's
+    files = hub.files("tester/pets")
+    data = {"config.json", "model.safetensors", "preprocessor_config.json", "results.json", "recipe.yaml"}
+    code_files = {name for name in files if name.endswith(".py")}
+    assert set(files) == data | code_files | {"README.md", "gallery.png", ".gitattributes"}
+    assert code_files == needed_code(files)
+    assert files["gallery.png"] == (run_folder / "gallery.png").read_bytes()
+
+
+def needed_code(files):
+    """The code that the configurations name, and what it imports."""
+    config, processor = (json.loads(files[name]) for name in ("config.json", "preprocessor_config.json"))
+    text = json.dumps([config["auto_map"], config["custom_pipelines"], processor["auto_map"]])
+    open_, needed = re.findall(r'"(\w+)\.\w+"', text), set()
+    while open_:
+        module = open_.pop()
+        if f"{module}.py" not in needed:
+            needed.add(f"{module}.py")
+            tree = ast.parse(files[f"{module}.py"])
+            open_ += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
+    return needed
+
+
+def test_nothing_of_this_machine_leaves_it(hub, run_folder):
+    push_model(run_folder, "tester/pets")
+    files = hub.files("tester/pets")
+    for name, content in files.items():
+        assert b"somebody" not in content and TOKEN.encode() not in content, name
+    assert yaml.safe_load(files["recipe.yaml"])["segmenter"] == {"backbone": "resnet", "train": {"epochs": 2}}
+    assert json.loads(files["results.json"])["data"]["root"] == "VOC2012"
+
+
+def test_pictures_stay_at_home_if_one_wants(hub, wsss, run_folder):
+    assert wsss("push", run_folder, "pets", "--no-pictures")[0] == 0
+    files = hub.files("tester/pets")
+    assert "gallery.png" not in files and b"gallery.png" not in files["README.md"]
+
+
+def test_a_second_push_sends_what_is_new(hub, wsss, run_folder):
+    first = push_model(run_folder, "tester/pets")
+    sent = len(hub.uploads)
+    again = push_model(run_folder, "tester/pets")
+    assert (again.commit, again.changed, len(hub.uploads)) == (first.commit, False, sent)
+    code, out, err = wsss("push", run_folder, "tester/pets")
+    assert code == 0 and "already" in out and err == "" and len(hub.uploads) == sent
+
+    changed = json.loads(json.dumps(RESULTS))
+    changed["results"][1]["mean_iou"] = 0.25
+    (run_folder / "results.json").write_text(json.dumps(changed))
+    assert push_model(run_folder, "tester/pets").changed
+    assert hub.uploads[sent:] == ["README.md", "results.json"]
+
+
+def test_code_and_weights_that_are_no_longer_needed_go_and_foreign_files_stay(hub, run_folder):
+    push_model(run_folder / "cam", "tester/pets")
+    held = hub.repositories["model", "tester/pets"].files()
+    held |= {"notes.md": b"mine", "my_script.py": b"", "model-00001-of-00002.safetensors": b"old shard"}
+    assert "modeling_cam.py" in held
+    push_model(run_folder, "tester/pets")
+    files = hub.files("tester/pets")
+    assert {"notes.md", "my_script.py", "modeling_segmenter.py"} <= set(files)
+    assert not {"modeling_cam.py", "drs.py", "model-00001-of-00002.safetensors"} & set(files)
+
+
+def test_a_branch_leaves_main_as_it_is(hub, wsss, run_folder):
+    assert wsss("push", run_folder, "tester/pets", "--branch", "v2", "--private")[0] == 0
+    assert hub.repositories["model", "tester/pets"].private
+    assert "config.json" in hub.files("tester/pets", "v2") and "config.json" not in hub.files("tester/pets")
+
+
+def test_a_model_pushes_itself_too(hub, run_folder, tmp_path):
+    model = Segmenter.from_pretrained(run_folder / "segmenter")
+    processor = AutoImageProcessor.from_pretrained(run_folder / "segmenter")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("transformers.utils.hub._hf_api", HfApi(endpoint=hub.url, token=TOKEN))
+        model.push_to_hub("tester/own", token=TOKEN)
+        processor.push_to_hub("tester/own", token=TOKEN)
+    files = hub.files("tester/own")
+    assert needed_code(files) == {name for name in files if name.endswith(".py")}
+
+
+# what is refused
+
+
+def test_a_broken_connection_publishes_nothing(hub, wsss, run_folder):
+    push_model(run_folder, "tester/pets")
+    before = dict(hub.files("tester/pets"))
+    save_segmenter(run_folder / "segmenter", seed=1)
+    hub.cut_commits = True
+    for repo_id in ("tester/pets", "tester/fresh"):
+        code, out, err = wsss("push", run_folder, repo_id)
+        assert code == 1 and out == ""
+        assert err.startswith(f"error: {repo_id}: the connection to the Hub broke") and err.count("\n") == 1
+    assert hub.files("tester/pets") == before
+    assert set(hub.files("tester/fresh")) == {".gitattributes"}
+    hub.cut_commits = False
+    assert wsss("push", run_folder, "tester/pets")[0] == 0
+    assert hub.files("tester/pets")["model.safetensors"] != before["model.safetensors"]
+
+
+@pytest.mark.parametrize("repo_id", ["../pets", "tester/..", "/etc/passwd", "a/b/c", "tester/a--b", "tester/pets.git"])
+def test_impossible_ids_are_refused_before_anything_is_sent(hub, wsss, run_folder, repo_id):
+    code, _, err = wsss("push", run_folder, repo_id)
+    assert code == 1 and err.startswith(f"error: {repo_id}: no id of a repository")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("branch", ["../main", "/v1", "a b", "v1.lock", "-v", "a//b", "v1."])
+def test_impossible_branches_are_refused_before_anything_is_sent(hub, wsss, run_folder, branch):
+    code, _, err = wsss("push", run_folder, "tester/pets", f"--branch={branch}")
+    assert code == 1 and err.startswith(f"error: --branch {branch}: no name of a branch")
+    assert hub.requests == []
+
+
+def test_names_of_others_need_their_token(hub, wsss, run_folder, monkeypatch):
+    code, _, err = wsss("push", run_folder, "somebody/pets")
+    assert code == 1 and "somebody/pets: the Hub wants a token that may write there" in err
+    monkeypatch.delenv("HF_TOKEN")
+    for repo_id in ("tester/pets", "pets"):
+        code, _, err = wsss("push", run_folder, repo_id)
+        assert code == 1 and f"{repo_id}: the Hub wants a token" in err and err.count("\n") == 1
+    assert not hub.repositories
+
+
+def test_a_public_repository_does_not_become_private_in_silence(hub, wsss, run_folder):
+    push_model(run_folder, "tester/pets")
+    code, _, err = wsss("push", run_folder, "tester/pets", "--private")
+    assert code == 1 and "tester/pets is public already" in err
+
+
+def test_what_is_no_model_is_refused(hub, wsss, tmp_path):
+    code, _, err = wsss("push", tmp_path, "tester/pets")
+    assert code == 1 and f"{tmp_path}: nothing to push; a folder with config.json" in err
+    assert hub.requests == []
+
+
+def test_weights_that_do_not_fit_are_refused(hub, run_folder):
+    weights = load_file(run_folder / "segmenter" / "model.safetensors")
+    weights["stray"] = weights.pop(sorted(weights)[-1])
+    save_file(weights, run_folder / "segmenter" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HubError, match="the weights do not fit the configuration"):
+        push_model(run_folder, "tester/pets")
+    assert not hub.repositories
+
+
+@pytest.mark.parametrize("trick", ["link", "kind", "token"])
+def test_only_files_of_a_model_are_sent(hub, tmp_path, trick):
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    if trick == "link":
+        (folder / "config.json").symlink_to(secret)
+    elif trick == "kind":
+        (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    else:
+        (folder / "config.json").write_text(json.dumps({"token": TOKEN}))
+    with pytest.raises(HubError, match="holds your Hub token" if trick == "token" else "a link or no file of a model"):
+        push_folder(folder, "tester/pets", "model", "no")
+    assert not hub.repositories
+
+
+def test_a_token_is_never_printed(hub, wsss, run_folder, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    answers = [wsss("push", run_folder, "tester/pets", "--token", TOKEN) for _ in range(2)]
+    hub.cut_commits = True
+    save_segmenter(run_folder / "segmenter", seed=1)
+    answers.append(wsss("push", run_folder, "tester/pets", "--token", TOKEN))
+    answers.append(wsss("push", run_folder, "tester/pets", "--token", f"{TOKEN}Wrong"))
+    assert [code for code, _, _ in answers] == [0, 0, 1, 1]
+    assert not any(TOKEN in out + err for _, out, err in answers)
+
+
+# the card
+
+
+def test_the_card_says_what_was_measured(hub, run_folder):
+    push_model(run_folder, "tester/pets", licence="apache-2.0")
+    card = ModelCard(hub.files("tester/pets")["README.md"].decode())
+    assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
+    assert card.data.pipeline_tag == "image-segmentation" and card.data.model_name == "pets"
+    figures = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert figures == {"mean_iou": 0.625, "pixel_accuracy": 0.8}
+    assert {result.dataset_split for result in card.data.eval_results} == {"val"}
+    for words in ("| the segmenter | val | 62.5 | 50.0–75.0 | 80.0 | 7 |", "| dog | 42.5 |", "weakest class is dog"):
+        assert words in card.text
+    for words in ("Flickr", "12 minutes", "2 CPU cores", "image tags only", "(gallery.png)", "AAAI 2021", "PAMR"):
+        assert words in card.text
+    command = re.search(r"```bash\n(wsss .*)\n```", card.text)[1]
+    assert (
+        command.split()
+        == ("wsss run --data voc --root VOC2012 --classes cat,dog --recipe recipe.yaml --out runs/again").split()
+    )
+
+
+def test_the_upper_bound_does_not_pass_for_weakly_supervised(hub, run_folder):
+    settings = {"stage": "train-segmenter", "mask_column": "mask", "data": {"source": "toy"}}
+    (run_folder / "segmenter" / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    push_model(run_folder, "tester/pets")
+    text = hub.files("tester/pets")["README.md"].decode()
+    assert "trained on **true masks**" in text and "image tags only" not in text
+
+
+def test_a_model_without_figures_claims_none(hub, run_folder):
+    (run_folder / "results.json").unlink()
+    push_model(run_folder, "tester/pets")
+    files = hub.files("tester/pets")
+    card = ModelCard(files["README.md"].decode())
+    assert "Nothing was measured" in card.text and card.data.eval_results is None
+    assert "results.json" not in files and "gallery.png" not in files
+
+
+# loading
+
+STRANGER = """
+import sys
+sys.path.append(sys.argv[1])
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "wsss_hf":
+            raise ModuleNotFoundError("wsss_hf is not installed here")
+
+sys.meta_path.insert(0, Blocker())
+try:
+    import wsss_hf
+except ModuleNotFoundError:
+    pass
+else:
+    raise SystemExit("wsss_hf can be imported")
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, logging, pipeline
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+folder, wanted, first_commit = Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4]
+photograph = str(folder / "photograph.png")
+offline = sys.argv[5] == "offline"
+result = {}
+
+
+def outputs(model, processor):
+    pixel_values = processor(images=[photograph], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        return model.eval()(pixel_values).logits.contiguous()
+
+
+def attempt(load):
+    try:
+        load()
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+tensors = {}
+for name, trust in wanted.items():
+    options = {"trust_remote_code": True} if trust else {}
+    model = AutoModelForSemanticSegmentation.from_pretrained(f"tester/{name}", **options)
+    tensors[name] = outputs(model, AutoImageProcessor.from_pretrained(f"tester/{name}", **options))
+    # The task of a library's model is on its card, which nobody can ask for offline.
+    task = ("image-segmentation",) if offline and not trust else ()
+    found = pipeline(*task, model=f"tester/{name}", **options)(photograph)
+    result[name] = [[entry["label"], entry["mask"].histogram()[255]] for entry in found]
+    if trust:
+        weak = pipeline("weak-segmentation", model=f"tester/{name}", **options)(photograph, refiner="pamr")
+        result[name].append(weak["mask"].histogram())
+old = AutoModelForSemanticSegmentation.from_pretrained("tester/pets", revision=first_commit, trust_remote_code=True)
+tensors["pets of old"] = outputs(old, AutoImageProcessor.from_pretrained("tester/pets", trust_remote_code=True))
+if not offline:
+    load = AutoModelForSemanticSegmentation.from_pretrained
+    result["wrong revision"] = attempt(lambda: load("tester/pets", revision="v9", trust_remote_code=True))
+    result["private"] = attempt(lambda: load("tester/secret", trust_remote_code=True))
+    result["untrusted"] = attempt(lambda: load("tester/pets", trust_remote_code=False))
+save_file(tensors, folder / "outputs.safetensors")
+(folder / "result.json").write_text(json.dumps(result))
+"""
+
+
+def stranger(folder, environment, wanted, first_commit, mode):
+    (folder / "stranger.py").write_text(STRANGER)
+    site_packages = Path(torch.__file__).parents[1]
+    # -I: no environment variable and no folder adds to the path; -S: an editable installation neither.
+    command = [
+        sys.executable,
+        "-I",
+        "-S",
+        "stranger.py",
+        site_packages,
+        folder,
+        json.dumps(wanted),
+        first_commit,
+        mode,
+    ]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text()), load_file(folder / "outputs.safetensors")
+
+
+@pytest.mark.slow
+def test_a_stranger_gets_the_owners_outputs_bit_for_bit(hub, client_environment, run_folder, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((70, 50), Image.Resampling.BICUBIC).save(tmp_path / "photograph.png")
+    torch.manual_seed(0)
+    segformer = SegformerForSemanticSegmentation(
+        SegformerConfig(
+            depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8, id2label=NAMES
+        )
+    )
+    segformer.save_pretrained(tmp_path / "segformer")
+    WsssImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(tmp_path / "segformer")
+
+    models = {"pets of old": (Segmenter, run_folder / "segmenter")}
+    expected = {name: logits(kind, folder, tmp_path) for name, (kind, folder) in models.items()}
+    first_commit = push_model(run_folder, "tester/pets").commit
+    push_model(run_folder, "tester/secret", private=True)
+    save_segmenter(run_folder / "segmenter", seed=1)
+    push_model(run_folder, "tester/pets")
+    push_model(run_folder / "cam", "tester/cam")
+    push_model(tmp_path / "segformer", "tester/segformer")
+    sources = {"pets": (Segmenter, run_folder / "segmenter"), "cam": (CamClassifier, run_folder / "cam")}
+    sources["segformer"] = (SegformerForSemanticSegmentation, tmp_path / "segformer")
+    expected |= {name: logits(kind, folder, tmp_path) for name, (kind, folder) in sources.items()}
+    masks = {name: weak_histogram(folder, tmp_path) for name, (_, folder) in sources.items() if name != "segformer"}
+    assert not [name for name in hub.files("tester/segformer") if name.endswith(".py")]
+    assert b"trust_remote_code" not in hub.files("tester/segformer")["README.md"]
+
+    wanted = {"pets": True, "cam": True, "segformer": False}
+    result, outputs = stranger(tmp_path, client_environment, wanted, first_commit, "online")
+    assert outputs.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(outputs[name], expected[name]), name
+    assert not torch.equal(outputs["pets of old"], outputs["pets"])
+    assert {name: result[name].pop() for name in masks} == masks
+    for name in ("pets", "segformer"):
+        assert {label for label, _ in result[name]} <= set(NAMES.values())
+        assert sum(pixels for _, pixels in result[name]) == 70 * 50
+    assert "v9 is not a valid git identifier" in result["wrong revision"]
+    assert "private" in result["private"] and "token" in result["private"]
+    assert "trust_remote_code=True" in result["untrusted"]
+
+    asked = len(hub.requests)
+    offline = client_environment | {"HF_HUB_OFFLINE": "1"}
+    again, outputs = stranger(tmp_path, offline, wanted, first_commit, "offline")
+    assert len(hub.requests) == asked
+    assert {name: again[name].pop() for name in masks} == masks
+    assert all(again[name] == result[name] and torch.equal(outputs[name], expected[name]) for name in wanted)
+
+
+def logits(kind, folder, tmp_path):
+    pixel_values = AutoImageProcessor.from_pretrained(folder)(
+        images=[str(tmp_path / "photograph.png")], return_tensors="pt"
+    )["pixel_values"]
+    with torch.no_grad():
+        return kind.from_pretrained(folder).eval()(pixel_values).logits
+
+
+def weak_histogram(folder, tmp_path):
+    return pipeline("weak-segmentation", str(folder))(str(tmp_path / "photograph.png"), refiner="pamr")[
+        "mask"
+    ].histogram()
+
+
+# security
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pth"])
+def test_pickled_weights_are_never_opened(run_folder, name, tmp_path):
+    folder = run_folder / "segmenter"
+    (folder / "model.safetensors").unlink()
+
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "trap sprung",))
+
+    torch.save({"weight": Trap()}, folder / name)
+    words = r"no weights in safetensors; pickled ones .* are never opened here, `wsss convert`"
+    with pytest.raises(ValueError, match=words):
+        Segmenter.from_pretrained(folder)
+    with pytest.raises(ValueError, match=words):
+        Segmenter.from_pretrained(folder, use_safetensors=False)
+    with pytest.raises(ValueError, match=words):
+        Segmenter.from_pretrained(folder / name, config=SegmenterConfig(backbone_config=TINY))
+    with pytest.raises(ValueError, match=words):
+        Segmenter.from_backbone(str(folder), backbone_config=TINY)
+    assert not (tmp_path / "trap sprung").exists()

@@ -1,0 +1,96 @@
+"""Pushing images with pseudo masks, and loading them from the Hub."""
+
+import json
+
+import datasets.config
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, Image, load_dataset
+from huggingface_hub import DatasetCard
+from loopback_hub import TOKEN
+
+from wsss_hf.cli import main
+from wsss_hf.data.palette import mask_image
+from wsss_hf.data.sources import load_data
+from wsss_hf.data.tagged import class_names, undecoded
+from wsss_hf.hub.push import push_dataset
+
+
+@pytest.fixture
+def hub(hub, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    return hub
+
+
+@pytest.fixture
+def run_folder(tmp_path, toy_data):
+    """A run's masks: every pseudo mask is the true one, turned upside down."""
+    masks = [mask_image(np.ascontiguousarray(np.asarray(mask)[::-1])) for mask in toy_data["train"]["mask"]]
+    column = Dataset.from_dict({"pseudo_mask": masks}).cast_column("pseudo_mask", Image())
+    train = toy_data["train"].add_column("pseudo_mask", undecoded(column)["pseudo_mask"][:])
+    rows = DatasetDict({**toy_data, "train": train.cast_column("pseudo_mask", Image())})
+    rows.save_to_disk(tmp_path / "run" / "masks")
+    row = {"result": "pseudo masks", "split": "train", "of": "masks", "mean_iou": 0.5, "num_images": 12}
+    results = {"command": "demo", "data": {"source": "toy"}, "recipe": {"masks": {"scales": [1.0], "refine": ["crf"]}}}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results | {"results": [row], "minutes": 3.0}))
+    return tmp_path / "run"
+
+
+def test_masks_come_back_from_the_hub_as_they_were(hub, run_folder, toy_data, tmp_path):
+    push_dataset(run_folder, "tester/masks", licence="apache-2.0")
+    files = hub.files("tester/masks", kind="dataset")
+    parquet = {"data/train-00000-of-00001.parquet", "data/val-00000-of-00001.parquet"}
+    assert set(files) == parquet | {"README.md", "results.json", "recipe.yaml", ".gitattributes"}
+    assert len(hub.repositories["dataset", "tester/masks"].commits) == 2
+
+    rows = load_dataset("tester/masks", cache_dir=str(tmp_path / "cache"), token=TOKEN)
+    assert {split: len(part) for split, part in rows.items()} == {"train": 12, "val": 4}
+    assert class_names(rows) == class_names(toy_data)
+    for ours, theirs in zip(toy_data["train"], rows["train"], strict=True):
+        assert ours["image_id"] == theirs["image_id"] and ours["tags"] == theirs["tags"]
+        assert np.array_equal(np.asarray(ours["image"]), np.asarray(theirs["image"]))
+        assert np.array_equal(np.asarray(ours["mask"])[::-1], np.asarray(theirs["pseudo_mask"]))
+        assert theirs["pseudo_mask"].mode == "P"
+    # It is data for the next stage as it is.
+    again = load_data("tester/masks", cache_dir=tmp_path / "cache", token=TOKEN)
+    assert "pseudo_mask" in again["train"].features and len(again["val"]) == 4
+
+
+def test_the_card_feeds_the_viewer_and_names_its_limits(hub, run_folder, toy_data):
+    push_dataset(run_folder, "tester/masks", licence="apache-2.0")
+    card = DatasetCard(hub.files("tester/masks", kind="dataset")["README.md"].decode())
+    assert card.data.license == "apache-2.0" and card.data.task_categories == ["image-segmentation"]
+    (config,) = card.data.configs
+    assert config["config_name"] == "default"
+    assert config["data_files"] == [{"split": s, "path": f"data/{s}-*"} for s in ("train", "val")]
+    features = {feature["name"]: feature for feature in card.data.dataset_info["features"]}
+    names = features["tags"]["list"]["class_label"]["names"]
+    assert list(names.values()) == class_names(toy_data) and features["pseudo_mask"]["dtype"] == "image"
+    for words in (
+        "12 training images",
+        "wrong in places",
+        "`pseudo_mask`: machine-made",
+        "| pseudo masks | train | 50.0",
+    ):
+        assert words in card.text
+    assert "Fully Connected CRFs" in card.text and "`saliency`" not in card.text
+    assert "wsss train-segmenter --data tester/masks" in card.text
+
+
+def test_a_second_push_sends_nothing(hub, run_folder, capsys):
+    push_dataset(run_folder / "masks", "tester/masks")
+    sent = len(hub.uploads)
+    with pytest.raises(SystemExit) as stopped:
+        main(["push", "--dataset", str(run_folder), "tester/masks", "--private"])
+    assert stopped.value.code == 1 and "public already" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["push", "--dataset", str(run_folder), "tester/masks"])
+    assert not stopped.value.code and "already" in capsys.readouterr().out
+    assert len(hub.uploads) == sent
+
+
+def test_what_holds_no_masks_is_refused(hub, cam_folder):
+    with pytest.raises(ValueError, match="nothing to push; a folder with dataset_dict.json, or a run with masks/"):
+        push_dataset(cam_folder, "tester/masks")
+    assert hub.requests == []

@@ -1,0 +1,189 @@
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, List
+from PIL import Image
+from transformers import AutoModelForSemanticSegmentation, SegformerConfig, pipeline
+
+from wsss_hf import Segmenter, SegmenterConfig, WeakSegmentationPipeline, WsssImageProcessor
+from wsss_hf.data.tagged import class_names
+from wsss_hf.models.colors import overlay
+from wsss_hf.models.pamr import pamr
+
+TINY = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+
+
+@pytest.fixture(scope="module")
+def pipes(cam_folder, toy_data):
+    """The pipeline on a CAM classifier and on a segmenter, for the classes of `toy_data`."""
+    torch.manual_seed(0)
+    names = dict(enumerate(["background", *class_names(toy_data)]))
+    segmenter = Segmenter(SegmenterConfig(backbone_config=TINY, rates=[1], id2label=names)).eval()
+    processor = WsssImageProcessor(size={"shortest_edge": 48, "longest_edge": 192})
+    with torch.no_grad():
+        segmenter.head[0].weight.normal_()
+    return {
+        "cam": pipeline("weak-segmentation", model=str(cam_folder)),
+        "segmenter": pipeline("weak-segmentation", model=segmenter, image_processor=processor),
+    }
+
+
+@pytest.fixture
+def image(toy_data):
+    return toy_data["train"][0]["image"].resize((60, 40))
+
+
+KINDS = pytest.mark.parametrize("kind", ["cam", "segmenter"])
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    assert np.array_equal(actual["mask"], expected["mask"]) and np.array_equal(actual["overlay"], expected["overlay"])
+    assert actual["maps"].keys() == expected["maps"].keys()
+    for name, scores in expected["maps"].items():
+        assert np.allclose(actual["maps"][name], scores, atol=1e-6)
+
+
+@KINDS
+def test_a_result_holds_together(pipes, toy_data, image, kind):
+    pipe, names = pipes[kind], ["background", *class_names(toy_data)]
+    assert type(pipe) is WeakSegmentationPipeline
+    result = pipe(image, tags=names[1:4])
+    labels = np.asarray(result["mask"])
+    assert result["mask"].mode == "P" and labels.shape == (40, 60) and labels.any()
+    assert [names[label] for label in np.unique(labels)] == [segment["label"] for segment in result["segments"]]
+    for segment in result["segments"]:
+        assert np.array_equal(np.asarray(segment["mask"]) == 255, labels == names.index(segment["label"]))
+        assert 0 < segment["score"] <= 1
+    assert list(result["maps"]) == names[1:4]
+    for scores in result["maps"].values():
+        assert scores.shape == (40, 60) and scores.dtype == np.float32 and 0 <= scores.min() <= scores.max() <= 1
+    assert np.array_equal(result["overlay"], overlay(image, labels))
+
+
+@KINDS
+def test_masks_are_those_of_image_segmentation(pipes, toy_data, image, kind):
+    built_in = pipeline("image-segmentation", model=pipes[kind].model, image_processor=pipes[kind].image_processor)
+    for options in ({}, {"tags": class_names(toy_data)[:2]}):
+        expected = built_in(image, **options)
+        actual = pipes[kind](image, **options)["segments"]
+        assert [(e["label"], e["score"]) for e in actual] == [(e["label"], e["score"]) for e in expected]
+        assert all(np.array_equal(a["mask"], e["mask"]) for a, e in zip(actual, expected, strict=True))
+
+
+@KINDS
+def test_every_way_to_give_an_image_gives_the_same(pipes, image, tmp_path, kind):
+    image.save(tmp_path / "image.png")
+    expected = pipes[kind](image)
+    for given in (str(tmp_path / "image.png"), np.asarray(image), {"image": image}, {"image": np.asarray(image)}):
+        assert_same(pipes[kind](given), expected)
+    (listed,) = pipes[kind]([image])
+    assert_same(listed, expected)
+    (generated,) = pipes[kind](entry for entry in [image])
+    assert_same(generated, expected)
+
+
+@KINDS
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_data_set_brings_its_tags(pipes, toy_data, kind, batch_size):
+    rows, names = toy_data["train"].select(range(5)), class_names(toy_data)
+    results = list(pipes[kind](rows, batch_size=batch_size))
+    assert len(results) == 5
+    for row, result in zip(rows, results, strict=True):
+        tags = [names[tag] for tag in row["tags"]]
+        assert sorted(result["maps"]) == sorted(tags)
+        assert_same(result, pipes[kind](row["image"], tags=tags))
+    untagged = rows.remove_columns("tags")
+    assert_same(next(iter(pipes[kind](untagged))), pipes[kind](rows[0]["image"]))
+
+
+def test_a_class_is_known_by_its_name_not_by_its_place(pipes, toy_data):
+    names = class_names(toy_data)
+    rows = toy_data["train"].select([0])
+    values = [[names[::-1].index(names[tag]) for tag in rows[0]["tags"]]]
+    turned = rows.remove_columns("tags").add_column("tags", values, feature=List(ClassLabel(names=names[::-1])))
+    assert turned[0]["tags"] != rows[0]["tags"]
+    assert_same(next(iter(pipes["cam"](turned))), next(iter(pipes["cam"](rows))))
+
+
+def test_tags_of_a_row_go_first(pipes, toy_data, image):
+    names = class_names(toy_data)
+    results = pipes["cam"]([{"image": image, "tags": names[:1]}, image], tags=names[1:2])
+    assert [list(result["maps"]) for result in results] == [names[:1], names[1:2]]
+    assert pipes["cam"](image, tags=[])["maps"] == {}
+
+
+def test_without_tags_the_maps_are_of_what_is_predicted(pipes, toy_data, image):
+    pipe, names = pipes["cam"], class_names(toy_data)
+    pixels = pipe.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        predicted = (pipe.model(pixels).logits[0].sigmoid() > pipe.model.config.tag_threshold).nonzero()[:, 0]
+    assert list(pipe(image)["maps"]) == [names[i] for i in predicted]
+    result = pipes["segmenter"](image)
+    assert list(result["maps"]) == [s["label"] for s in result["segments"] if s["label"] != "background"]
+
+
+def test_the_threshold_moves_the_background(pipes, toy_data, image):
+    names = class_names(toy_data)
+    sizes = [
+        (np.asarray(pipes["cam"](image, tags=names[:2], threshold=threshold)["mask"]) == 0).sum()
+        for threshold in (0.0, 0.4, 0.8, 1.0)
+    ]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[2] < sizes[3] == 40 * 60
+
+
+def test_scales_and_mirror_images_are_averaged(pipes, toy_data, image):
+    names = class_names(toy_data)
+    for kind, pipe in pipes.items():
+        plain, fused = pipe(image, tags=names[:2]), pipe(image, tags=names[:2], scales=[0.5, 1.0, 1.5], flip=True)
+        assert not np.allclose(plain["maps"][names[0]], fused["maps"][names[0]], atol=1e-3), kind
+        # A mirrored image has mirrored maps then, and only then.
+        mirrored = pipe(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), tags=names[:2], flip=True)["maps"][names[0]]
+        assert np.allclose(mirrored[:, ::-1], pipe(image, tags=names[:2], flip=True)["maps"][names[0]], atol=1e-3)
+
+
+def test_a_scale_of_one_is_the_image_itself(pipes, toy_data, image):
+    tags = class_names(toy_data)[:2]
+    assert_same(pipes["segmenter"](image, tags=tags, scales=[1.0]), pipes["segmenter"](image, tags=tags))
+    twice = pipes["segmenter"](image, tags=tags, scales=[1.0, 1.0])
+    for name, scores in pipes["segmenter"](image, tags=tags)["maps"].items():
+        assert np.abs(twice["maps"][name] - scores).mean() < 0.02  # upsampled in two steps instead of one
+
+
+@KINDS
+def test_pamr_refines_the_scores(pipes, toy_data, image, kind):
+    tags = class_names(toy_data)[:2]
+    plain, refined = (pipes[kind](image, tags=tags, refiner=refiner) for refiner in (None, "pamr"))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+    for name, scores in plain["maps"].items():
+        expected = pamr(pixels, torch.from_numpy(scores)[None, None])[0, 0]
+        assert np.allclose(refined["maps"][name], expected, atol=1e-5)
+        assert not np.allclose(refined["maps"][name], scores, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "words"),
+    [
+        ("cam", {"tags": ["unicorn"]}, "tags: 'unicorn' is no class of this model"),
+        ("cam", {"refiner": "crf"}, "refiner: 'crf' is none; pamr or None would be right"),
+        ("cam", {"scales": []}, "scales: .*positive numbers"),
+        ("cam", {"scales": [1.0, -1.0]}, "scales: .*positive numbers"),
+        ("segmenter", {"threshold": 0.5}, "threshold: Segmenter can't use it"),
+    ],
+)
+def test_impossible_options_are_refused(pipes, image, kind, options, words):
+    with pytest.raises(ValueError, match=words):
+        pipes[kind](image, **options)
+
+
+@pytest.mark.parametrize("given", [np.zeros((4, 5, 7), np.uint8), np.zeros((4, 5, 3)), {"picture": None}])
+def test_what_is_no_image_is_refused(pipes, given):
+    with pytest.raises(ValueError, match="is no image|needs an image"):
+        pipes["cam"](given)
+
+
+def test_models_of_the_library_have_their_own_pipeline(pipes):
+    tiny = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8}
+    segformer = AutoModelForSemanticSegmentation.from_config(SegformerConfig(**tiny))
+    with pytest.raises(ValueError, match='no model of wsss_hf; pipeline\\("image-segmentation"\\) would be right'):
+        pipeline("weak-segmentation", model=segformer, image_processor=pipes["cam"].image_processor)

@@ -1,0 +1,337 @@
+"""Model and data set cards, written from what a run measured: no figure on them is typed by hand."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datasets import DatasetDict
+from datasets.utils.metadata import MetadataConfigs
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
+
+from ..evaluation.tables import markdown_table
+from ..models.methods import METHODS
+
+_COLUMNS = ("result", "split", "mean_iou", "mean_iou_interval", "pixel_accuracy", "num_images")
+_TAGS = ["wsss_hf", "weakly-supervised-semantic-segmentation", "semantic-segmentation"]
+# What the Hub's data sets can't say of our two built-in sources.
+_DATA_NAMES = {"toy": "generated images of invented creatures", "voc": "PASCAL VOC 2012"}
+_DATA_TERMS = {
+    "toy": "The images are drawn by wsss_hf (Apache-2.0).",
+    "voc": "The photographs are from Flickr and belong to their owners; Flickr's terms of use apply.",
+}
+_PAPERS = {
+    "cam": "Zhou, Khosla, Lapedriza, Oliva and Torralba, “Learning Deep Features for Discriminative Localization”, "
+    "CVPR 2016.",
+    "pamr": "Araslanov and Roth, “Single-Stage Semantic Segmentation from Image Labels”, CVPR 2020 (PAMR).",
+    "crf": "Krähenbühl and Koltun, “Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials”, "
+    "NeurIPS 2011.",
+    "matting": "Wang et al., “Treating Pseudo-labels Generation as Image Matting for Weakly Supervised Semantic "
+    "Segmentation”, ICCV 2023.",
+    "deeplab_v2": "Chen, Papandreou, Kokkinos, Murphy and Yuille, “DeepLab: Semantic Image Segmentation with Deep "
+    "Convolutional Nets, Atrous Convolution, and Fully Connected CRFs”, TPAMI 2018.",
+    "deeplab_v3_plus": "Chen, Zhu, Papandreou, Schroff and Adam, “Encoder-Decoder with Atrous Separable Convolution "
+    "for Semantic Image Segmentation”, ECCV 2018.",
+}
+
+
+@dataclass
+class CardSubject:
+    """What a card speaks of.
+
+    Attributes:
+        repo_id: where it will be.
+        folder: its name inside the run, "segmenter", "cam", "masks" …: the rows of the results whose `of` is that are
+            its own.
+        classes: names of the object classes.
+        is_classifier: a CAM classifier; otherwise a segmenter.
+        needs_code: it is loaded with `trust_remote_code=True`.
+        on_true_masks: trained on true masks: the upper bound, not a weakly supervised model.
+        architecture: model type, as transformers calls it.
+        licence: identifier as the Hub knows it.
+        picture: file name of the examples in the repository.
+    """
+
+    repo_id: str
+    folder: str
+    classes: Sequence[str]
+    is_classifier: bool = False
+    needs_code: bool = True
+    on_true_masks: bool = False
+    architecture: str = ""
+    licence: str | None = None
+    picture: str | None = None
+
+
+def model_card(subject: CardSubject, made: dict) -> ModelCard:
+    """The card of a model.
+
+    Args:
+        made: a run's `results.json` without local paths: `data`, `recipe`, `results`, `minutes`, `environment`,
+            `command`; whatever is missing is not spoken of.
+    """
+    rows, data = made.get("results", []), made.get("data") or {}
+    own = _own_rows(subject.folder, rows)
+    base = _backbone(subject, made.get("recipe", {}))
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        license=subject.licence,
+        tags=_TAGS,
+        base_model=base if base and "/" in base else None,
+        datasets=_hub_data(data),
+        model_name=_name(subject),
+        eval_results=[result for row in own for result in _eval_results(row, data)] or None,
+    )
+    sections = [
+        f"# {_name(subject)}",
+        _what_it_is(subject, data),
+        _usage(subject),
+        _results(subject, rows, own),
+        _recipe(subject, made, base),
+        _limits(subject, own),
+        _citations(subject, made.get("recipe", {})),
+    ]
+    return ModelCard(_whole(card_data.to_yaml(), sections))
+
+
+def dataset_card(subject: CardSubject, rows: DatasetDict, made: dict) -> DatasetCard:
+    """The card of images with pseudo masks.
+
+    Args:
+        rows: the data set; its features and sizes go into the metadata, for the viewer.
+        made: as for `model_card`.
+    """
+    results, data = made.get("results", []), made.get("data") or {}
+    total = sum(map(len, rows.values()))
+    card_data = DatasetCardData(
+        license=subject.licence,
+        task_categories=["image-segmentation"],
+        tags=_TAGS,
+        size_categories=_size_category(total),
+        source_datasets=_hub_data(data),
+        dataset_info={
+            "features": rows["train"].features._to_yaml_list(),
+            "splits": [{"name": split, "num_examples": len(part)} for split, part in rows.items()],
+        },
+    )
+    files = [{"split": split, "path": f"data/{split}-*"} for split in rows]
+    MetadataConfigs({"default": {"data_files": files}}).to_dataset_card_data(card_data)
+    columns = {
+        "image_id": "name of the image, unique in its split",
+        "image": "the image",
+        "tags": "its classes, without background: all the supervision there was",
+        "pseudo_mask": "machine-made label map (split train): 0 = background, c + 1 = class c, 255 = no label",
+        "confidence": "how sure the pseudo mask is of each pixel: 0 = worthless, 255 = certain",
+        "mask": "true label map where there is one, for evaluation only; empty elsewhere",
+        "saliency": "saliency map, 0 to 255",
+    }
+    present = {name: text for split in rows.values() for name, text in columns.items() if name in split.features}
+    sections = [
+        f"# {_name(subject)}",
+        f"{len(rows['train'])} training images with **pseudo masks** for {len(subject.classes)} classes "
+        f"({_listed(subject.classes)}), made from image tags only by wsss_hf, "
+        f"from {_data_name(data)}. The masks were made by a machine: they are wrong in places, mostly at borders and "
+        "where classes always occur together; do not measure a model on them.",
+        f"```python\nfrom datasets import load_dataset\n\nrows = load_dataset({subject.repo_id!r})\n```\n\n"
+        f"Train a segmenter on them: `wsss train-segmenter --data {subject.repo_id} --out runs/segmenter`.",
+        "## Columns\n\n" + "".join(f"- `{name}`: {text}\n" for name, text in present.items()),
+        _results(subject, results, _own_rows(subject.folder, results)),
+        _recipe(subject, made, _backbone(subject, made.get("recipe", {}))),
+        _citations(subject, made.get("recipe", {})),
+    ]
+    return DatasetCard(_whole(card_data.to_yaml(), sections))
+
+
+def _whole(metadata: str, sections: Sequence[str]) -> str:
+    return f"---\n{metadata}\n---\n\n" + "\n\n".join(section.strip() for section in sections if section) + "\n"
+
+
+def _name(subject: CardSubject) -> str:
+    return subject.repo_id.rpartition("/")[2]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
+
+
+def _data_name(data: dict) -> str:
+    source = data.get("source")
+    return _DATA_NAMES.get(source, f"`{source}`") if source else "images of its owner"
+
+
+def _hub_data(data: dict) -> list[str] | None:
+    return [data["source"]] if "/" in data.get("source", "") else None
+
+
+def _own_rows(folder: str, rows: Sequence[dict]) -> list[dict]:
+    """The measured rows that speak of `folder`; a CAM classifier is known by its masks."""
+    wanted = {"cam": ("cam", "masks")}.get(folder, (folder,))
+    return [row for row in rows if row.get("of") in wanted and row.get("mean_iou") is not None]
+
+
+def _backbone(subject: CardSubject, recipe: dict) -> str | None:
+    section = recipe.get("cam" if subject.is_classifier or "segmenter" not in recipe else "segmenter", {})
+    if section.get("from_cam") and "cam" in recipe:
+        section = recipe["cam"]
+    config = section.get("backbone_config") or {}
+    return section.get("backbone") or (f"{config['model_type']}, from random weights" if config else None)
+
+
+def _eval_results(row: dict, data: dict) -> list[EvalResult]:
+    source = data.get("source") or "unknown"
+    common = {
+        "task_type": "image-segmentation",
+        "task_name": "Semantic segmentation",
+        "dataset_type": source,
+        "dataset_name": f"{_DATA_NAMES.get(source, source)} ({row['result']})",
+        "dataset_split": row["split"],
+    }
+    figures = {"mean_iou": "Mean IoU", "pixel_accuracy": "Pixel accuracy"}
+    return [
+        EvalResult(metric_type=key, metric_name=name, metric_value=round(row[key], 4), **common)
+        for key, name in figures.items()
+        if row.get(key) is not None
+    ]
+
+
+def _what_it_is(subject: CardSubject, data: dict) -> str:
+    if subject.is_classifier:
+        kind = "A CAM classifier: it learns which classes are in an image and shows, as class activation maps, where"
+    else:
+        kind = "A semantic segmentation model"
+    training = (
+        "It was trained on **true masks**, as the upper bound of its weakly supervised siblings."
+        if subject.on_true_masks
+        else "It was trained with **image tags only**: no mask was used for training, thresholds or model selection."
+    )
+    return (
+        f"{kind}. It knows {len(subject.classes)} classes: {_listed(subject.classes)}; all else is background. "
+        f"{training} Data: {_data_name(data)}. Made with wsss_hf."
+    )
+
+
+def _usage(subject: CardSubject) -> str:
+    trust = ", trust_remote_code=True" if subject.needs_code else ""
+    words = (
+        "The repository brings the code that `trust_remote_code=True` runs; read it first. Where wsss_hf is "
+        "installed, `import wsss_hf` takes its place."
+        if subject.needs_code
+        else "The architecture is the library's own: no code but transformers is run."
+    )
+    lines = [
+        "from transformers import pipeline",
+        "",
+        f'segmenter = pipeline("image-segmentation", model="{subject.repo_id}"{trust})',
+        'for found in segmenter("photo.jpg"):',
+        '    print(found["label"], found["score"], found["mask"].size)',
+    ]
+    if subject.is_classifier:
+        lines.append('segmenter("photo.jpg", tags=["' + subject.classes[0] + '"])  # where the tags are known')
+    program = "\n".join(lines)
+    return f"## Use\n\n```python\n{program}\n```\n\n{words}"
+
+
+def _results(subject: CardSubject, rows: Sequence[dict], own: Sequence[dict]) -> str:
+    measured = [row for row in rows if row.get("mean_iou") is not None]
+    if not measured:
+        return "## Results\n\nNothing was measured: there were no true masks to measure on."
+    parts = [
+        "## Results\n\nIn percent, of one run. The intervals are bootstrapped over images.",
+        markdown_table(measured, _COLUMNS),
+    ]
+    if own:
+        kind = "These masks" if subject.folder == "masks" else "This model"
+        parts[0] += f" {kind}: {'; '.join(row['result'] for row in own)}."
+    names = list(own[0].get("iou", {})) if own else []
+    per_class = [{"class": name} | {row["result"]: row["iou"].get(name) for row in own} for name in names]
+    if per_class:
+        parts += ["IoU per class:", markdown_table(per_class)]
+    if subject.picture:
+        parts.append(f"![Examples: the image and what was made of it]({subject.picture})")
+    return "\n\n".join(parts)
+
+
+def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
+    recipe, data = made.get("recipe", {}), made.get("data") or {}
+    facts = [f"**Data**: {_data_name(data)}. {_DATA_TERMS.get(data.get('source'), 'Its own terms apply.')}"]
+    if base:
+        facts.append(f"**Backbone**: {base}" + (f", as `{subject.architecture}`" if subject.architecture else ""))
+    if "cam" in recipe and not subject.on_true_masks:
+        methods = recipe["cam"].get("methods") or {}
+        facts.append(f"**Localisation**: CAM{''.join(f' + {name.upper()}' for name in methods)}")
+    if "masks" in recipe and not subject.on_true_masks:
+        scales = ", ".join(map(str, recipe["masks"]["scales"]))
+        steps = " → ".join(_refinements(recipe)) or "none"
+        facts.append(f"**Pseudo masks**: maps at scales {scales}; refinement: {steps}")
+    if made.get("minutes") is not None:
+        where = (made.get("environment") or {}).get("device")
+        facts.append(f"**Cost**: {made['minutes']:.0f} minutes for the whole run" + (f" on {where}" if where else ""))
+    if made.get("environment"):
+        versions = {key: value for key, value in made["environment"].items() if key != "device"}
+        facts.append("**Versions**: " + ", ".join(f"{key} {value}" for key, value in versions.items()))
+    text = "## How it was made\n\n" + "".join(f"- {fact}\n" for fact in facts)
+    if made.get("command") and recipe:
+        text += f"\nEvery setting is in `recipe.yaml`. To make it again:\n\n```bash\n{_command(made)}\n```"
+    return text
+
+
+def _refinements(recipe: dict) -> list[str]:
+    return [next(iter(step)) if isinstance(step, dict) else step for step in recipe.get("masks", {}).get("refine", [])]
+
+
+def _command(made: dict) -> str:
+    data = made.get("data") or {}
+    parts = ["wsss", made["command"]]
+    if made["command"] != "demo":
+        values = {"data": data.get("source")} | {key: data.get(key) for key in ("root", "limit", "revision")}
+        values["classes"] = ",".join(data.get("classes") or []) or None
+        values["columns"] = (
+            ",".join(f"{ours}={theirs}" for ours, theirs in (data.get("columns") or {}).items()) or None
+        )
+        parts += [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
+    return shlex.join([*parts, "--recipe", "recipe.yaml", "--out", "runs/again"])
+
+
+def _limits(subject: CardSubject, own: Sequence[dict]) -> str:
+    limits = [
+        "It knows the classes above and nothing else; everything unknown is background, or the nearest class.",
+        "It is as good as the table says on images like those it was measured on, and has not been tried on others.",
+    ]
+    if not subject.on_true_masks:
+        limits.insert(
+            0,
+            "Tags do not say where a class is: masks may cover what always occurs together with a class (rails with "
+            "trains, water with boats), or only its most telling part, and their borders are rough.",
+        )
+    scored = [(value, name) for row in own for name, value in row.get("iou", {}).items() if value is not None]
+    if scored:
+        value, name = min(scored)
+        limits.append(f"Its weakest class is {name}, with an IoU of {100 * value:.1f} %.")
+    return (
+        "## Intended use and limits\n\nFor research, for annotating one's own images faster, and wherever a rough "
+        "mask helps and a wrong one harms nobody. Not for decisions about people, nor where safety depends on it.\n\n"
+        + "".join(f"- {limit}\n" for limit in limits)
+    )
+
+
+def _citations(subject: CardSubject, recipe: dict) -> str:
+    papers = []
+    if not subject.on_true_masks:
+        methods = recipe.get("cam", {}).get("methods") or {}
+        papers = [_PAPERS["cam"], *(METHODS[name][1].paper for name in methods if name in METHODS)]
+        papers += [_PAPERS.get(step) for step in _refinements(recipe)]
+    if not subject.is_classifier and subject.needs_code and "segmenter" in recipe and subject.folder != "masks":
+        papers.append(_PAPERS.get(recipe["segmenter"].get("head", "deeplab_v2")))
+    known = dict.fromkeys(paper for paper in papers if paper)
+    return "## Citations\n\nPlease cite\n\n" + "".join(f"- {paper}\n" for paper in known) if known else ""
+
+
+def _size_category(rows: int) -> str:
+    if rows < 1000:
+        return "n<1K"
+    for limit, name in ((10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")):
+        if rows < limit:
+            return name
+    return "1M<n<10M"

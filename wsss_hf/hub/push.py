@@ -1,0 +1,297 @@
+"""Models and data sets → the Hub, in one commit each: a repository is whole, or it is what it was before."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from datasets import load_from_disk
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_token, httpx, validate_repo_id
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    PreTrainedModel,
+    SegformerImageProcessorPil,
+)
+
+from .. import models
+from ..data.tagged import class_names
+from ..models.backbone import from_safetensors
+from ..models.hub_mixins import PortableModelMixin
+from ..models.image_processing_wsss import WsssImageProcessor
+from .cards import CardSubject, dataset_card, model_card
+from .portable import portable_values
+
+SEGMENTER_FOLDER, MASKS_FOLDER = "segmenter", "masks"  # inside a run's folder
+RESULTS_FILE, GALLERY_FILE, SETTINGS_FILE = "results.json", "gallery.png", "recipe.yaml"
+SHARD_BYTES = 500 * 2**20  # of a data set's Parquet files
+_KINDS = (".safetensors", ".json", ".yaml", ".md", ".py", ".png", ".parquet")
+_OWN_CODE = {path.name for path in Path(models.__file__).parent.glob("*.py")} - {"__init__.py"}
+_BRANCH = re.compile(r"(?!.*(\.\.|//|@\{|\.lock(/|$)))[A-Za-z0-9_][\w./-]*(?<![./])")
+
+
+class HubError(ValueError):
+    """What can't be pushed, or a Hub that doesn't take it; the message says what would be right."""
+
+
+@dataclass
+class Pushed:
+    """What a push did.
+
+    Attributes:
+        url: of the repository.
+        commit: its newest commit.
+        changed: whether there was anything new to commit.
+    """
+
+    url: str
+    commit: str
+    changed: bool
+
+
+def push_model(
+    source: str | os.PathLike,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    licence: str | None = None,
+    pictures: bool = True,
+) -> Pushed:
+    """Publish a trained model, ready for strangers: weights, configuration, image processor, code, card.
+
+    Args:
+        source: a run's folder (its segmenter is meant), or the folder of a model; inside a run's folder it gets the
+            run's figures on its card.
+        repo_id: "owner/name", or a name of your own.
+        private: nobody else may see a repository that is made now.
+        revision: branch to push to, made from main where it does not exist; None is main.
+        token: a token with write access; None takes the one you are logged in with.
+        licence: identifier of the weights' licence, as the Hub knows it ("apache-2.0").
+        pictures: show the run's examples on the card: photographs of the data go to the Hub with it.
+
+    Raises:
+        HubError: nothing to push, an impossible id, or what the Hub said.
+    """
+    folder = _part_of(Path(source), SEGMENTER_FOLDER, "config.json")
+    repo_id = _checked_target(repo_id, revision, token)
+    with tempfile.TemporaryDirectory() as staging:
+        staged = Path(staging)
+        model = _stage_model(folder, staged)
+        made, settings = _stage_results(folder, staged, pictures)
+        is_classifier = not hasattr(model, "mask_id2label") or len(model.mask_id2label) > model.config.num_labels
+        subject = CardSubject(
+            repo_id=repo_id,
+            folder=folder.name,
+            classes=[name for name in model.config.id2label.values() if name != "background"],
+            is_classifier=is_classifier,
+            needs_code=isinstance(model, PortableModelMixin),
+            on_true_masks=settings.get("mask_column") == "mask",
+            architecture=getattr(model.config, "backbone_config", model.config).model_type,
+            licence=licence,
+            picture=GALLERY_FILE if (staged / GALLERY_FILE).is_file() else None,
+        )
+        model_card(subject, made).save(staged / "README.md")
+        return push_folder(staged, repo_id, "model", f"Push {folder.name}", private, revision, token)
+
+
+def push_dataset(
+    source: str | os.PathLike,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    licence: str | None = None,
+) -> Pushed:
+    """Publish images with pseudo masks as Parquet files, which the Hub's viewer shows, with a card.
+
+    Args:
+        source: a run's folder (its `masks/` are meant), or the folder that `make-masks` wrote.
+
+    Raises:
+        HubError: as `push_model`.
+    """
+    folder = _part_of(Path(source), MASKS_FOLDER, "dataset_dict.json")
+    repo_id = _checked_target(repo_id, revision, token)
+    rows = load_from_disk(str(folder))
+    with tempfile.TemporaryDirectory() as staging:
+        staged = Path(staging)
+        made, _ = _stage_results(folder, staged, pictures=False)
+        (staged / "data").mkdir()
+        for split, part in rows.items():
+            shards = max(1, -(-part.with_format("arrow")[:].nbytes // SHARD_BYTES))
+            for index in range(shards):
+                name = f"{split}-{index:05d}-of-{shards:05d}.parquet"
+                part.shard(shards, index, contiguous=True).to_parquet(staged / "data" / name)
+        subject = CardSubject(repo_id=repo_id, folder=MASKS_FOLDER, classes=class_names(rows), licence=licence)
+        dataset_card(subject, rows, made).save(staged / "README.md")
+        return push_folder(staged, repo_id, "dataset", "Push pseudo masks", private, revision, token)
+
+
+def _checked_target(repo_id: str, revision: str | None, token: str | None) -> str:
+    """ "owner/name" of a repository that there could be; a bare name is one's own."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(
+            f"{repo_id}: no id of a repository; owner/name, in letters, digits and -_. would be right"
+        ) from error
+    if revision is not None and not _BRANCH.fullmatch(revision):
+        raise HubError(f"--branch {revision}: no name of a branch; main, or v1, would be right")
+    if "/" in repo_id:
+        return repo_id
+    with _naming(repo_id):
+        return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def _part_of(source: Path, part: str, mark: str) -> Path:
+    """`source` itself, or its `part`, whichever holds the file `mark`."""
+    for folder in (source, source / part):
+        if (folder / mark).is_file():
+            return folder.resolve()
+    raise HubError(f"{source}: nothing to push; a folder with {mark}, or a run with {part}/, would be right")
+
+
+def _stage_results(folder: Path, staged: Path, pictures: bool) -> tuple[dict, dict]:
+    """Put the run's figures, recipe and, if wanted, pictures beside the card; returns figures and stage settings."""
+    held = folder / SETTINGS_FILE
+    settings = portable_values(yaml.safe_load(held.read_text())) if held.is_file() else {}
+    results = folder.parent / RESULTS_FILE
+    if not results.is_file():
+        made = {"data": settings.get("data"), "recipe": settings}
+    else:
+        made = portable_values(json.loads(results.read_text()))
+        (staged / RESULTS_FILE).write_text(json.dumps(made, indent=1))
+        if pictures and (folder.parent / GALLERY_FILE).is_file():
+            (staged / GALLERY_FILE).write_bytes((folder.parent / GALLERY_FILE).read_bytes())
+    if made["recipe"]:
+        (staged / SETTINGS_FILE).write_text(yaml.safe_dump(made["recipe"], sort_keys=False))
+    return made, settings
+
+
+def _stage_model(folder: Path, staged: Path) -> PreTrainedModel:
+    """Save the model of `folder` anew: with the code of this package, and without paths of this machine."""
+    model, report = from_safetensors(
+        AutoModelForSemanticSegmentation.from_pretrained, folder, output_loading_info=True
+    )
+    odd = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
+    if odd:
+        raise HubError(f"{folder}: the weights do not fit the configuration ({odd[0]} and {len(odd) - 1} more)")
+    processor = AutoImageProcessor.from_pretrained(folder)
+    if not isinstance(model, PortableModelMixin) and isinstance(processor, WsssImageProcessor):
+        processor = _library_processor(processor)
+    _forget_paths(model)
+    model.save_pretrained(staged)
+    processor.save_pretrained(staged)
+    return model
+
+
+def _library_processor(processor: WsssImageProcessor) -> SegformerImageProcessorPil:
+    """The library's own processor that does the same, so that an architecture of the library needs no code of ours."""
+    values = processor.to_dict()
+    for key in ("auto_map", "image_processor_type"):
+        values.pop(key, None)
+    return SegformerImageProcessorPil(**values)
+
+
+def _forget_paths(model: PreTrainedModel) -> None:
+    for config in (model.config, getattr(model.config, "backbone_config", None)):
+        if config is not None:
+            config._name_or_path = portable_values(config._name_or_path)
+
+
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    repo_type: str,
+    message: str,
+    private: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
+    **create_options,
+) -> Pushed:
+    """Make the repository hold the files of `folder`, in one commit; files that it holds already are not sent.
+
+    Weights and code of ours that are no longer needed go in the same commit; foreign files stay.
+
+    Raises:
+        HubError: see `push_model`.
+    """
+    files = _files_to_push(folder, token)
+    api = HfApi(token=token)
+    with _naming(repo_id):
+        repo_id = api.create_repo(
+            repo_id, private=private or None, repo_type=repo_type, exist_ok=True, **create_options
+        ).repo_id
+        info = api.repo_info(repo_id, repo_type=repo_type)
+        if private and not info.private:
+            raise HubError(f"{repo_id} is public already; --private makes new repositories private, no old ones")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+        before = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+        stale = [s.rfilename for s in before.siblings if _is_ours(s.rfilename) and s.rfilename not in files]
+        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        operations += [CommitOperationDelete(name) for name in stale]
+        commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision)
+        url = f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
+    return Pushed(url=url, commit=commit.oid, changed=commit.oid != before.sha)
+
+
+def _files_to_push(folder: Path, token: str | None) -> dict[str, Path]:
+    """Name in the repository → file.
+
+    Raises:
+        HubError: a link, a file of a kind that has no business there, or one with the token in it.
+    """
+    secret = token or get_token()
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or not (path.is_dir() or path.suffix in _KINDS):
+            raise HubError(f"{name}: a link or no file of a model; {', '.join(_KINDS)} would be right")
+        if path.is_file():
+            if secret and secret.encode() in path.read_bytes():
+                raise HubError(f"{name}: holds your Hub token; take it out first")
+            files[name] = path
+    return files
+
+
+def _is_ours(name: str) -> bool:
+    return name in _OWN_CODE or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name) is not None
+
+
+@contextmanager
+def _naming(repo_id: str) -> Iterator[None]:
+    """What the Hub or the network say, in one line that names the repository."""
+    try:
+        yield
+    except RevisionNotFoundError as error:
+        raise HubError(f"{repo_id}: no such revision on the Hub") from error
+    except RepositoryNotFoundError as error:
+        raise HubError(f"{repo_id}: not there, or not yours; a token that may write to it would be right") from error
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        response = getattr(error, "response", None)
+        if response is None or response.status_code in (401, 403):
+            raise HubError(
+                f"{repo_id}: the Hub wants a token that may write there; `hf auth login`, or HF_TOKEN"
+            ) from error
+        raise HubError(f"{repo_id}: the Hub says: {str(error).strip().splitlines()[-1]}") from error
+    except httpx.HTTPError as error:
+        raise HubError(
+            f"{repo_id}: the connection to the Hub broke ({error}); nothing was published, push once more"
+        ) from error
