@@ -262,7 +262,7 @@ def test_maps_use_the_bank_where_it_has_the_class_and_the_cam_where_not():
     method.losses(step)
     maps = method.eval().maps(step)
     similarity = F.cosine_similarity(
-        method.embeddings(step.features[0])[:, None], method.prototypes[:2, :, None, None], dim=2
+        method.embeddings(step.features)[:, None], method.prototypes[:2, :, None, None], dim=2
     )
     assert maps.min() >= 0
     torch.testing.assert_close(maps[:, :2], similarity.relu())

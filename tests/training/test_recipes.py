@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import yaml
 
@@ -148,3 +150,19 @@ def test_methods_and_backbones_bring_their_own_options(recipe_file):
     assert recipe["cam"]["methods"] == {"drs": {"mode": "fixed", "delta": 0.3}, "other": {"weight": 2}}
     assert recipe["cam"]["backbone_config"] == {**config, "x": 1}
     assert load_recipe(mine, ["cam.methods.drs=null"])["cam"]["methods"] == {"drs": None}
+
+
+def test_a_recipe_can_change_another_one(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: toy\ncam: {train: {epochs: 3}}\n")
+    mine, toy = load_recipe(str(tmp_path / "mine.yaml")), load_recipe("toy")
+    assert mine["cam"]["train"].pop("epochs") == 3 and toy["cam"]["train"].pop("epochs") != 3
+    assert mine == toy and "base" not in mine
+
+    for base, message in (("nowhere", "recipe nowhere: no such file"), ("[toy]", "base is ['toy']")):
+        (tmp_path / "wrong.yaml").write_text(f"base: {base}\n")
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            load_recipe(str(tmp_path / "wrong.yaml"))
+    (tmp_path / "first.yaml").write_text(f"base: {tmp_path / 'second.yaml'}\n")
+    (tmp_path / "second.yaml").write_text(f"base: {tmp_path / 'first.yaml'}\n")
+    with pytest.raises(RecipeError, match="it is its own base"):
+        load_recipe(str(tmp_path / "first.yaml"))

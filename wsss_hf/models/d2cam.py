@@ -8,7 +8,7 @@ the prototype of a class is the map.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ class D2camConfig:
     """Hyper-parameters of D2CAM.
 
     Attributes:
+        stages: backbone stages that the projection head reads (negative ones count from the last).
         embedding_channels: length of a pixel's unit vector.
         foreground_threshold: a normalised CAM above it is certain foreground of its class.
         background_threshold: where all normalised CAMs are below it is certain background.
@@ -35,6 +36,7 @@ class D2camConfig:
         exclusivity_weight: weight of the exclusivity constraint.
     """
 
+    stages: list[int] = field(default_factory=lambda: [-2, -1])
     embedding_channels: int = 128
     foreground_threshold: float = 0.7
     background_threshold: float = 0.2
@@ -47,6 +49,8 @@ class D2camConfig:
     exclusivity_weight: float = 0.1
 
     def __post_init__(self):
+        if not self.stages:
+            raise ValueError("d2cam: stages must name one stage of the backbone or more.")
         if self.embedding_channels < 1:
             raise ValueError(f"d2cam: embedding_channels must be at least 1, but is {self.embedding_channels}.")
         if not 0 < self.background_threshold <= self.foreground_threshold < 1:
@@ -203,9 +207,10 @@ def exclusivity_loss(maps: Tensor, tags: Tensor) -> Tensor:
 
 @register_method("d2cam", D2camConfig)
 class D2cam(Method):
-    """Double-decoupled CAM on the last backbone stage.
+    """Double-decoupled CAM on one or more backbone stages.
 
-    The losses train the projection head and the backbone features; the CAMs are read without gradient.
+    The losses train the projection head and the backbone features; the CAMs are read without gradient. The last stage
+    knows the class and little else; an earlier one also knows what the rest of the object looks like.
     """
 
     paper = (
@@ -215,8 +220,16 @@ class D2cam(Method):
 
     def __init__(self, config: D2camConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
+        depth = len(backbone.channels)
+        for stage in config.stages:
+            if not -depth <= stage < depth:
+                raise ValueError(
+                    f"d2cam: stages names stage {stage}, but this backbone has {depth}: "
+                    f"{-depth} to {depth - 1} would be right"
+                )
         size = config.embedding_channels
-        self.head = nn.Sequential(nn.Conv2d(backbone.channels[-1], size, 1), nn.ReLU(), nn.Conv2d(size, size, 1))
+        channels = sum(backbone.channels[stage] for stage in config.stages)
+        self.head = nn.Sequential(nn.Conv2d(channels, size, 1), nn.ReLU(), nn.Conv2d(size, size, 1))
         self.register_buffer("prototypes", torch.empty(num_classes, size))
         self.register_buffer("seen", torch.empty(num_classes, dtype=torch.bool))
         self.reset_parameters()
@@ -226,13 +239,19 @@ class D2cam(Method):
         nn.init.zeros_(self.prototypes)
         nn.init.zeros_(self.seen)
 
-    def embeddings(self, features: Tensor) -> Tensor:
-        """(B, D, h, w) backbone features to (B, E, h, w) float32 unit vectors."""
-        return F.normalize(self.head(features).float(), dim=1)
+    def embeddings(self, features: tuple[Tensor, ...]) -> Tensor:
+        """Stage maps (B, D_i, h_i, w_i) to (B, E, h, w) float32 unit vectors, at the resolution of the last stage."""
+        size = features[-1].shape[-2:]
+        chosen = (features[stage] for stage in self.config.stages)
+        resized = [
+            stage if stage.shape[-2:] == size else F.interpolate(stage, size=size, mode="bilinear", align_corners=False)
+            for stage in chosen
+        ]
+        return F.normalize(self.head(torch.cat(resized, dim=1)).float(), dim=1)
 
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
         config = self.config
-        embeddings = self.embeddings(step.features[-1])
+        embeddings = self.embeddings(step.features)
         with torch.autocast(embeddings.device.type, enabled=False):
             cams = normalize_maps(step.cams.detach())
             foreground, background = certain_regions(
@@ -258,7 +277,7 @@ class D2cam(Method):
 
     def maps(self, step: TrainingStep) -> Tensor:
         """(B, C, h, w) float32 in [0, 1]: the D2CAM map; the normalised CAM for a class that has no prototype."""
-        embeddings = self.embeddings(step.features[-1])
+        embeddings = self.embeddings(step.features)
         with torch.autocast(embeddings.device.type, enabled=False):
             maps = prototype_maps(embeddings, self.prototypes.float(), self.seen)
         return torch.where(self.seen[:, None, None], maps, normalize_maps(step.cams))

@@ -30,15 +30,14 @@ def load_recipe(name_or_file: str = "default", overrides: Sequence[str] = ()) ->
     """The resolved recipe: the default one, changed by `name_or_file`, changed by `overrides`.
 
     Args:
-        name_or_file: a packaged recipe's name, or a YAML file.
+        name_or_file: a packaged recipe's name, or a YAML file. Its key `base` names the recipe that it changes, if
+            that is not the default one.
         overrides: "dotted.key=value" strings, the value in YAML.
 
     Raises:
         RecipeError: no such recipe, not YAML, an unknown key, or a value of another type than the default's.
     """
-    recipe = _read("default")
-    if name_or_file != "default":
-        _merge(recipe, _read(name_or_file), source=f"recipe {name_or_file}")
+    recipe = _resolve(name_or_file)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -48,6 +47,21 @@ def load_recipe(name_or_file: str = "default", overrides: Sequence[str] = ()) ->
             change = {part: change}
         _merge(recipe, change, source=f"--set {override}")
     _check(recipe)
+    return recipe
+
+
+def _resolve(name_or_file: str, asked_by: tuple[str, ...] = ()) -> dict:
+    """A recipe over its base, over that one's base … over the default recipe."""
+    if name_or_file in asked_by:
+        raise RecipeError(f"recipe {name_or_file}: it is its own base, by way of {', '.join(asked_by)}")
+    changes = _read(name_or_file)
+    base = changes.pop("base", "default")
+    if not isinstance(base, str):
+        raise RecipeError(f"recipe {name_or_file}: base is {base!r}; the name or file of a recipe would be right")
+    if name_or_file == "default":
+        return changes
+    recipe = _resolve(base, (*asked_by, name_or_file))
+    _merge(recipe, changes, source=f"recipe {name_or_file}")
     return recipe
 
 
