@@ -47,8 +47,7 @@ def train_segmenter(
 
     def build_model():
         options = {
-            "output_stride": section["output_stride"],
-            "rates": section["rates"],
+            **{key: section[key] for key in ("output_stride", "head", "rates", "input_scales")},
             "id2label": dict(enumerate(["background", *class_names(data["train"])])),
         }
         if section["from_cam"] and cam is not None:
