@@ -250,6 +250,68 @@ def test_the_supervised_bound_learns_from_true_masks(labelled, poisoned_data, ti
         train_segmenter(poisoned_data, tiny_recipe, tmp_path / "bad", mask_column="mask", quiet=True)
 
 
+def test_what_doubts_labels_is_for_pseudo_masks_alone(labelled, tiny_recipe, tmp_path):
+    plain = {name: train_segmenter(labelled, tiny_recipe, tmp_path / name, name, quiet=True) for name in ("mask",)}
+    plain["pseudo_mask"] = train_segmenter(labelled, tiny_recipe, tmp_path / "pseudo_mask", quiet=True)
+    tiny_recipe["segmenter"] |= {"loss": "symmetric", "loss_options": {"beta": 3.0}}
+    robust = {
+        name: train_segmenter(labelled, tiny_recipe, tmp_path / f"robust_{name}", name, quiet=True) for name in plain
+    }
+    assert same_weights(plain["mask"], robust["mask"]) and not same_weights(
+        plain["pseudo_mask"], robust["pseudo_mask"]
+    )
+
+
+def test_pixels_without_confidence_teach_nothing(labelled, tiny_recipe, tmp_path):
+    """Where the confidence of every second image's pixels is 0, these images might as well be ignored."""
+    rows = labelled["train"]
+    masks = [np.asarray(mask) for mask in rows["pseudo_mask"]]
+    ignored = [mask if index % 2 else np.full_like(mask, 255) for index, mask in enumerate(masks)]
+    doubted = [np.full_like(mask, 255 * (index % 2)) for index, mask in enumerate(masks)]
+
+    def data(**pictures):
+        columns = {name: rows[name][:] for name in ("image_id", "image", "tags")}
+        columns |= {name: [Image.fromarray(values) for values in column] for name, column in pictures.items()}
+        return DatasetDict(train=Dataset.from_dict(columns, features=tagged_features(class_names(rows), *pictures)))
+
+    tiny_recipe["segmenter"]["train"] |= {"freeze_batch_norm": True}
+    first = train_segmenter(data(pseudo_mask=ignored), tiny_recipe, tmp_path / "ignored", quiet=True)
+    tiny_recipe["segmenter"]["confidence"] = True
+    second = train_segmenter(
+        data(pseudo_mask=masks, confidence=doubted), tiny_recipe, tmp_path / "doubted", quiet=True
+    )
+    assert same_weights(first, second)
+    with pytest.raises(DataError, match="there is no column 'confidence'"):
+        train_segmenter(labelled, tiny_recipe, tmp_path / "none", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": "fcn"}, "head='fcn': there is no such head; deeplab_v2 or deeplab_v3_plus would be right"),
+        ({"loss": "hinge"}, "segmenter.loss: 'hinge'; cross_entropy, symmetric"),
+        ({"loss_options": {"q": 1}}, "segmenter.loss_options.q: no such option; cross_entropy has none"),
+        ({"model": "nowhere/at-all"}, "segmenter.model: nowhere/at-all: We couldn't connect"),
+    ],
+)
+def test_impossible_segmenters_are_refused_before_anything_is_written(
+    labelled, tiny_recipe, tmp_path, change, message
+):
+    tiny_recipe["segmenter"] |= change
+    with pytest.raises((ValueError, OSError), match=message):
+        train_segmenter(labelled, tiny_recipe, tmp_path / "segmenter", quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "symmetric", "generalized", "bootstrapped"])
+def test_a_segmenter_whose_loss_is_no_number_stops(labelled, tiny_recipe, tmp_path, loss):
+    tiny_recipe["segmenter"] |= {"loss": loss}
+    tiny_recipe["segmenter"]["train"] |= {"optimizer": "sgd", "lr": 1e30}
+    with pytest.raises(TrainingError, match="the loss 'loss' became (nan|inf)"):
+        train_segmenter(labelled, tiny_recipe, tmp_path / "segmenter", quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_data_without_pseudo_masks_are_refused(toy_data, tiny_recipe, tmp_path):
     with pytest.raises(DataError, match="no column 'pseudo_mask' to learn from; there are image_id, image"):
         train_segmenter(toy_data, tiny_recipe, tmp_path / "segmenter", quiet=True)

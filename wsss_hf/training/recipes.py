@@ -12,7 +12,7 @@ import yaml
 
 _PACKAGED = resources.files(__package__) / "recipes"
 # Values under these keys are not checked against the default recipe, but by the class that they configure.
-_OPEN = {"cam.methods", "cam.backbone_config", "segmenter.backbone_config"}
+_OPEN = {"cam.methods", "cam.backbone_config", "segmenter.backbone_config", "segmenter.loss_options"}
 # Numbers that the stage finds itself where this word stands in their place.
 _FOUND = {"masks.background_threshold": "auto"}
 
