@@ -186,9 +186,22 @@ def demo(out: Out = Path("runs/demo"), recipe: RecipeName = "toy", changes: Set 
 
 @app.command()
 @_with_inputs
-def run(inputs: Inputs, out: Out, quiet: Quiet = False):
+def run(
+    inputs: Inputs,
+    out: Out,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="Segmenters trained one after the other, each on what the last one says (self-training)."),
+    ] = None,
+    quiet: Quiet = False,
+):
     """All stages in order: train-cam, train-refiner if refiner.use, make-masks, train-segmenter, evaluate, report."""
-    run_all(inputs.data, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
+    recipe = inputs.recipe
+    if rounds is not None:
+        if rounds < 1:
+            raise RecipeError(f"--rounds {rounds}: 1 or more would be right")
+        recipe["self_training"]["rounds"] = rounds
+    run_all(inputs.data, recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
 
 
 @app.command()

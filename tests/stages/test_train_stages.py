@@ -17,6 +17,7 @@ from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.outputs import OutputError
+from wsss_hf.stages.relabel import relabel
 from wsss_hf.stages.train_cam import train_cam
 from wsss_hf.stages.train_segmenter import train_segmenter
 from wsss_hf.training.loop import TrainingError
@@ -132,13 +133,15 @@ def test_weak_training_never_reads_a_true_mask(toy_data, poisoned_data, unmasked
         folder = tmp_path / name
         cam = train_cam(data, tiny_recipe, folder / "cam", quiet=True)
         masks = make_masks(data, cam, tiny_recipe, folder / "masks", quiet=True)
-        train_segmenter(load_from_disk(str(masks)), tiny_recipe, folder / "segmenter", quiet=True)
+        segmenter = train_segmenter(load_from_disk(str(masks)), tiny_recipe, folder / "segmenter", quiet=True)
+        relabel(data, segmenter, tiny_recipe, folder / "masks-2", quiet=True)
     for name in ("poisoned", "unmasked"):
         assert same_weights(tmp_path / "clean" / "cam", tmp_path / name / "cam")
-        found, wanted = (
-            load_from_disk(str(tmp_path / kind / "masks"))["train"]["pseudo_mask"] for kind in (name, "clean")
-        )
-        assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+        for masks in ("masks", "masks-2"):
+            found, wanted = (
+                load_from_disk(str(tmp_path / kind / masks))["train"]["pseudo_mask"] for kind in (name, "clean")
+            )
+            assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
         assert same_weights(tmp_path / "clean" / "segmenter", tmp_path / name / "segmenter")
 
 

@@ -60,14 +60,10 @@ def _check(recipe: dict) -> None:
     threshold = recipe["masks"]["background_threshold"]
     if threshold is None or (threshold != _FOUND["masks.background_threshold"] and not 0 <= threshold <= 1):
         raise RecipeError(f"masks.background_threshold is {threshold}; a number in [0, 1] or auto would be right")
-    lists = (
-        ("masks", "scales"),
-        ("refiner", "scales"),
-        ("evaluation", "scales"),
-        ("segmenter", "rates"),
-        ("segmenter", "input_scales"),
-    )
-    for section, key in lists:
+    if recipe["self_training"]["rounds"] < 1:
+        raise RecipeError(f"self_training.rounds is {recipe['self_training']['rounds']}; 1 or more would be right")
+    scales = [(section, "scales") for section in ("masks", "refiner", "self_training", "evaluation")]
+    for section, key in (*scales, ("segmenter", "rates"), ("segmenter", "input_scales")):
         values = recipe[section][key]
         if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
             raise RecipeError(f"{section}.{key} is {values}; a list of positive numbers would be right")
