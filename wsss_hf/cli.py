@@ -69,7 +69,9 @@ Token = Annotated[
 CacheDir = Annotated[Path | None, typer.Option(help="Where Hub downloads are kept.", rich_help_panel="Data")]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", help=f"{' | '.join(recipe_names())} | a YAML file.", rich_help_panel="Recipe"),
+    typer.Option(
+        "--recipe", help=f"{' | '.join(recipe_names())} | a YAML file; several as a+b.", rich_help_panel="Recipe"
+    ),
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting: cam.train.epochs=3.", rich_help_panel="Recipe")

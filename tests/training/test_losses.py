@@ -32,14 +32,6 @@ def test_the_symmetric_loss_adds_the_reverse_direction(batch):
     torch.testing.assert_close(loss, 0.1 * F.nll_loss(log_p, labels, reduction="none") + 2.0 * reverse)
 
 
-def test_the_generalized_loss_lies_between_cross_entropy_and_absolute_error(batch):
-    log_p, labels = batch
-    p = log_p[:, :, 1:].exp().gather(1, labels[:, None, 1:])[:, 0]
-    for q, expected in ((1e-4, -p.log()), (0.5, (1 - p**0.5) / 0.5), (1.0, 1 - p)):
-        loss = build_loss("generalized", {"q": q})(log_p, labels)[:, 1:]
-        torch.testing.assert_close(loss, expected, atol=2e-3 if q < 0.1 else 1e-6, rtol=1e-4)
-
-
 def test_the_bootstrapped_loss_half_believes_the_model(batch):
     log_p, labels = batch
     target = 0.7 * F.one_hot(labels[:, 1:], 3) + 0.3 * F.one_hot(log_p[:, :, 1:].argmax(dim=1), 3)
@@ -86,6 +78,11 @@ def test_pixels_weigh_as_much_as_they_are_trusted():
     trusted = confidence * (labels != 255)
     expected = (per_pixel * trusted).sum() / trusted.sum()
     torch.testing.assert_close(objective(pixels, labels, confidence=confidence).loss, expected)
+    for weigh in (True, False):
+        objective = SegmentationObjective(model, build_loss("cross_entropy"), weigh=weigh, min_confidence=0.4)
+        counted = trusted.where(trusted >= 0.4, 0) if weigh else (trusted >= 0.4).float()
+        expected = (per_pixel * counted).sum() / counted.sum()
+        torch.testing.assert_close(objective(pixels, labels, confidence=confidence).loss, expected)
     assert objective(pixels, torch.full_like(labels, 255)).loss == 0
     assert objective(pixels, labels, confidence=torch.zeros(2, 8, 8)).loss == 0
 
@@ -120,7 +117,7 @@ def test_what_is_new_is_known_by_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("focal", {}, "segmenter.loss: 'focal'; cross_entropy, symmetric, generalized, bootstrapped would be right"),
+        ("focal", {}, "segmenter.loss: 'focal'; cross_entropy, symmetric, bootstrapped would be right"),
         ("symmetric", {"gamma": 1}, "segmenter.loss_options.gamma: no such option; symmetric has alpha, beta, log_ze"),
         ("cross_entropy", {"q": 1}, "segmenter.loss_options.q: no such option; cross_entropy has none"),
     ],

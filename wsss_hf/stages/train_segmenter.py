@@ -51,15 +51,17 @@ def train_segmenter(
     hub_kwargs = hub_kwargs or {}
     names = ["background", *class_names(data["train"])]
     loss = build_loss(section["loss"], section["loss_options"])
+    trust = {"weigh": section["confidence"], "min_confidence": section["min_confidence"]}
+    wants_confidence = mask_column != "mask" and any(trust.values())
+    recipe = recipe | {"segmenter": section | {"confidence": wants_confidence}}
     if mask_column == "mask":  # true masks are certain: what doubts labels is for pseudo masks
         loss = cross_entropy
-        recipe = recipe | {"segmenter": section | {"confidence": False}}
 
     def build_model():
         if section["model"] is not None:
             side = training_size(recipe, "segmenter")
             model, processor, new = build_library_segmenter(section["model"], names, side, hub_kwargs)
-            return SegmentationObjective(model, loss, new), processor
+            return SegmentationObjective(model, loss, new, **trust), processor
         options = {key: section[key] for key in ("output_stride", "head", "rates", "input_scales")}
         options["id2label"] = dict(enumerate(names))
         if section["from_cam"] and cam is not None:
@@ -71,7 +73,7 @@ def train_segmenter(
             backbone = resolve_backbone(recipe, "segmenter", hub_kwargs)
             model = build_on_backbone(Segmenter, backbone, hub_kwargs, **options)
             mean, std = backbone["image_mean"], backbone["image_std"]
-        return SegmentationObjective(model, loss), build_processor(recipe, "segmenter", mean, std)
+        return SegmentationObjective(model, loss, **trust), build_processor(recipe, "segmenter", mean, std)
 
     train_and_save(build_model, data["train"], mask_column, recipe, "segmenter", output, quiet)
     return output.path

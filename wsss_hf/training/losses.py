@@ -35,15 +35,6 @@ def symmetric_cross_entropy(
     return alpha * forward + beta * -log_zero * (1 - (-forward).exp())
 
 
-def generalized_cross_entropy(log_probabilities: Tensor, labels: Tensor, q: float = 0.7) -> Tensor:
-    """(1 − p^q) / q: cross-entropy as q → 0, mean absolute error at q = 1.
-
-    Zhang and Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels", NeurIPS
-    2018, equation 6.
-    """
-    return (1 - (-q * cross_entropy(log_probabilities, labels)).exp()) / q
-
-
 def bootstrapped_cross_entropy(log_probabilities: Tensor, labels: Tensor, beta: float = 0.8) -> Tensor:
     """Cross-entropy against `beta` × label + (1 − `beta`) × what the model itself says most likely.
 
@@ -56,7 +47,6 @@ def bootstrapped_cross_entropy(log_probabilities: Tensor, labels: Tensor, beta: 
 LOSSES: dict[str, PixelLoss] = {
     "cross_entropy": cross_entropy,
     "symmetric": symmetric_cross_entropy,
-    "generalized": generalized_cross_entropy,
     "bootstrapped": bootstrapped_cross_entropy,
 }
 
@@ -88,12 +78,22 @@ class SegmentationObjective(nn.Module):
         model: the segmenter.
         loss: what `build_loss` gives.
         new_parameters: names of the model's parameters that start from random values; None: all but the backbone's.
+        weigh: each pixel counts as much as its confidence, where confidence is given.
+        min_confidence: pixels with less confidence than this count nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, loss: PixelLoss, new_parameters: set[str] | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        loss: PixelLoss,
+        new_parameters: set[str] | None = None,
+        weigh: bool = True,
+        min_confidence: float = 0.0,
+    ):
         super().__init__()
         self.model = model
         self.loss = loss
+        self.weigh, self.min_confidence = weigh, min_confidence
         names = [name for name, _ in model.named_parameters()]
         if new_parameters is None:
             new_parameters = {name for name in names if not name.startswith("backbone.")}
@@ -106,7 +106,7 @@ class SegmentationObjective(nn.Module):
         Args:
             pixel_values: (B, 3, H, W) normalised images.
             labels: (B, H, W) int64, 255 is ignored.
-            confidence: (B, H, W) float in [0, 1], weight of each pixel; None weighs all alike.
+            confidence: (B, H, W) float in [0, 1]; None trusts all alike.
             tags: not used; examples have them.
 
         Returns:
@@ -114,7 +114,8 @@ class SegmentationObjective(nn.Module):
         """
         weights = (labels != IGNORE_INDEX).float()
         if confidence is not None:
-            weights = weights * confidence
+            weights = weights * (confidence >= self.min_confidence)
+            weights = weights * confidence if self.weigh else weights
         output = self.model(pixel_values)
         views = (output.logits, *(getattr(output, "scale_logits", None) or ()))
         return ModelOutput(loss=sum(self._mean(logits, labels, weights) for logits in views))

@@ -30,15 +30,17 @@ def load_recipe(name_or_file: str = "default", overrides: Sequence[str] = ()) ->
     """The resolved recipe: the default one, changed by `name_or_file`, changed by `overrides`.
 
     Args:
-        name_or_file: a packaged recipe's name, or a YAML file.
+        name_or_file: a packaged recipe's name, or a YAML file; several with + between them, later ones win.
         overrides: "dotted.key=value" strings, the value in YAML.
 
     Raises:
         RecipeError: no such recipe, not YAML, an unknown key, or a value of another type than the default's.
     """
     recipe = _read("default")
-    if name_or_file != "default":
-        _merge(recipe, _read(name_or_file), source=f"recipe {name_or_file}")
+    parts = [name_or_file] if Path(name_or_file).is_file() else name_or_file.split("+")
+    for part in parts:
+        if part != "default":
+            _merge(recipe, _read(part), source=f"recipe {part}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
