@@ -114,6 +114,16 @@ def test_compare_takes_a_plan_or_options(wsss, tiny, tmp_path):
     assert_one_line(wsss("compare", "--recipes", "toy", "--out", tmp_path / "new"), "the plan has no data")
 
 
+def test_rounds_are_an_option_of_a_run(wsss, tiny, tmp_path, photos):
+    arguments = ["run", "--data", photos, "--out", tmp_path / "run", "--quiet", *tiny]
+    code, out, err = wsss(*arguments, "--rounds", 2)
+    assert code == 0 and not err and "Results" in out
+    assert {"masks-2", "segmenter-2"} < {path.name for path in (tmp_path / "run").iterdir()}
+    assert_one_line(wsss(*arguments, "--rounds", 0), "--rounds 0: 1 or more would be right")
+    result = wsss(*arguments, "--set", "self_training.rounds=0")
+    assert_one_line(result, "self_training.rounds is 0; 1 or more would be right")
+
+
 def test_a_backbone_folder_is_where_training_starts(wsss, tiny, tmp_path, cam_folder, photos):
     body = CamClassifier.from_pretrained(cam_folder).backbone.body
     body.save_pretrained(tmp_path / "backbone")

@@ -71,7 +71,9 @@ Token = Annotated[
 CacheDir = Annotated[Path | None, typer.Option(help="Where Hub downloads are kept.", rich_help_panel="Data")]
 RecipeName = Annotated[
     str | None,
-    typer.Option("--recipe", help=f"{' | '.join(recipe_names())} | a YAML file.", rich_help_panel="Recipe"),
+    typer.Option(
+        "--recipe", help=f"{' | '.join(recipe_names())} | a YAML file; several as a+b.", rich_help_panel="Recipe"
+    ),
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting: cam.train.epochs=3.", rich_help_panel="Recipe")
@@ -188,9 +190,22 @@ def demo(out: Out = Path("runs/demo"), recipe: RecipeName = "toy", changes: Set 
 
 @app.command()
 @_with_inputs
-def run(inputs: Inputs, out: Out, quiet: Quiet = False):
+def run(
+    inputs: Inputs,
+    out: Out,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="Segmenters trained one after the other, each on what the last one says (self-training)."),
+    ] = None,
+    quiet: Quiet = False,
+):
     """All stages in order: train-cam, train-refiner if refiner.use, make-masks, train-segmenter, evaluate, report."""
-    run_all(inputs.data, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
+    recipe = inputs.recipe
+    if rounds is not None:
+        if rounds < 1:
+            raise RecipeError(f"--rounds {rounds}: 1 or more would be right")
+        recipe["self_training"]["rounds"] = rounds
+    run_all(inputs.data, recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
 
 
 @app.command()

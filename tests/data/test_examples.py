@@ -37,6 +37,23 @@ def test_with_a_mask_column_rows_without_a_mask_are_left_out(train):
     assert np.array_equal(examples[1]["labels"], train[4]["mask"]) and examples[1]["labels"].dtype == torch.int64
 
 
+def test_confidence_follows_its_image(train):
+    columns = np.tile(np.arange(32, dtype=np.uint8), (32, 1))
+    pictures = {"mask": Image.fromarray(columns // 4), "confidence": Image.fromarray(columns * 8)}
+    given = {name: train[name][:] for name in ("image_id", "image", "tags")} | {
+        n: [p] * 6 for n, p in pictures.items()
+    }
+    features = tagged_features(train.features["tags"].feature.names, "mask", "confidence")
+    trusted = Dataset.from_dict(given, features=features)
+    examples = TaggedExamples(trusted, TrainTransform(32, scale=(0.5, 2)), mask_column="mask", confidence=True)
+    for example in (examples[index] for index in range(6)):
+        labels, weights = example["labels"], example["confidence"]
+        assert weights.dtype == torch.float32 and weights.shape == (32, 32)
+        inside = labels != 255
+        assert (weights[~inside] == 0).all()
+        assert ((weights * 255 / 32 - 0.5 - labels)[inside].abs() < 1).all()
+
+
 def test_augmentation_depends_on_seed_epoch_and_index_alone(train):
     examples, same, other = (TaggedExamples(train, TrainTransform(24), seed=seed) for seed in (0, 0, 1))
     torch.manual_seed(7), np.random.seed(7)
@@ -58,9 +75,10 @@ def test_workers_that_live_on_see_the_new_epoch(train):
         assert torch.equal(batches, torch.stack([examples[index]["pixel_values"] for index in range(6)]))
 
 
-def rows(image, mask):
+def rows(image, mask, **confidence):
     columns = {"image_id": ["x1"], "image": [image], "tags": [[0]], "mask": [mask]}
-    return Dataset.from_dict(columns, features=tagged_features(["cat"], "mask"))
+    columns |= {name: [value] for name, value in confidence.items()}
+    return Dataset.from_dict(columns, features=tagged_features(["cat"], "mask", *confidence))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +87,10 @@ def rows(image, mask):
         (rows({"bytes": b"no", "path": "b.jpg"}, Image.new("L", (4, 4))), "row 'x1', b.jpg: cannot be decoded"),
         (rows(Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4))), "row 'x1', column mask: the mask has mode RGB"),
         (rows(Image.new("RGB", (4, 4)), Image.new("L", (4, 5))), "row 'x1': mask is 4x5 but its image is 4x4"),
+        (
+            rows(Image.new("RGB", (4, 4)), Image.new("L", (4, 4), 2)),
+            r"row 'x1': mask has the value 2; right are 0 to 1 \(background and the classes of the data\) and 255",
+        ),
     ],
 )
 def test_bad_rows_are_named_when_they_are_read(dataset, message):
@@ -117,3 +139,24 @@ def test_maps_that_are_missing_or_in_colour_are_named(train, name):
         examples[0]
     with pytest.raises(DataError, match=f"row 'train_00001', column {name}: the image has mode RGB; one channel"):
         examples[1]
+
+
+@pytest.mark.parametrize(
+    ("confidence", "message"),
+    [
+        (Image.new("L", (5, 4)), "row 'x1': confidence is 5x4 but its image is 4x4; they must be the same"),
+        (Image.new("RGB", (4, 4)), "row 'x1', column confidence: the image has mode RGB"),
+        (None, "row 'x1', column confidence: has no image"),
+    ],
+)
+def test_confidence_that_does_not_fit_is_named(confidence, message):
+    dataset = rows(Image.new("RGB", (4, 4)), Image.new("L", (4, 4)), confidence=confidence)
+    with pytest.raises(DataError, match=message):
+        TaggedExamples(dataset, TrainTransform(8), mask_column="mask", confidence=True)[0]
+
+
+def test_confidence_that_is_not_there_is_refused(train):
+    with pytest.raises(
+        DataError, match=r"wants confidence \(segmenter.confidence\) and there is no column 'confidence', only"
+    ):
+        TaggedExamples(train, TrainTransform(8), mask_column="mask", confidence=True)

@@ -61,6 +61,15 @@ def test_smaller_images_are_padded_at_a_random_place():
     assert len(places) > 10
 
 
+def test_blue_may_come_first():
+    image = Image.new("RGB", (8, 8), (200, 100, 50))
+    plain, flipped = (
+        TrainTransform(8, scale=(1, 1), color_jitter=0, blue_first=first)(image, None, np.random.default_rng(0))[0]
+        for first in (False, True)
+    )
+    assert torch.equal(flipped, plain.flip(0)) and not torch.equal(flipped, plain)
+
+
 def test_colors_are_jittered_and_normalised_and_the_mask_is_optional():
     image = Image.new("RGB", (8, 8), (200, 100, 50))
     transform = TrainTransform(8, scale=(1, 1), color_jitter=0.2)

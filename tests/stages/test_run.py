@@ -1,9 +1,11 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict, load_from_disk
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation
 
 from wsss_hf.data.tagged import class_names
@@ -13,6 +15,7 @@ from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.stages.outputs import OutputError
 from wsss_hf.stages.run import report_examples, run
+from wsss_hf.stages.train_segmenter import train_segmenter
 from wsss_hf.training.recipes import load_recipe
 
 
@@ -107,3 +110,29 @@ def test_stages_may_differ_in_precision(toy_data, tiny_recipe, tmp_path):
     assert 0 <= rows[1]["mean_iou"] <= 1
     model = Segmenter.from_pretrained(tmp_path / "run" / "segmenter")
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+
+
+def test_further_rounds_go_on_from_a_finished_run(toy_data, tiny_recipe, tmp_path):
+    out = tmp_path / "run"
+    first = run(toy_data, tiny_recipe, out, {"source": "toy"}, quiet=True)
+    before = stamps(out / "cam", out / "masks", out / "segmenter")
+    tiny_recipe["self_training"] |= {"rounds": 2, "scales": [1.0], "threshold": 0.1}
+    rows = run(toy_data, tiny_recipe, out, {"source": "toy"}, quiet=True)
+    assert stamps(out / "cam", out / "masks", out / "segmenter") == before
+    assert rows[:2] == first
+    assert [row["result"] for row in rows[2:]] == ["pseudo masks, round 2", "segmenter, round 2"]
+    assert json.loads((out / "results.json").read_text())["results"] == json.loads(json.dumps(rows))
+    assert "segmenter, round 2" in (out / "report.html").read_text()
+    labelled = load_from_disk(str(out / "masks-2"))
+    for mask, tags in zip(labelled["train"]["pseudo_mask"], labelled["train"]["tags"], strict=True):
+        assert set(np.unique(mask)) <= {0, 255, *(tag + 1 for tag in tags)}
+    # A round starts as the first one did; only its labels are others.
+    again = train_segmenter(labelled, tiny_recipe, tmp_path / "again", cam=out / "cam", quiet=True)
+    found, wanted = (load_file(folder / "model.safetensors") for folder in (again, out / "segmenter-2"))
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+    done = stamps(out / "masks-2", out / "segmenter-2")
+    assert run(toy_data, tiny_recipe, out, {"source": "toy"}, quiet=True) == rows
+    assert stamps(out / "masks-2", out / "segmenter-2") == done
+    tiny_recipe["self_training"]["threshold"] = 0.2
+    with pytest.raises(OutputError, match="self_training.threshold is 0.1 there and 0.2 here"):
+        run(toy_data, tiny_recipe, out, {"source": "toy"}, quiet=True)

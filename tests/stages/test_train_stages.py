@@ -17,6 +17,7 @@ from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.outputs import OutputError
+from wsss_hf.stages.relabel import relabel
 from wsss_hf.stages.train_cam import train_cam
 from wsss_hf.stages.train_segmenter import train_segmenter
 from wsss_hf.training.loop import TrainingError
@@ -132,13 +133,15 @@ def test_weak_training_never_reads_a_true_mask(toy_data, poisoned_data, unmasked
         folder = tmp_path / name
         cam = train_cam(data, tiny_recipe, folder / "cam", quiet=True)
         masks = make_masks(data, cam, tiny_recipe, folder / "masks", quiet=True)
-        train_segmenter(load_from_disk(str(masks)), tiny_recipe, folder / "segmenter", quiet=True)
+        segmenter = train_segmenter(load_from_disk(str(masks)), tiny_recipe, folder / "segmenter", quiet=True)
+        relabel(data, segmenter, tiny_recipe, folder / "masks-2", quiet=True)
     for name in ("poisoned", "unmasked"):
         assert same_weights(tmp_path / "clean" / "cam", tmp_path / name / "cam")
-        found, wanted = (
-            load_from_disk(str(tmp_path / kind / "masks"))["train"]["pseudo_mask"] for kind in (name, "clean")
-        )
-        assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+        for masks in ("masks", "masks-2"):
+            found, wanted = (
+                load_from_disk(str(tmp_path / kind / masks))["train"]["pseudo_mask"] for kind in (name, "clean")
+            )
+            assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
         assert same_weights(tmp_path / "clean" / "segmenter", tmp_path / name / "segmenter")
 
 
@@ -248,6 +251,70 @@ def test_the_supervised_bound_learns_from_true_masks(labelled, poisoned_data, ti
         train_segmenter(labelled, tiny_recipe, tmp_path / "true", quiet=True)
     with pytest.raises(DataError, match="column mask: cannot be decoded"):
         train_segmenter(poisoned_data, tiny_recipe, tmp_path / "bad", mask_column="mask", quiet=True)
+
+
+def test_what_doubts_labels_is_for_pseudo_masks_alone(labelled, tiny_recipe, tmp_path):
+    plain = {name: train_segmenter(labelled, tiny_recipe, tmp_path / name, name, quiet=True) for name in ("mask",)}
+    plain["pseudo_mask"] = train_segmenter(labelled, tiny_recipe, tmp_path / "pseudo_mask", quiet=True)
+    tiny_recipe["segmenter"] |= {"loss": "symmetric", "loss_options": {"beta": 3.0}}
+    robust = {
+        name: train_segmenter(labelled, tiny_recipe, tmp_path / f"robust_{name}", name, quiet=True) for name in plain
+    }
+    assert same_weights(plain["mask"], robust["mask"]) and not same_weights(
+        plain["pseudo_mask"], robust["pseudo_mask"]
+    )
+
+
+def test_pixels_without_confidence_teach_nothing(labelled, tiny_recipe, tmp_path):
+    """Where the confidence of every second image's pixels is 0, these images might as well be ignored."""
+    rows = labelled["train"]
+    masks = [np.asarray(mask) for mask in rows["pseudo_mask"]]
+    ignored = [mask if index % 2 else np.full_like(mask, 255) for index, mask in enumerate(masks)]
+    doubted = [np.full_like(mask, 255 * (index % 2)) for index, mask in enumerate(masks)]
+
+    def data(**pictures):
+        columns = {name: rows[name][:] for name in ("image_id", "image", "tags")}
+        columns |= {name: [Image.fromarray(values) for values in column] for name, column in pictures.items()}
+        return DatasetDict(train=Dataset.from_dict(columns, features=tagged_features(class_names(rows), *pictures)))
+
+    tiny_recipe["segmenter"]["train"] |= {"freeze_batch_norm": True}
+    first = train_segmenter(data(pseudo_mask=ignored), tiny_recipe, tmp_path / "ignored", quiet=True)
+    tiny_recipe["segmenter"]["confidence"] = True
+    trusted = data(pseudo_mask=masks, confidence=doubted)
+    second = train_segmenter(trusted, tiny_recipe, tmp_path / "doubted", quiet=True)
+    assert same_weights(first, second)
+    tiny_recipe["segmenter"] |= {"confidence": False, "min_confidence": 0.5}
+    third = train_segmenter(trusted, tiny_recipe, tmp_path / "certain", quiet=True)
+    assert same_weights(first, third)
+    with pytest.raises(DataError, match="there is no column 'confidence'"):
+        train_segmenter(labelled, tiny_recipe, tmp_path / "none", quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"head": "fcn"}, "head='fcn': there is no such head; deeplab_v2 or deeplab_v3_plus would be right"),
+        ({"loss": "hinge"}, "segmenter.loss: 'hinge'; cross_entropy, symmetric"),
+        ({"loss_options": {"q": 1}}, "segmenter.loss_options.q: no such option; cross_entropy has none"),
+        ({"model": "nowhere/at-all"}, "segmenter.model: nowhere/at-all: We couldn't connect"),
+    ],
+)
+def test_impossible_segmenters_are_refused_before_anything_is_written(
+    labelled, tiny_recipe, tmp_path, change, message
+):
+    tiny_recipe["segmenter"] |= change
+    with pytest.raises((ValueError, OSError), match=message):
+        train_segmenter(labelled, tiny_recipe, tmp_path / "segmenter", quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "symmetric", "bootstrapped"])
+def test_a_segmenter_whose_loss_is_no_number_stops(labelled, tiny_recipe, tmp_path, loss):
+    tiny_recipe["segmenter"] |= {"loss": loss}
+    tiny_recipe["segmenter"]["train"] |= {"optimizer": "sgd", "lr": 1e30}
+    with pytest.raises(TrainingError, match="the loss 'loss' became (nan|inf)"):
+        train_segmenter(labelled, tiny_recipe, tmp_path / "segmenter", quiet=True)
+    assert not list(tmp_path.iterdir())
 
 
 def test_data_without_pseudo_masks_are_refused(toy_data, tiny_recipe, tmp_path):

@@ -247,6 +247,22 @@ def test_fewer_examples_than_a_batch_are_one_batch(tmp_path):
     assert [len(seen) for seen in model.seen] == [3, 3] and history[1]["square"] < history[0]["square"]
 
 
+def test_a_number_of_steps_ends_in_the_middle_of_an_epoch(tmp_path):
+    model = Line()
+    history = train(model, Points(), tmp_path, epochs=9, steps=8)  # three batches an epoch
+    assert len(model.seen) == 8 and [record["epoch"] for record in history] == [1, 2, 3]
+    assert model.moments == pytest.approx([step / 8 for step in range(8)])
+    assert history[-1]["lr"] == pytest.approx(0, abs=1e-9)  # the schedule ends with the steps
+    broken = Line()
+    with pytest.raises(Killed):
+        train(broken, Mortal(Points(), dies_in=1), tmp_path / "broken", steps=8)
+    resumed = Line()
+    again = Mortal(Points())
+    assert figures(train(resumed, again, tmp_path / "broken", steps=8)) == figures(history)
+    assert again.epochs == [1, 2]
+    assert_same_weights(model, resumed)
+
+
 def test_an_unknown_precision_is_refused():
     with pytest.raises(RecipeError, match="mixed_precision: 'bf61'; no, bf16 or fp16 would be right"):
         build_accelerator(settings(mixed_precision="bf61"), 0)

@@ -78,6 +78,16 @@ def test_momentum_is_nesterovs(settings):
     assert start - layer.weight.item() == pytest.approx(1.5)  # 1 + momentum · 1; without Nesterov the first step is 1
 
 
+def test_momentum_may_be_plain(settings):
+    layer = nn.Linear(1, 1, bias=False)
+    start = layer.weight.item()
+    changes = {"optimizer": "sgd", "lr": 1.0, "head_lr_factor": 1.0, "weight_decay": 0.0, "nesterov": False}
+    optimizer = build_optimizer(layer, settings(**changes))
+    layer.weight.grad = torch.ones(1, 1)
+    optimizer.step()
+    assert start - layer.weight.item() == pytest.approx(1.0)
+
+
 def test_poly_falls_to_zero(settings):
     found = rates(settings(lr=2.0, schedule="poly", power=0.9), 10)
     assert found == pytest.approx([2 * (1 - step / 10) ** 0.9 for step in range(11)])

@@ -52,6 +52,23 @@ def test_a_setting_of_one_stage_is_no_setting_of_another(name):
     assert after["segmenter"] == before["segmenter"]
 
 
+def test_a_segmenters_recipe_goes_with_any_methods(recipe_file):
+    both, method, segmenter = (load_recipe(name) for name in ("voc_icd+segformer", "voc_icd", "segformer"))
+    assert both["cam"] == method["cam"] and both["masks"] == method["masks"] and both["image"] == method["image"]
+    assert both["segmenter"]["model"] == segmenter["segmenter"]["model"]
+    assert both["segmenter"]["train"]["steps"] == segmenter["segmenter"]["train"]["steps"]
+    mine = recipe_file("segmenter: {train: {steps: 7}}")
+    assert load_recipe(f"segformer+{mine}")["segmenter"]["train"]["steps"] == 7
+    with pytest.raises(RecipeError, match="recipe segfromer: no such file, and the package has .*segformer"):
+        load_recipe("voc_icd+segfromer")
+
+
+@pytest.mark.parametrize("name", ["voc_drs", "voc_icd", "voc_plda"])
+def test_published_methods_end_in_the_published_segmenter(name):
+    section, published = load_recipe(name)["segmenter"], load_recipe("voc_deeplab_v2")["segmenter"]
+    assert section == published
+
+
 def test_two_recipes_share_nothing():
     load_recipe()["cam"]["train"]["epochs"] = 99
     assert load_recipe()["cam"]["train"]["epochs"] != 99

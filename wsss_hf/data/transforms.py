@@ -26,6 +26,7 @@ class TrainTransform:
         color_jitter: float = 0.2,
         image_mean: Sequence[float] = (0.485, 0.456, 0.406),
         image_std: Sequence[float] = (0.229, 0.224, 0.225),
+        blue_first: bool = False,
     ):
         if crop_size < 1:
             raise ValueError(f"crop_size must be a positive number of pixels, not {crop_size}")
@@ -36,6 +37,7 @@ class TrainTransform:
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
         self.mean = torch.tensor(image_mean).view(3, 1, 1)
         self.std = torch.tensor(image_std).view(3, 1, 1)
+        self.blue_first = blue_first  # channels of pixel_values in the order blue, green, red
 
     def __call__(
         self,
@@ -60,6 +62,7 @@ class TrainTransform:
         crop = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
         pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 255
         pixels = (self._jitter(pixels, rng) - self.mean) / self.std
+        pixels = pixels.flip(0) if self.blue_first else pixels
         pixel_values = torch.zeros(3, size, size)
         pixel_values[:, y : y + height, x : x + width] = pixels
         pixel_values = pixel_values.flip(-1) if flip else pixel_values

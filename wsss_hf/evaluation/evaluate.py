@@ -113,10 +113,7 @@ def evaluate_segmenter(model, processor: Callable, rows: Dataset, settings: dict
         DataError: no row has a mask, or the model has other classes than the data.
     """
     rows = rows_with(rows, "mask")
-    names = ["background", *class_names(rows)]
-    known = [model.config.id2label[i] for i in sorted(model.config.id2label)]
-    if known != names:
-        raise DataError(f"the segmenter knows {', '.join(known)}; the data have {', '.join(names)}")
+    names = check_classes(model, rows)
     metric = Figures(names)
     mine = _share(rows)
     truths = undecoded(mine.select_columns(["image_id", "mask"]))
@@ -130,6 +127,19 @@ def evaluate_segmenter(model, processor: Callable, rows: Dataset, settings: dict
                 metric.add(prediction=prediction, reference=_truth(row), name=f"row {row['image_id']!r}")
             progress.advance(len(batch.indices))
     return metric.compute()
+
+
+def check_classes(model, rows: Dataset) -> list[str]:
+    """The names of the labels, background first, which a segmenter and the data must have in common.
+
+    Raises:
+        DataError: they have not.
+    """
+    names = ["background", *class_names(rows)]
+    known = [model.config.id2label[i] for i in sorted(model.config.id2label)]
+    if known != names:
+        raise DataError(f"the segmenter knows {', '.join(known)}; the data have {', '.join(names)}")
+    return names
 
 
 def _truth(row: dict) -> np.ndarray:

@@ -128,16 +128,8 @@ class Backbone(nn.Module):
                 f"output_stride={natural_stride} or none would be right"
             )
 
-        self._freeze_idle_parameters()
-
-    def _freeze_idle_parameters(self):
-        """Norms of other stages, mask tokens …: distributed training refuses what never gets a gradient."""
-        parameters = [parameter for parameter in self.body.parameters() if parameter.requires_grad]
         with torch.enable_grad():
-            deepest = self._run_probe({})[-1]
-            gradients = torch.autograd.grad(deepest.sum(), parameters, allow_unused=True)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.requires_grad_(gradient is not None)
+            freeze_idle_parameters(self.body, self._run_probe({})[-1])
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) → stage maps (B, D_i, h_i, w_i), shallow to deep."""
@@ -242,6 +234,14 @@ class Backbone(nn.Module):
             self.body.train(training)
             for handle in handles:
                 handle.remove()
+
+
+def freeze_idle_parameters(module: nn.Module, output: Tensor) -> None:
+    """Norms of other stages, mask tokens …: distributed training refuses what `output` does not depend on."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 _PROBE_SIZE = 224  # divisible by the strides 2 … 32 and by the patch sizes 14 and 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from .deeplab import HEADS
 from .hub_mixins import BackboneConfigMixin
 
 
@@ -14,8 +15,15 @@ class SegmenterConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone: directory or Hub id whose configuration is read; its weights come with `Segmenter.from_backbone`.
         backbone_config: the backbone's configuration itself (or a dict with `model_type`) instead.
         output_stride: largest allowed input size / deepest map size; None leaves the backbone as it is.
-        rates: dilations of the parallel 3×3 convolutions (DeepLab v2 takes 6 12 18 24 at 321 pixels and stride 8).
+        head: "deeplab_v2" or "deeplab_v3_plus".
+        rates: dilations of the head's parallel 3×3 convolutions; None takes the paper's (6 12 18 24 for v2 at output
+            stride 8; 6 12 18 for v3+ at output stride 16).
+        input_scales: the network looks at the image at each of these scales, and the largest logit counts (DeepLab v2,
+            section 4.3, takes 0.5 0.75 1); None looks once.
         kwargs: `id2label`, background at 0, and whatever `PreTrainedConfig` takes.
+
+    Raises:
+        ValueError: the head is unknown, or a rate or scale is not positive.
     """
 
     model_type = "wsss_segmenter"
@@ -25,10 +33,18 @@ class SegmenterConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone: str | None = None,
         backbone_config: PreTrainedConfig | dict | None = None,
         output_stride: int | None = None,
+        head: str = "deeplab_v2",
         rates: list[int] | None = None,
+        input_scales: list[float] | None = None,
         **kwargs,
     ):
+        if head not in HEADS:
+            raise ValueError(f"head={head!r}: there is no such head; {' or '.join(HEADS)} would be right")
         self._set_backbone(backbone, backbone_config)
         self.output_stride = output_stride
-        self.rates = list(rates or (6, 12, 18, 24))
+        self.head = head
+        self.rates = list(rates or HEADS[head].default_rates)
+        self.input_scales = list(input_scales or (1.0,))
+        if min(*self.rates, *self.input_scales) <= 0:
+            raise ValueError(f"rates={self.rates}, input_scales={self.input_scales}: positive numbers would be right")
         super().__init__(**self._completed(kwargs))

@@ -244,7 +244,9 @@ class D2cam(Method):
         size = features[-1].shape[-2:]
         chosen = (features[stage] for stage in self.config.stages)
         resized = [
-            stage if stage.shape[-2:] == size else F.interpolate(stage, size=size, mode="bilinear", align_corners=False)
+            stage
+            if stage.shape[-2:] == size
+            else F.interpolate(stage, size=size, mode="bilinear", align_corners=False)
             for stage in chosen
         ]
         return F.normalize(self.head(torch.cat(resized, dim=1)).float(), dim=1)

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
 from transformers.utils.generic import can_return_tuple
 
 from .backbone import Backbone
 from .configuration_segmenter import SegmenterConfig
+from .deeplab import HEADS
 from .hub_mixins import PortableModelMixin
 from .maps import IGNORE_INDEX
 
 
-class Segmenter(PortableModelMixin, PreTrainedModel):
-    """DeepLab v2: parallel dilated 3×3 convolutions on the deepest map of any backbone, summed.
+@dataclass
+class SegmenterOutput(SemanticSegmenterOutput):
+    """Output of [`Segmenter`]: that of every semantic segmenter, and what a loss on several scales needs.
 
-    Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and Fully
-    Connected CRFs", TPAMI 2018, section 3.2.
+    Attributes:
+        scale_logits: with several `input_scales`, the logits (B, C+1, h, w) of each, all at the size of `logits`, of
+            which they are the sources.
+    """
+
+    scale_logits: tuple[Tensor, ...] | None = None
+
+
+class Segmenter(PortableModelMixin, PreTrainedModel):
+    """A DeepLab head on the stage maps of any backbone; see `deeplab.py` for the heads.
+
+    With several `config.input_scales` the logits are their maximum over the scales, in training and afterwards, and
+    the loss is summed over the maximum and the scales (DeepLab v2, section 4.3).
     """
 
     config_class = SegmenterConfig
@@ -29,11 +46,19 @@ class Segmenter(PortableModelMixin, PreTrainedModel):
     def __init__(self, config: SegmenterConfig):
         super().__init__(config)
         self.backbone = Backbone(config.backbone_config, config.output_stride)
-        channels = self.backbone.channels[-1]
-        self.head = nn.ModuleList(
-            nn.Conv2d(channels, config.num_labels, kernel_size=3, padding=rate, dilation=rate) for rate in config.rates
+        self.head = HEADS[config.head](
+            self.backbone.channels, self.backbone.strides, config.num_labels, rates=config.rates
         )
         self.post_init()
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self):
+        super().initialize_weights()
+        # N(0, 0.01) is right for layers that give logits, too flat for those below a batch norm.
+        for module in self.head.modules():
+            if isinstance(module, nn.Conv2d) and module.bias is None:
+                nn.init.kaiming_normal_(module.weight)
 
     @can_return_tuple
     def forward(
@@ -42,28 +67,38 @@ class Segmenter(PortableModelMixin, PreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
-    ) -> SemanticSegmenterOutput:
+    ) -> SegmenterOutput:
         """
         Args:
             pixel_values: (B, 3, H, W) normalised images.
             labels: (B, H, W) int64 label maps, 255 is ignored; gives a loss.
 
         Returns:
-            `logits` (B, C+1, h, w) at the backbone's stride, background at channel 0, and `loss`.
+            `logits` (B, C+1, h, w) at the head's stride, background at channel 0, and `loss`.
         """
         features = self.backbone(pixel_values)
-        logits = sum(convolution(features[-1]) for convolution in self.head)
+        logits = self.head(features)
+        scale_logits = None
+        if self.config.input_scales != [1.0]:
+            scale_logits = tuple(self._at_scale(pixel_values, scale, logits) for scale in self.config.input_scales)
+            logits = torch.stack(scale_logits).amax(dim=0)
         loss = None
         if labels is not None:
-            upsampled = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-            total = F.cross_entropy(upsampled, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-            # A batch that is ignored everywhere teaches nothing; the plain mean would be 0 / 0.
-            loss = total / (labels != IGNORE_INDEX).sum().clamp_min(1)
-        return SemanticSegmenterOutput(
+            loss = sum(pixel_cross_entropy(view, labels) for view in (logits, *(scale_logits or ())))
+        return SegmenterOutput(
             loss=loss,
             logits=logits,
             hidden_states=features if self._shows_hidden_states(output_hidden_states) else None,
+            scale_logits=scale_logits,
         )
+
+    def _at_scale(self, pixel_values: Tensor, scale: float, logits: Tensor) -> Tensor:
+        """Logits of the scaled image at the size of `logits`, those of the image itself."""
+        if scale == 1:
+            return logits
+        scaled = F.interpolate(pixel_values, scale_factor=scale, mode="bilinear", align_corners=False, antialias=True)
+        scaled_logits = self.head(self.backbone(scaled))
+        return F.interpolate(scaled_logits, size=logits.shape[-2:], mode="bilinear", align_corners=False)
 
     @property
     def mask_id2label(self) -> dict[int, str]:
@@ -72,7 +107,7 @@ class Segmenter(PortableModelMixin, PreTrainedModel):
 
     def segmentation_scores(
         self,
-        outputs: SemanticSegmenterOutput,
+        outputs: SegmenterOutput,
         size: tuple[int, int],
         tags: Tensor | None = None,
     ) -> Tensor:
@@ -88,3 +123,16 @@ class Segmenter(PortableModelMixin, PreTrainedModel):
             allowed = F.pad(tags.to(logits.device).bool(), (1, 0), value=True)
             logits = logits.masked_fill(~allowed[:, :, None, None], float("-inf"))
         return logits.softmax(dim=1)
+
+
+def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the pixels that are not 255, at the labels' size; 0 where all are.
+
+    Args:
+        logits: (B, C+1, h, w).
+        labels: (B, H, W) int64.
+    """
+    upsampled = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    total = F.cross_entropy(upsampled, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    # A batch that is ignored everywhere teaches nothing; the plain mean would be 0 / 0.
+    return total / (labels != IGNORE_INDEX).sum().clamp_min(1)

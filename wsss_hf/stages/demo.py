@@ -13,7 +13,7 @@ from datasets import DatasetDict, load_from_disk
 
 from ..data.tagged import decode_image, undecoded
 from .make_masks import make_masks
-from .run import check_run_folder, finish_run, maps_row, masks_row, segmenter_row
+from .run import check_run_folder, finish_run, maps_row, masks_row, segmenter_row, self_train
 from .train_cam import train_cam
 from .train_segmenter import train_segmenter
 
@@ -47,6 +47,7 @@ def demo(
     masks = make_masks(data, cam, recipe, out / "masks", **common)
     labelled = load_from_disk(str(masks))
     segmenter = train_segmenter(labelled, recipe, out / "segmenter", cam=cam, **common)
+    last, more_rows = self_train(labelled, segmenter, recipe, out, cam, **common)
     supervised = train_segmenter(data, recipe, out / "supervised", mask_column="mask", cam=cam, **common)
     steps = [
         *recipe["cam"]["methods"],
@@ -56,14 +57,15 @@ def demo(
         maps_row("pseudo masks, plain CAM", plain_cam, data, plain, quiet),
         masks_row(f"pseudo masks, {' + '.join(['CAM', *(step.upper() for step in steps)])}", labelled, quiet),
         segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe, quiet),
+        *more_rows,
         segmenter_row("segmenter trained on true masks", supervised, data, recipe, quiet),
     ]
     minutes = (time.perf_counter() - started) / 60
-    finish_run(out, rows, data, cam, segmenter, recipe, data_settings, minutes, quiet, command="demo")
+    finish_run(out, rows, data, cam, last, recipe, data_settings, minutes, quiet, command="demo")
 
     picture = out / "example.png"
     decode_image(undecoded(data["val"])[0]["image"], "first image of split 'val'").save(picture)
-    command = [sys.executable, "-c", _PIPELINE_PROGRAM, str(segmenter), str(picture)]
+    command = [sys.executable, "-c", _PIPELINE_PROGRAM, str(last), str(picture)]
     found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    print(f'pipeline("image-segmentation", model="{segmenter}") finds in {picture}: {", ".join(found)}')
+    print(f'pipeline("image-segmentation", model="{last}") finds in {picture}: {", ".join(found)}')
     return rows

@@ -23,6 +23,7 @@ from ..labeling.prediction import load_segmenter, predict_scores
 from ..labeling.pseudo_masks import label_images, load_labeler
 from .make_masks import make_masks, read_summary
 from .outputs import OutputError, write_atomically
+from .relabel import relabel
 from .train_cam import train_cam
 from .train_refiner import train_refiner
 from .train_segmenter import train_segmenter
@@ -44,8 +45,9 @@ def run(
     Args:
         data: tagged images; rows that have a `mask` serve the evaluation, and nothing else.
         recipe: a resolved recipe.
-        out: gets `cam/`, perhaps `refiner/`, `masks/`, `segmenter/`, `results.json`, `report.html` and `gallery.png`.
-            Finished stages of the same settings are not done again.
+        out: gets `cam/`, perhaps `refiner/`, `masks/`, `segmenter/`, `results.json`, `report.html` and `gallery.png`;
+            with rounds of self-training also `masks-2/`, `segmenter-2/` … Finished stages of the same settings are not
+            done again.
 
     Returns:
         the rows of the results table.
@@ -62,8 +64,44 @@ def run(
         masks_row("pseudo masks", labelled, quiet),
         segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe, quiet),
     ]
+    segmenter, more_rows = self_train(labelled, segmenter, recipe, out, cam, **common)
+    rows += more_rows
     minutes = (time.perf_counter() - started) / 60
     return finish_run(out, rows, data, labeler, segmenter, recipe, data_settings, minutes, quiet)
+
+
+def self_train(
+    data: DatasetDict,
+    segmenter: Path,
+    recipe: dict,
+    out: Path,
+    cam: Path | None,
+    data_settings: dict | None = None,
+    hub_kwargs: dict | None = None,
+    quiet: bool = False,
+) -> tuple[Path, list[dict]]:
+    """The rounds after the first: each segmenter relabels the tagged images, and a new one learns from that.
+
+    Args:
+        data: tagged images.
+        segmenter: that of the first round.
+        recipe: its `self_training` section says how many rounds there are in all, and how labels are made.
+        out: gets `masks-N/` and `segmenter-N/` of every round N.
+        cam: as for `train_segmenter`; every round starts alike.
+
+    Returns:
+        the last segmenter, and the rows of the results table.
+    """
+    settings = {key: value for key, value in recipe["self_training"].items() if key != "rounds"}
+    rows = []
+    for number in range(2, recipe["self_training"]["rounds"] + 1):
+        note = (data_settings or {}) | {"round": number, "self_training": settings}
+        common = {"data_settings": note, "hub_kwargs": hub_kwargs, "quiet": quiet}
+        labelled = load_from_disk(str(relabel(data, segmenter, recipe, out / f"masks-{number}", **common)))
+        segmenter = train_segmenter(labelled, recipe, out / f"segmenter-{number}", cam=cam, **common)
+        rows.append(masks_row(f"pseudo masks, round {number}", labelled, quiet))
+        rows.append(segmenter_row(f"segmenter, round {number}", segmenter, data, recipe, quiet))
+    return segmenter, rows
 
 
 def check_run_folder(out: str | os.PathLike) -> Path:

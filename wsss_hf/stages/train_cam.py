@@ -62,7 +62,7 @@ def train_cam(
             image_std=backbone["image_std"],
             **section["methods"],
         )
-        return model, build_processor(recipe, backbone["image_mean"], backbone["image_std"])
+        return model, build_processor(recipe, "cam", backbone["image_mean"], backbone["image_std"])
 
     train_and_save(build_model, data["train"], None, recipe, "cam", output, quiet)
     return output.path

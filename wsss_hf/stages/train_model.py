@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from datasets import Dataset, concatenate_datasets
-from transformers import PreTrainedModel
+from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..data.examples import TaggedExamples
+from ..data.examples import MAPS, TaggedExamples
 from ..data.superpixels import superpixel_column
 from ..data.transforms import TrainTransform
 from ..models.backbone import resolve_backbone_config
@@ -53,11 +53,27 @@ def build_on_backbone(
     return model_class.from_backbone(backbone["backbone"], hub_kwargs, **options)
 
 
-def build_processor(recipe: dict, image_mean: list[float], image_std: list[float]) -> WsssImageProcessor:
+def build_processor(recipe: dict, section: str, image_mean: list[float], image_std: list[float]) -> WsssImageProcessor:
     """The image processor that shows a model images at the scale it was trained at."""
-    side = recipe["image"]["size"]
+    side = training_size(recipe, section)
     size = {"shortest_edge": side, "longest_edge": 4 * side}
     return WsssImageProcessor(size=size, image_mean=image_mean, image_std=image_std)
+
+
+def training_size(recipe: dict, section: str) -> int:
+    """Side of a training crop in pixels: the section's own, or that of all images."""
+    return recipe[section].get("size") or recipe["image"]["size"]
+
+
+def pixel_statistics(processor: BaseImageProcessor) -> dict:
+    """How an image processor turns pixels in [0, 1] into its values: `image_mean`, `image_std`, `blue_first`."""
+    factor = 255 * processor.rescale_factor if processor.do_rescale else 255
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    return {
+        "image_mean": [value / factor for value in mean],
+        "image_std": [value / factor for value in std],
+        "blue_first": bool(getattr(processor, "do_flip_channel_order", False)),
+    }
 
 
 def train_and_save(
@@ -73,6 +89,7 @@ def train_and_save(
     """Train what `build_model()` gives, (model, processor), and put both where `output` says; returns the log.
 
     Args:
+        build_model: its model gives a loss in training, and has `save_pretrained`.
         mask_column: label maps to learn from; None learns from tags, or
         targets: from the localisation maps of the rows.
     """
@@ -84,18 +101,17 @@ def train_and_save(
     if settings["gradient_checkpointing"]:
         model.activation_checkpointing_enable()
     transform = TrainTransform(
-        crop_size=recipe["image"]["size"],
+        crop_size=training_size(recipe, section),
         scale=tuple(settings["scale"]),
         flip=settings["flip"],
         color_jitter=settings["color_jitter"],
-        image_mean=processor.image_mean,
-        image_std=processor.image_std,
+        **pixel_statistics(processor),
     )
     accelerator.wait_for_everyone()  # all have looked at the folder before one writes to it
     if accelerator.is_main_process:
         output.begin()
     accelerator.wait_for_everyone()
-    wanted = {name: recipe[section].get(name, False) for name in ("superpixels", "saliency")}
+    wanted = {name: recipe[section].get(name, False) for name in MAPS}
     with output.nothing_left_behind():
         if wanted["superpixels"]:
             rows = _with_superpixels(rows, recipe, section, accelerator, output, quiet)
@@ -127,7 +143,7 @@ def _with_superpixels(
         (rows.shard(count, index, contiguous=True), output.partial / f"superpixels-{index}-of-{count}.arrow")
         for index in range(count)
     ]
-    compute = partial(superpixel_column, size=recipe["image"]["size"], options=recipe[section]["felzenszwalb"])
+    compute = partial(superpixel_column, size=training_size(recipe, section), options=recipe[section]["felzenszwalb"])
     mine, file = parts[accelerator.process_index]
     with Progress("superpixels", len(mine), quiet or not accelerator.is_main_process, unit="image") as progress:
         compute(mine, cache_file=file, advance=progress.advance)

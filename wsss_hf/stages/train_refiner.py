@@ -70,13 +70,13 @@ def train_refiner(
         if given is not None:
             statistics = {key: given[key] for key in ("image_mean", "image_std")}
             model = build_on_backbone(MapRefiner, given, hub_kwargs, **options, **statistics)
-            return model, build_processor(recipe, **statistics)
+            return model, build_processor(recipe, "refiner", **statistics)
         teacher = CamClassifier.from_pretrained(cam, **hub_kwargs)
         statistics = {key: getattr(teacher.config, key) for key in ("image_mean", "image_std")}
         options |= {"output_stride": teacher.config.output_stride, "backbone_config": teacher.config.backbone_config}
         model = MapRefiner(MapRefinerConfig(**options, **statistics))
         model.backbone.load_state_dict(teacher.backbone.state_dict())
-        return model, build_processor(recipe, **statistics)
+        return model, build_processor(recipe, "refiner", **statistics)
 
     state = PartialState()
     state.wait_for_everyone()  # all have looked at the folder before one writes to it

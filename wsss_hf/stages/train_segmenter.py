@@ -11,8 +11,10 @@ from ..data.tagged import class_names
 from ..models.configuration_segmenter import SegmenterConfig
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_segmenter import Segmenter
+from ..training.losses import SegmentationObjective, build_loss, cross_entropy
+from .library_segmenter import build_library_segmenter
 from .outputs import StageOutput
-from .train_model import build_on_backbone, build_processor, resolve_backbone, train_and_save
+from .train_model import build_on_backbone, build_processor, resolve_backbone, train_and_save, training_size
 
 
 def train_segmenter(
@@ -35,7 +37,10 @@ def train_segmenter(
         cam: the trained CAM classifier; its backbone is the start where the recipe says `from_cam`.
 
     Returns:
-        `out`, loadable by `Segmenter.from_pretrained`.
+        `out`, loadable by `AutoModelForSemanticSegmentation.from_pretrained`.
+
+    Raises:
+        RecipeError: the recipe names no backbone or model, one that can't be used, or an unknown head or loss.
     """
     section = recipe["segmenter"]
     settings = {"stage": "train-segmenter", "data": data_settings, "mask_column": mask_column}
@@ -44,21 +49,31 @@ def train_segmenter(
     if output.done:
         return output.path
     hub_kwargs = hub_kwargs or {}
+    names = ["background", *class_names(data["train"])]
+    loss = build_loss(section["loss"], section["loss_options"])
+    trust = {"weigh": section["confidence"], "min_confidence": section["min_confidence"]}
+    wants_confidence = mask_column != "mask" and any(trust.values())
+    recipe = recipe | {"segmenter": section | {"confidence": wants_confidence}}
+    if mask_column == "mask":  # true masks are certain: what doubts labels is for pseudo masks
+        loss = cross_entropy
 
     def build_model():
-        options = {
-            "output_stride": section["output_stride"],
-            "rates": section["rates"],
-            "id2label": dict(enumerate(["background", *class_names(data["train"])])),
-        }
+        if section["model"] is not None:
+            side = training_size(recipe, "segmenter")
+            model, processor, new = build_library_segmenter(section["model"], names, side, hub_kwargs)
+            return SegmentationObjective(model, loss, new, **trust), processor
+        options = {key: section[key] for key in ("output_stride", "head", "rates", "input_scales")}
+        options["id2label"] = dict(enumerate(names))
         if section["from_cam"] and cam is not None:
             classifier = CamClassifier.from_pretrained(cam)
             model = Segmenter(SegmenterConfig(backbone_config=classifier.config.backbone_config, **options))
             model.backbone.load_state_dict(classifier.backbone.state_dict())
-            return model, build_processor(recipe, classifier.config.image_mean, classifier.config.image_std)
-        backbone = resolve_backbone(recipe, "segmenter", hub_kwargs)
-        model = build_on_backbone(Segmenter, backbone, hub_kwargs, **options)
-        return model, build_processor(recipe, backbone["image_mean"], backbone["image_std"])
+            mean, std = classifier.config.image_mean, classifier.config.image_std
+        else:
+            backbone = resolve_backbone(recipe, "segmenter", hub_kwargs)
+            model = build_on_backbone(Segmenter, backbone, hub_kwargs, **options)
+            mean, std = backbone["image_mean"], backbone["image_std"]
+        return SegmentationObjective(model, loss, **trust), build_processor(recipe, "segmenter", mean, std)
 
     train_and_save(build_model, data["train"], mask_column, recipe, "segmenter", output, quiet)
     return output.path

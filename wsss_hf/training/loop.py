@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -79,7 +80,8 @@ def fit(
     model = model.to(memory_format=torch.channels_last)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     steps_per_epoch = len(loader)
-    total_steps = settings["epochs"] * steps_per_epoch
+    total_steps = settings["steps"] or settings["epochs"] * steps_per_epoch
+    epochs = math.ceil(total_steps / steps_per_epoch)
     scheduler = build_scheduler(optimizer.optimizer, settings, total_steps)
     accelerator.register_for_checkpointing(scheduler)
 
@@ -87,7 +89,7 @@ def fit(
     history = _resume(accelerator, checkpoint)
     with Progress(title, total_steps, quiet or not accelerator.is_main_process) as progress:
         progress.advance(len(history) * steps_per_epoch)
-        for epoch in range(len(history), settings["epochs"]):
+        for epoch in range(len(history), epochs):
             # Dropout and the like differ between epochs, and are the same after a resume.
             set_seed(seed + 1000 * (epoch + 1) + accelerator.process_index)
             loader.set_epoch(epoch)
@@ -98,7 +100,9 @@ def fit(
                 freeze_batch_norm(model)
             sums: dict[str, torch.Tensor] = {}
             started = time.perf_counter()
-            for step, batch in enumerate(loader):
+            # The last epoch may be a part of one, where the recipe counts steps.
+            steps = min(steps_per_epoch, total_steps - epoch * steps_per_epoch)
+            for step, batch in enumerate(itertools.islice(loader, steps)):
                 if hasattr(inner, "progress"):
                     inner.progress = (epoch * steps_per_epoch + step) / total_steps
                 output = model(**batch)
@@ -112,19 +116,19 @@ def fit(
                 losses = getattr(output, "losses", None) or {"loss": output.loss}
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0) + loss.detach().float()
-                if step % 10 == 0 or step + 1 == steps_per_epoch:
+                if step % 10 == 0 or step + 1 == steps:
                     means = {name: (total / (step + 1)).item() for name, total in sums.items()}
                     _check_finite(means, epoch, step)
                     progress.show(means)
                 progress.advance(1)
             seconds = time.perf_counter() - started
-            images = steps_per_epoch * loader.total_batch_size
-            means = accelerator.reduce({name: total / steps_per_epoch for name, total in sums.items()}, "mean")
+            images = steps * loader.total_batch_size
+            means = accelerator.reduce({name: total / steps for name, total in sums.items()}, "mean")
             record = {"epoch": epoch + 1, **{name: value.item() for name, value in means.items()}}
             record |= {"lr": scheduler.get_last_lr()[0], "images_per_second": round(images / seconds, 2)}
             history.append(record)
             progress.log(record)
-            if epoch + 1 < settings["epochs"]:
+            if epoch + 1 < epochs:
                 _save(accelerator, checkpoint, history)
     return history
 

@@ -7,8 +7,16 @@ from torch import nn, optim
 from .recipes import RecipeError
 
 
+def is_new(model: nn.Module, name: str) -> bool:
+    """Whether the parameter starts from random values: `model.new_parameters` has it or, where there is no such set,
+    it is none of the backbone's.
+    """
+    new_parameters = getattr(model, "new_parameters", None)
+    return not name.startswith("backbone.") if new_parameters is None else name in new_parameters
+
+
 def parameter_groups(model: nn.Module, settings: dict) -> list[dict]:
-    """Groups by where a parameter lives and what it is: backbone or new, weight or bias.
+    """Groups by where a parameter comes from and what it is: pretrained or new, weight or bias.
 
     New layers learn `head_lr_factor` times as fast, biases `bias_lr_factor` times; biases and norms do not decay.
     """
@@ -16,7 +24,7 @@ def parameter_groups(model: nn.Module, settings: dict) -> list[dict]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = 1.0 if name.startswith("backbone.") else settings["head_lr_factor"]
+        factor = settings["head_lr_factor"] if is_new(model, name) else 1.0
         if name.endswith(".bias"):
             factor *= settings["bias_lr_factor"]
         groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
@@ -40,7 +48,8 @@ def build_optimizer(model: nn.Module, settings: dict) -> optim.Optimizer:
     if settings["optimizer"] == "adamw":
         return optim.AdamW(groups)
     if settings["optimizer"] == "sgd":
-        return optim.SGD(groups, lr=settings["lr"], momentum=settings["momentum"], nesterov=settings["momentum"] > 0)
+        nesterov = settings["nesterov"] and settings["momentum"] > 0
+        return optim.SGD(groups, lr=settings["lr"], momentum=settings["momentum"], nesterov=nesterov)
     raise RecipeError(f"optimizer: {settings['optimizer']!r}; adamw or sgd would be right")
 
 
@@ -72,8 +81,8 @@ def build_scheduler(optimizer: optim.Optimizer, settings: dict, total_steps: int
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
-    """Keep statistics and affine parameters of every batch norm as they are; call again after each `model.train()`."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+    """Keep statistics and affine parameters of every pretrained batch norm; call again after each `model.train()`."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and not is_new(model, f"{name}.weight"):
             module.eval()
             module.requires_grad_(False)

@@ -12,7 +12,7 @@ import yaml
 
 _PACKAGED = resources.files(__package__) / "recipes"
 # Values under these keys are not checked against the default recipe, but by the class that they configure.
-_OPEN = {"cam.methods", "cam.backbone_config", "segmenter.backbone_config"}
+_OPEN = {"cam.methods", "cam.backbone_config", "segmenter.backbone_config", "segmenter.loss_options"}
 # Numbers that the stage finds itself where this word stands in their place.
 _FOUND = {"masks.background_threshold": "auto"}
 
@@ -30,14 +30,18 @@ def load_recipe(name_or_file: str = "default", overrides: Sequence[str] = ()) ->
     """The resolved recipe: the default one, changed by `name_or_file`, changed by `overrides`.
 
     Args:
-        name_or_file: a packaged recipe's name, or a YAML file. Its key `base` names the recipe that it changes, if
-            that is not the default one.
+        name_or_file: a packaged recipe's name, or a YAML file; several with + between them, later ones win. A recipe's
+            key `base` names the one that it changes, if that is not the default one.
         overrides: "dotted.key=value" strings, the value in YAML.
 
     Raises:
         RecipeError: no such recipe, not YAML, an unknown key, or a value of another type than the default's.
     """
-    recipe = _resolve(name_or_file)
+    recipe = _read("default")
+    parts = [name_or_file] if Path(name_or_file).is_file() else name_or_file.split("+")
+    for part in parts:
+        for source, changes in _with_bases(part):
+            _merge(recipe, changes, source)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -50,19 +54,17 @@ def load_recipe(name_or_file: str = "default", overrides: Sequence[str] = ()) ->
     return recipe
 
 
-def _resolve(name_or_file: str, asked_by: tuple[str, ...] = ()) -> dict:
-    """A recipe over its base, over that one's base … over the default recipe."""
+def _with_bases(name_or_file: str, asked_by: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
+    """(its title, its changes) of a recipe, after those of its base, of that one's base … but the default recipe."""
+    if name_or_file == "default":
+        return []
     if name_or_file in asked_by:
         raise RecipeError(f"recipe {name_or_file}: it is its own base, by way of {', '.join(asked_by)}")
     changes = _read(name_or_file)
     base = changes.pop("base", "default")
     if not isinstance(base, str):
         raise RecipeError(f"recipe {name_or_file}: base is {base!r}; the name or file of a recipe would be right")
-    if name_or_file == "default":
-        return changes
-    recipe = _resolve(base, (*asked_by, name_or_file))
-    _merge(recipe, changes, source=f"recipe {name_or_file}")
-    return recipe
+    return [*_with_bases(base, (*asked_by, name_or_file)), (f"recipe {name_or_file}", changes)]
 
 
 def _check(recipe: dict) -> None:
@@ -74,7 +76,10 @@ def _check(recipe: dict) -> None:
     threshold = recipe["masks"]["background_threshold"]
     if threshold is None or (threshold != _FOUND["masks.background_threshold"] and not 0 <= threshold <= 1):
         raise RecipeError(f"masks.background_threshold is {threshold}; a number in [0, 1] or auto would be right")
-    for section, key in (("masks", "scales"), ("refiner", "scales"), ("evaluation", "scales"), ("segmenter", "rates")):
+    if recipe["self_training"]["rounds"] < 1:
+        raise RecipeError(f"self_training.rounds is {recipe['self_training']['rounds']}; 1 or more would be right")
+    scales = [(section, "scales") for section in ("masks", "refiner", "self_training", "evaluation")]
+    for section, key in (*scales, ("segmenter", "rates"), ("segmenter", "input_scales")):
         values = recipe[section][key]
         if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
             raise RecipeError(f"{section}.{key} is {values}; a list of positive numbers would be right")

@@ -1,0 +1,59 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from wsss_hf.labeling.relabeling import relabel_images, tagged_labels
+from wsss_hf.models.image_processing_wsss import WsssImageProcessor
+
+
+def test_only_tagged_classes_appear_and_doubt_is_ignored():
+    # one row of four pixels: background, cat, dog
+    scores = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.3, 0.35, 0.35], [0.1, 0.5, 0.4]]).T[None, :, None]
+    labels, confidence = tagged_labels(scores, torch.tensor([[1.0, 0.0]]), threshold=0.6)
+    assert labels.dtype == torch.uint8 and labels.tolist() == [[[0, 1, 255, 1]]]
+    torch.testing.assert_close(confidence[0, 0], torch.tensor([0.6 / 0.9, 0.2 / 0.3, 0.35 / 0.65, 0.5 / 0.6]))
+    both, confidence = tagged_labels(scores, torch.tensor([[1.0, 1.0]]), threshold=0.6)
+    assert both.tolist() == [[[0, 2, 255, 255]]]
+    torch.testing.assert_close(confidence[0, 0], torch.tensor([0.6, 0.7, 0.35, 0.5]))
+
+
+def test_an_image_without_tags_is_background():
+    scores = torch.softmax(torch.randn(1, 4, 5, 6), dim=1)
+    scores[0, 0, 0, 0] = 0  # not even possible, and yet no label is left but this
+    labels, confidence = tagged_labels(scores, torch.zeros(1, 3), threshold=0.5)
+    assert (labels.flatten()[1:] == 0).all() and (confidence.flatten()[1:] == 1).all()
+    assert labels[0, 0, 0] == 255 and confidence[0, 0, 0] == 0
+
+
+class Colours(nn.Module):
+    """Says of each pixel how red, green and blue it is: background, first class, second class."""
+
+    device = torch.device("cpu")
+
+    def forward(self, pixel_values):
+        others = pixel_values.new_zeros(len(pixel_values), 6, *pixel_values.shape[-2:])
+        return SimpleNamespace(logits=torch.cat([pixel_values * 6, others], dim=1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_every_row_gets_its_labels_at_its_own_size(toy_data, batch_size):
+    rows = toy_data["train"].select(range(5))
+    processor = WsssImageProcessor(
+        size={"shortest_edge": 48, "longest_edge": 192}, image_mean=[0.0] * 3, image_std=[1.0] * 3
+    )
+    settings = {"scales": [1.0], "flip": True, "threshold": 0.0, "batch_size": batch_size}
+    found = {relabelled.index: relabelled for relabelled in relabel_images(Colours(), processor, rows, settings)}
+    assert sorted(found) == list(range(5))
+    for index, row in enumerate(rows):
+        image = np.asarray(row["image"].convert("RGB"))
+        scores = np.concatenate([image[..., :3] / 255 * 6, np.zeros((*image.shape[:2], 6))], axis=-1)
+        absent = [c + 1 for c in range(8) if c not in row["tags"]]
+        scores[..., absent] = -np.inf
+        sure = np.sort(scores, axis=-1)[..., -1] - np.sort(scores, axis=-1)[..., -2] > 1e-3
+        relabelled = found[index]
+        assert relabelled.pseudo_mask.shape == image.shape[:2]
+        assert np.array_equal(relabelled.pseudo_mask[sure], scores.argmax(axis=-1)[sure])
+        assert (relabelled.confidence > 1 / 9).all() and (relabelled.confidence <= 1).all()

@@ -1,0 +1,97 @@
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+
+from wsss_hf.data.tagged import DataError, class_names
+from wsss_hf.models.configuration_segmenter import SegmenterConfig
+from wsss_hf.models.image_processing_wsss import WsssImageProcessor
+from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.models.modeling_segmenter import Segmenter
+from wsss_hf.stages import relabel as module
+from wsss_hf.stages.outputs import OutputError
+from wsss_hf.stages.relabel import relabel
+
+
+@pytest.fixture(scope="module")
+def segmenter_folder(toy_data, cam_folder, tmp_path_factory):
+    """A saved segmenter for `toy_data` that has learnt nothing, but is of many minds."""
+    torch.manual_seed(0)
+    backbone = CamClassifier.from_pretrained(cam_folder).config.backbone_config
+    names = dict(enumerate(["background", *class_names(toy_data)]))
+    model = Segmenter(SegmenterConfig(backbone_config=backbone, output_stride=8, rates=[1], id2label=names))
+    torch.nn.init.normal_(model.head[0].weight, std=0.3)
+    folder = tmp_path_factory.mktemp("models") / "segmenter"
+    model.save_pretrained(folder)
+    WsssImageProcessor(size={"shortest_edge": 48, "longest_edge": 192}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(tiny_recipe):
+    tiny_recipe["self_training"] |= {"shard_size": 5, "batch_size": 4, "scales": [1.0]}
+    return tiny_recipe
+
+
+def same_columns(first, second):
+    first, second = (load_from_disk(str(folder))["train"] for folder in (first, second))
+    return all(
+        np.array_equal(a, b)
+        for name in ("pseudo_mask", "confidence")
+        for a, b in zip(first[name], second[name], strict=True)
+    )
+
+
+def test_masks_hold_background_tags_and_doubt(poisoned_data, segmenter_folder, recipe, tmp_path):
+    recipe["self_training"]["threshold"] = 0.6
+    out = relabel(poisoned_data, segmenter_folder, recipe, tmp_path / "masks", quiet=True)
+    rows = load_from_disk(str(out))["train"]
+    assert rows["image_id"][:] == poisoned_data["train"]["image_id"][:]
+    seen = set()
+    for mask, confidence, tags in zip(rows["pseudo_mask"], rows["confidence"], rows["tags"], strict=True):
+        labels, certain = np.asarray(mask), np.asarray(confidence)
+        assert labels.shape == certain.shape == (48, 48) and confidence.mode == "L"
+        assert set(np.unique(labels)) <= {0, 255, *(tag + 1 for tag in tags)}
+        assert (certain[labels == 255] <= 153).all() and (certain[labels != 255] >= 153).all()
+        seen |= set(np.unique(labels))
+    assert {0, 255} < seen
+    # Labels of an earlier round are replaced.
+    recipe["self_training"]["threshold"] = 0.0
+    again = relabel(load_from_disk(str(out)), segmenter_folder, recipe, tmp_path / "again", quiet=True)
+    assert all((np.asarray(mask) != 255).all() for mask in load_from_disk(str(again))["train"]["pseudo_mask"])
+
+
+def test_a_killed_relabelling_goes_on_where_it_was(toy_data, segmenter_folder, recipe, tmp_path, monkeypatch):
+    whole = relabel(toy_data, segmenter_folder, recipe, tmp_path / "whole", quiet=True)
+    original, read = module.relabel_images, []
+
+    def mortal(model, processor, rows, settings):
+        read.append(len(rows))
+        for relabelled in original(model, processor, rows, settings):
+            if len(read) == 2:
+                raise KeyboardInterrupt
+            yield relabelled
+
+    monkeypatch.setattr(module, "relabel_images", mortal)
+    with pytest.raises(KeyboardInterrupt):
+        relabel(toy_data, segmenter_folder, recipe, tmp_path / "broken", quiet=True)
+    assert not (tmp_path / "broken").exists()
+    out = relabel(toy_data, segmenter_folder, recipe, tmp_path / "broken", quiet=True)
+    assert read == [5, 5, 5, 2]  # the first shard was safe
+    assert same_columns(whole, out) and not (tmp_path / "broken.partial").exists()
+    monkeypatch.setattr(module, "relabel_images", None)  # a finished one is not done again
+    recipe["self_training"]["rounds"] = 5
+    relabel(toy_data, segmenter_folder, recipe, tmp_path / "broken", quiet=True)
+    recipe["self_training"]["threshold"] = 0.9
+    with pytest.raises(OutputError, match="self_training.threshold is 0.5 there and 0.9 here"):
+        relabel(toy_data, segmenter_folder, recipe, tmp_path / "broken", quiet=True)
+
+
+def test_a_segmenter_of_other_classes_is_refused(toy_data, recipe, segmenter_folder, tmp_path):
+    model = Segmenter.from_pretrained(segmenter_folder)
+    model.config.id2label = {index: f"class {index}" for index in range(9)}
+    model.save_pretrained(tmp_path / "other")
+    WsssImageProcessor().save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="the segmenter knows class 0, .*; the data have background, vixel"):
+        relabel(toy_data, tmp_path / "other", recipe, tmp_path / "masks", quiet=True)
+    assert not (tmp_path / "masks").exists() and not (tmp_path / "masks.partial").exists()

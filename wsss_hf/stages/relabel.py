@@ -1,0 +1,89 @@
+"""Self-training: a segmenter relabels the tagged images, for the next segmenter to learn from."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset, DatasetDict, Features, concatenate_datasets
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from ..data.palette import mask_image
+from ..evaluation.evaluate import check_classes
+from ..labeling.prediction import load_segmenter
+from ..labeling.relabeling import relabel_images
+from .outputs import StageOutput
+from .shards import compute_shards
+
+_FEATURES = Features({"pseudo_mask": ImageFeature(), "confidence": ImageFeature()})
+
+
+def relabel(
+    data: DatasetDict,
+    segmenter: str | os.PathLike,
+    recipe: dict,
+    out: str | os.PathLike,
+    data_settings: dict | None = None,
+    hub_kwargs: dict | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Write `data` with new columns `pseudo_mask` and `confidence` in split "train"; true masks are never read.
+
+    Finished shards are never made again, so a killed run goes on where it was.
+
+    Args:
+        data: tagged images, with or without masks of an earlier round.
+        segmenter: a trained segmenter, a directory or Hub id.
+        recipe: a resolved recipe; its `self_training` section is used, but for the number of rounds.
+        out: folder of the data set; as for `train_cam`.
+
+    Returns:
+        `out`, loadable by `datasets.load_from_disk`; masks are palette PNGs, 0 = background, 255 = ignore, confidence
+        is grey, 255 = certain.
+
+    Raises:
+        DataError: the segmenter has other classes than the data.
+    """
+    self_training = {key: value for key, value in recipe["self_training"].items() if key != "rounds"}
+    settings = {"stage": "relabel", "data": data_settings, "segmenter": str(segmenter), "self_training": self_training}
+    output = StageOutput(out, settings)
+    if output.done:
+        return output.path
+    state = PartialState()
+    state.wait_for_everyone()  # all have looked at the folder before one writes to it
+    if state.is_main_process:
+        output.begin()
+    state.wait_for_everyone()
+    rows = data["train"]
+    with output.nothing_left_behind():
+        model, processor = load_segmenter(str(segmenter), state.device, **(hub_kwargs or {}))
+        check_classes(model, rows)
+        compute = partial(_encoded, model, processor, settings=self_training)
+        shards, size = output.partial / "shards", self_training["shard_size"]
+        made = compute_shards(compute, rows, _FEATURES, shards, size, "relabelling", quiet)
+    if state.is_main_process:
+        rows = rows.remove_columns([name for name in _FEATURES if name in rows.column_names])
+        result = output.partial / "result"
+        DatasetDict({**data, "train": concatenate_datasets([rows, made], axis=1)}).save_to_disk(result)
+        output.finish(result)
+    state.wait_for_everyone()
+    return output.path
+
+
+def _encoded(model, processor, rows: Dataset, settings: dict) -> Iterator[tuple[int, dict]]:
+    for relabelled in relabel_images(model, processor, rows, settings):
+        levels = Image.fromarray((255 * relabelled.confidence).round().astype(np.uint8))
+        mask = mask_image(relabelled.pseudo_mask)
+        yield relabelled.index, {"pseudo_mask": _png(mask), "confidence": _png(levels)}
+
+
+def _png(image: Image.Image) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
