@@ -124,8 +124,9 @@ class _Suppress(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         suppressed, bound, maximum, places, controller = ctx.saved_tensors
         axes = _spatial_axes(suppressed, ctx.channel_axis)
-        # The gradient where bound - suppressed > 0; masking it takes ten times as long.
-        kept = torch.ops.aten.threshold_backward(gradient, bound - suppressed, 0)
+        # The gradient where bound - suppressed > 0, in the place of that; masking it would take ten times as long.
+        kept = bound - suppressed
+        torch.ops.aten.threshold_backward.grad_input(gradient, kept, 0, grad_input=kept)
         cut = gradient.sum(dim=axes, keepdim=True) - kept.sum(dim=axes, keepdim=True)
         to_maximum = cut * (maximum >= 0) * (ctx.share if controller is None else controller)
         index = list(torch.unravel_index(places, [suppressed.shape[axis] for axis in axes]))
