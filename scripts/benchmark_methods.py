@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from itertools import accumulate
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import logging as transformers_logging
 
 from wsss_hf import CamClassifier
@@ -75,13 +76,14 @@ class Variant:
             self.step(batch)
             return torch.cuda.max_memory_allocated() - before
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-            self.step(batch)
-        events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-        held = highest = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            highest = max(highest, held)
-        return highest
+            self.step(batch)  # the profiler misses the beginning of what it records
+            with record_function("measured"):
+                self.step(batch)
+        events = recorded.profiler.kineto_results.events()
+        begin = next(event.start_ns() for event in events if event.name() == "measured")
+        memory = [event for event in events if event.name() == "[memory]" and event.start_ns() >= begin]
+        held = (event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns()))
+        return max(accumulate(held))
 
 
 def random_batch(recipe: dict, num_classes: int, device: torch.device) -> dict:

@@ -60,7 +60,8 @@ def photos(tmp_path):
 def test_help_names_every_stage(wsss):
     code, out, _ = wsss("--help")
     assert code == 0
-    for command in ("demo", "run", "train-cam", "make-masks", "train-segmenter", "evaluate", "compare"):
+    stages = ("train-cam", "train-refiner", "make-masks", "train-segmenter")
+    for command in ("demo", "run", *stages, "evaluate", "compare"):
         assert command in out
         code, text, _ = wsss(command, "--help")
         assert code == 0 and "--set" in text and "--recipe" in text
@@ -82,6 +83,12 @@ def test_the_stages_one_by_one(wsss, tiny, tmp_path, toy_data):
     assert wsss("make-masks", *common, "--cam", tmp_path / "cam", "--out", tmp_path / "masks")[0] == 0
     labelled = load_from_disk(str(tmp_path / "masks"))
     assert labelled["train"]["image_id"][:] == toy_data["train"]["image_id"][:]
+
+    refine = ["--set", "refiner.train.epochs=1", "--out", tmp_path / "refiner"]
+    assert wsss("train-refiner", tmp_path / "cam", *common, *refine)[0] == 0
+    assert wsss("make-masks", *common, "--cam", tmp_path / "refiner", "--out", tmp_path / "refined")[0] == 0
+    pair = [load_from_disk(str(tmp_path / name))["train"]["pseudo_mask"][:] for name in ("masks", "refined")]
+    assert any(np.asarray(a).tolist() != np.asarray(b).tolist() for a, b in zip(*pair, strict=True))
 
     common[1] = tmp_path / "masks"
     assert wsss("train-segmenter", *common, "--out", tmp_path / "segmenter")[0] == 0
@@ -185,6 +192,18 @@ def unknown_method(photos):
     return ["--set", "cam.methods={dsr: {}}"], "cam.methods.dsr: no such method; there are"
 
 
+def no_saliency(photos):
+    return ["--set", "cam.saliency=true"], "there is no column 'saliency'"
+
+
+def unknown_layer(photos):
+    layer = "encoder.stages.0.layers.0.activatoin"
+    return [
+        "--set",
+        f"cam.methods={{drs: {{layers: [{layer}]}}}}",
+    ], f"named '{layer}'; of its 9, near are encoder.stages"
+
+
 def unknown_option_of_a_method(photos):
     return ["--set", "cam.methods={drs: {detla: 0.5}}"], "drs.detla: no such option; drs has mode, delta, layers"
 
@@ -220,6 +239,8 @@ BAD_INPUTS = [
     unknown_recipe,
     unknown_method,
     unknown_option_of_a_method,
+    unknown_layer,
+    no_saliency,
     backbone_without_maps,
     no_backbone,
     loss_that_explodes,

@@ -197,11 +197,20 @@ def vit_sizes(layers):
 
 FAMILIES = {
     "vgg": (Vgg16Config(widths=[4] * 5, extra_channels=[4]), 14, ["features.1", "extra.1"]),
-    "resnet": (tiny_resnet(), 3, ["embedder.embedder.activation", "encoder.stages.0.layers.0.activation"]),
+    "resnet": (
+        ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[4, 4, 8, 8], embedding_size=4, layer_type="basic"),
+        4,
+        ["encoder.stages.2.layers.0.layer.0.activation", "encoder.stages.3.layers.0.activation"],
+    ),
+    "a resnet of one stage": (
+        tiny_resnet(),
+        3,
+        ["embedder.embedder.activation", "encoder.stages.0.layers.0.activation"],
+    ),
     "mobilenet_v2": (
         MobileNetV2Config(depth_multiplier=0.1, finegrained_output=False),
-        35,
-        ["conv_stem.first_conv.activation", "conv_1x1.activation"],
+        11,
+        ["layer.6.conv_3x3.activation", "conv_1x1.activation"],
     ),
     "convnext": (
         ConvNextConfig(depths=[1, 1, 2, 2], hidden_sizes=[4, 4, 4, 4], layer_scale_init_value=1.0),

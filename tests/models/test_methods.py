@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import ResNetConfig
+from transformers import ResNetConfig, ViTConfig
 
 from wsss_hf import CamClassifier, CamConfig
 from wsss_hf.models.methods import METHODS
@@ -62,6 +62,46 @@ def test_all_of_them_in_mixed_precision_and_without_tags_stay_finite(dtype):
         output.loss.backward()
         assert output.loss.isfinite()
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_a_batch_without_tags_moves_no_statistics_and_adds_nothing_for_any_class():
+    model = build(*OPTIONS)
+    before = {name: value.clone() for name, value in model.methods.named_buffers() if "norm" not in name}
+    output = model(images(), tags=torch.zeros_like(TAGS))
+    output.loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert all(torch.equal(model.methods.get_buffer(name), value) for name, value in before.items())
+    about_maps = [name for name in output.losses if not name.endswith("classification")]
+    assert len(about_maps) > 8 and all(output.losses[name] == 0 for name in about_maps)
+
+
+def test_a_class_that_no_image_has_is_learnt_as_absent_and_keeps_its_statistics():
+    model = build(*OPTIONS)
+    tags = TAGS.clone()
+    tags[:, 2] = 0
+    for _ in range(2):
+        output = model(images(), tags=tags)
+        output.loss.backward()
+    assert output.loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert model.methods["d2cam"].seen.tolist() == [True, True, False]
+    assert (model.methods["d2cam"].prototypes[2] == 0).all() and (model.methods["icd"].running_means[2] == 0).all()
+    model.eval()
+    assert model(images()).cams.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(4, 2), (4, 4), (3, 3), (4,)])
+def test_tags_of_another_width_are_refused_before_any_method_sees_them(shape):
+    with pytest.raises(ValueError, match=r"tags have shape .*; \(4, 3\) would be right"):
+        build(*OPTIONS)(images(), tags=torch.zeros(shape))
+
+
+def test_a_backbone_of_one_stage_is_refused_by_the_method_that_reads_two():
+    backbone = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32)
+    with pytest.raises(
+        ValueError, match="seam: stages names stage -2, but this backbone has 1: -1 to 0 would be right"
+    ):
+        CamClassifier(CamConfig(backbone_config=backbone, seam={}))
 
 
 def test_save_load_continue(tmp_path):

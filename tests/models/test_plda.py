@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from wsss_hf.models.methods import TrainingStep
+from wsss_hf.models.pamr import pamr
 from wsss_hf.models.plda import (
     DomainClassifier,
     Plda,
@@ -20,6 +21,7 @@ from wsss_hf.models.plda import (
     pseudo_labels,
     reversal_strength,
     source_pixels,
+    with_background,
 )
 from wsss_hf.models.seam import min_max_normalize
 
@@ -81,6 +83,22 @@ def test_source_pixels_match_the_released_program():
 def test_pseudo_labels_match_the_released_program():
     labels = pseudo_labels(REFERENCE["scores"], foreground=0.6, background=0.7, floor=0.2)
     assert torch.equal(labels, REFERENCE["pseudo_gt"])
+
+
+def test_refining_only_tagged_classes_and_two_views_at_once_changes_no_label(plda):
+    generator = torch.Generator().manual_seed(3)
+    pixels, cams = torch.randn(3, 3, 16, 16, generator=generator), torch.randn(3, CLASSES, 8, 8, generator=generator)
+    tags = torch.zeros(3, CLASSES)
+    tags[1, 1], tags[2, :2] = 1, 1
+    everywhere = torch.ones_like(cams).bool()
+    labels = plda.confident_labels(pixels, 3 * cams, tags, everywhere)
+    scores = pamr(pixels, with_background(3 * cams).softmax(dim=1), 1, [1])
+    expected = pseudo_labels(scores * F.pad(tags, (1, 0), value=1.0)[:, :, None, None])
+    assert torch.equal(labels, expected * F.pad(everywhere, (0, 0, 0, 0, 1, 0))) and labels.any()
+    one_by_one = [
+        plda.confident_labels(*(t[i : i + 1] for t in (pixels, 3 * cams, tags, everywhere))) for i in range(3)
+    ]
+    torch.testing.assert_close(torch.cat(one_by_one), labels)
 
 
 def test_balanced_cross_entropy_matches_the_released_program():

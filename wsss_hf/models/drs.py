@@ -27,7 +27,8 @@ class DrsConfig:
         mode: "learnable" (a controller per image and channel) or "fixed" (one `delta` for all).
         delta: share of its maximum that a channel may keep in fixed mode, in (0, 1].
         layers: names of the backbone's activation functions to suppress after, as shell patterns; "*" is all of them.
-            None takes those that `PLACEMENTS` has for the backbone's family; a model saves which these were.
+            None takes those that `PLACEMENTS` has for the backbone's family, or all where a small one lacks these;
+            a model saves which these were.
     """
 
     mode: str = "learnable"
@@ -68,8 +69,10 @@ LAST_BLOCKS = Placement(deepest=4)
 PLACEMENTS: dict[str, Placement] = {
     "wsss_vgg16": EVERYWHERE,  # the paper's placement: after each of the 13 relus and those of the extra convolutions
     "wsss_wide_resnet38": EVERYWHERE,
-    "resnet": EVERYWHERE,  # inside the blocks and after each
-    "mobilenet_v2": EVERYWHERE,  # after widening and after depthwise convolutions; the narrow ones have no activation
+    # Beside cheap convolutions, suppressing the large early activations would cost more than all the rest.
+    "resnet": Placement(("encoder.stages.[23].*",)),  # strides 16 and 32, inside the blocks and after each
+    # Strides 16 and 32, once in each block, after its depthwise convolution.
+    "mobilenet_v2": Placement(("layer.[6-9].conv_3x3.*", "layer.1?.conv_3x3.*", "conv_1x1.*")),
     "convnext": LAST_BLOCKS,  # after the GELU inside a block, (B, h, w, 4D)
     "convnextv2": LAST_BLOCKS,
     "vit": LAST_BLOCKS,  # after the GELU of the MLP, (B, N, 4D): the maximum is over all tokens
@@ -124,8 +127,9 @@ class _Suppress(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         suppressed, bound, maximum, places, controller = ctx.saved_tensors
         axes = _spatial_axes(suppressed, ctx.channel_axis)
-        # The gradient where bound - suppressed > 0; masking it takes ten times as long.
-        kept = torch.ops.aten.threshold_backward(gradient, bound - suppressed, 0)
+        # The gradient where bound - suppressed > 0, in the place of that; masking it would take ten times as long.
+        kept = bound - suppressed
+        torch.ops.aten.threshold_backward.grad_input(gradient, kept, 0, grad_input=kept)
         cut = gradient.sum(dim=axes, keepdim=True) - kept.sum(dim=axes, keepdim=True)
         to_maximum = cut * (maximum >= 0) * (ctx.share if controller is None else controller)
         index = list(torch.unravel_index(places, [suppressed.shape[axis] for axis in axes]))
@@ -188,7 +192,7 @@ class Drs(Method):
         if config.layers is None:
             # Written down, so that a saved model does not depend on today's table.
             names = default_placement(backbone.body.config).choose(list(activations))
-            self.config = config = dataclasses.replace(config, layers=names or ["*"])
+            self.config = config = dataclasses.replace(config, layers=names or [*activations] or ["*"])
         for pattern in config.layers:
             if not any(fnmatchcase(name, pattern) for name in activations):
                 raise ValueError(_no_such_layer(pattern, list(activations)))

@@ -261,9 +261,15 @@ class Plda(Method):
         """(B, 1 + C, h, w) pseudo labels of the objects, each only at its `pixels` (B, C, h, w) bool."""
         config = self.config
         scores = with_background(cams).softmax(dim=1)
+        # Only the background and tagged classes are refined: the first places of an order that begins with them.
+        present = F.pad(tags, (1, 0), value=1.0)
+        count = int(present.sum(dim=1).amax())
+        chosen = present.argsort(dim=1, descending=True, stable=True)[:, :count, None, None]
+        chosen = chosen.expand(-1, -1, *scores.shape[2:])
         # The affinities do not depend on the normalisation, and a hidden pixel is a zero here.
-        scores = pamr(pixel_values, scores, config.pamr_iterations, config.pamr_dilations)
-        scores = scores * F.pad(tags, (1, 0), value=1.0)[:, :, None, None]
+        refined = pamr(pixel_values, scores.gather(1, chosen), config.pamr_iterations, config.pamr_dilations)
+        scores = torch.zeros_like(refined[:, :1]).expand_as(scores).scatter(1, chosen, refined)
+        scores = scores * present[:, :, None, None]
         labels = pseudo_labels(scores, config.foreground, config.background, config.floor)
         return labels * F.pad(pixels, (0, 0, 0, 0, 1, 0))
 
@@ -278,8 +284,9 @@ class Plda(Method):
             masked_cams = masked_cams.float()
             masked_maps = step.localize(config.maps, masked_values, masked_features, masked_cams)
             target = source_pixels(masked_maps, tags, config.source_threshold)
-        source_labels = self.confident_labels(step.pixel_values, cams, tags, source)
-        target_labels = self.confident_labels(masked_values, masked_cams, tags, target)
+        # Both at once: on small maps the number of operations costs more than their size.
+        views = (step.pixel_values, masked_values), (cams, masked_cams), (tags, tags), (source, target)
+        source_labels, target_labels = self.confident_labels(*(torch.cat(view) for view in views)).chunk(2)
 
         reversed_features = gradient_reversal(step.features[-1], reversal_strength(step.progress))
         adversarial = adversarial_loss(self.domain_classifier(reversed_features), assign_domains(source, target))

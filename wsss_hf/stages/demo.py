@@ -15,6 +15,7 @@ from ..data.tagged import decode_image, undecoded
 from .make_masks import make_masks
 from .run import check_run_folder, finish_run, maps_row, masks_row, segmenter_row, self_train
 from .train_cam import train_cam
+from .train_refiner import train_refiner
 from .train_segmenter import train_segmenter
 
 # What the last line of the demo runs: a stranger's program, in a process of its own.
@@ -44,13 +45,15 @@ def demo(
     started = time.perf_counter()
     cam = train_cam(data, recipe, out / "cam", **common)
     plain_cam = train_cam(data, plain, out / "plain_cam", **common) if recipe["cam"]["methods"] else cam
-    masks = make_masks(data, cam, recipe, out / "masks", **common)
+    labeler = train_refiner(data, cam, recipe, out / "refiner", **common) if recipe["refiner"]["use"] else cam
+    masks = make_masks(data, labeler, recipe, out / "masks", **common)
     labelled = load_from_disk(str(masks))
     segmenter = train_segmenter(labelled, recipe, out / "segmenter", cam=cam, **common)
     last, more_rows = self_train(labelled, segmenter, recipe, out, cam, **common)
     supervised = train_segmenter(data, recipe, out / "supervised", mask_column="mask", cam=cam, **common)
     steps = [
         *recipe["cam"]["methods"],
+        *["refiner"] * recipe["refiner"]["use"],
         *(next(iter(step)) if isinstance(step, dict) else step for step in recipe["masks"]["refine"]),
     ]
     rows = [
@@ -61,7 +64,7 @@ def demo(
         segmenter_row("segmenter trained on true masks", supervised, data, recipe, quiet),
     ]
     minutes = (time.perf_counter() - started) / 60
-    finish_run(out, rows, data, cam, last, recipe, data_settings, minutes, quiet, command="demo")
+    finish_run(out, rows, data, labeler, last, recipe, data_settings, minutes, quiet, command="demo")
 
     picture = out / "example.png"
     decode_image(undecoded(data["val"])[0]["image"], "first image of split 'val'").save(picture)
