@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -28,7 +29,7 @@ from ..labeling.prediction import load_segmenter
 from ..labeling.pseudo_masks import label_images, load_labeler
 from ..labeling.segmentation import segment_images
 from ..training.recipes import RecipeError, load_recipe
-from .outputs import OutputError, first_difference, write_atomically
+from .outputs import SETTINGS_FILE, OutputError, first_difference, write_atomically
 from .run import maps_row, run
 from .train_cam import train_cam
 from .train_model import LOG_FILE
@@ -166,7 +167,8 @@ def compare(
     """Train and evaluate every cell of a plan; write the table, the plots and the pictures.
 
     Cells that `out` holds already are not done again, and an interrupted one goes on where it was. A plan may grow:
-    more rows, seeds or data only add cells. A cell that fails does not stop the others.
+    more rows, seeds or data only add cells. A cell that fails does not stop the others. Rows that differ after the CAM
+    classifier only share its training.
 
     Args:
         plan: see [`plan_cells`].
@@ -252,6 +254,7 @@ def run_cell(cell: Cell, hub_kwargs: dict, quiet: bool) -> dict:
     data = _load(json.dumps(cell.source), json.dumps(hub_kwargs))
     common = {"data_settings": cell.source, "hub_kwargs": hub_kwargs, "quiet": quiet}
     results = []
+    _borrow_cam(cell)
     labeler = folder / ("refiner" if cell.recipe["refiner"]["use"] else "cam")
     if cell.segmenter:
         results = run(data, cell.recipe, folder, **common)
@@ -277,6 +280,22 @@ def run_cell(cell: Cell, hub_kwargs: dict, quiet: bool) -> dict:
     record["device"] = _device_name()
     write_atomically(folder / _CELL_FILE, json.dumps(record, indent=1))
     return record
+
+
+def _borrow_cam(cell: Cell) -> None:
+    """Copy the classifier of a row that differs in later stages only; its seed and data are the same."""
+    folder = Path(cell.folder)
+    if (folder / "cam").exists() or (folder / "cam.partial").exists():
+        return
+    wanted = json.loads(json.dumps(cell.recipe | {"stage": "train-cam", "data": cell.source}))
+    for other in sorted(folder.parent.parent.glob(f"*/{folder.name}/cam")):
+        held = yaml.safe_load((other / SETTINGS_FILE).read_text())
+        if all(key in wanted and wanted[key] == value for key, value in held.items()):
+            fresh = folder / "cam.copied"
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.copytree(other, fresh)
+            os.replace(fresh, folder / "cam")
+            return
 
 
 def training_cost(model: Path, settings: dict, num_images: int) -> dict:
