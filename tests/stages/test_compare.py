@@ -130,7 +130,7 @@ def test_data_without_masks_are_compared_by_pictures(plan, tmp_path):
         for i in range(3):
             pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    refined = {"refiner": {"use": True, "train": {"epochs": 1, "batch_size": 4}}}
+    refined = {"refiner": {"use": True, "train": {"epochs": 1, "batch_size": 4}}, "masks.background_threshold": "auto"}
     unmasked = plan | {"data": {"source": str(folder)}, "seeds": [0], "rows": {"refined": refined}}
     results = compare(unmasked, tmp_path / "out", quiet=True)
     assert (tmp_path / "out/cells/photos/refined/seed0/refiner/model.safetensors").is_file()

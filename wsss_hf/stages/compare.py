@@ -25,6 +25,7 @@ from ..data.sources import load_data
 from ..data.tagged import class_names, decode_image, decode_mask, has_value, undecoded
 from ..evaluation.comparison import comparison_markdown, summarize, write_comparison
 from ..evaluation.report import ReportExample
+from ..labeling.auto_threshold import with_threshold
 from ..labeling.prediction import load_segmenter
 from ..labeling.pseudo_masks import label_images, load_labeler
 from ..labeling.segmentation import segment_images
@@ -272,7 +273,7 @@ def run_cell(cell: Cell, hub_kwargs: dict, quiet: bool) -> dict:
     }
     if "num_images" in maps:
         cost["label_seconds_per_image"] = seconds / maps["num_images"]
-    # A threshold found without masks is a number only now.
+    # A threshold that was found without masks is not looked for again.
     threshold = maps.get("background_threshold", cell.recipe["masks"]["background_threshold"])
     _save_examples(cell, data, labeler, cell.recipe["masks"] | {"background_threshold": threshold})
     record = {"settings": _settings(cell), "maps": maps, "results": results, "cost": cost}
@@ -365,6 +366,7 @@ def _save_examples(cell: Cell, data: DatasetDict, labeler: Path, masks: dict) ->
     device = PartialState().device
     if not cell.segmenter:
         model, processor = load_labeler(str(labeler), device)
+        masks = with_threshold(model, processor, data["train"], masks)
         for labelled in label_images(model, processor, rows, masks):
             save_mask_png(folder / "examples" / f"{labelled.index}.png", labelled.pseudo_mask)
         return
