@@ -305,7 +305,7 @@ def evaluate(
         )
         if has_masks(inputs.data, split):
             figures = evaluate_files(save_masks, inputs.data[split], quiet)
-            rows.append({"result": f"segmenter {model}", "split": split} | figures)
+            rows.append({"result": f"segmenter {model}", "split": split, "of": Path(model).name} | figures)
     elif model is not None:
         needs_masks(inputs.data, split)
         recipe = inputs.recipe | {"evaluation": settings}
@@ -313,7 +313,7 @@ def evaluate(
     if masks is not None:
         needs_masks(inputs.data, split)
         figures = evaluate_files(masks, inputs.data[split], quiet)
-        rows.append({"result": f"files in {masks}", "split": split} | figures)
+        rows.append({"result": f"files in {masks}", "split": split, "of": masks.name} | figures)
     if cam is None and model is None and masks is None:
         needs_masks(inputs.data, "train")
         rows.append(masks_row(f"pseudo masks of {inputs.settings['source']}", inputs.data, quiet))
