@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,13 @@ from transformers import BertConfig, BertModel
 
 from wsss_hf.cli import main
 from wsss_hf.data.tagged import class_names
+from wsss_hf.models.configuration_segmenter import SegmenterConfig
+from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 
+TINY_BACKBONE = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16]}
+TINY_BACKBONE |= {"depths": [1, 1]}
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
@@ -398,3 +404,85 @@ def test_masks_are_exported_for_other_programs(wsss, tiny, tmp_path, cam_folder)
     # Known before anything is labelled.
     code, _, err = wsss(*command, "--out", tmp_path / "other", "--export-voc", devkit)
     assert code == 1 and f"--export-voc {devkit}: exists already" in err and not (tmp_path / "other").exists()
+
+
+@pytest.fixture
+def segmented(photos, tmp_path):
+    """`photos` under VOC's names in the splits train and val, the latter with masks; and an untrained segmenter."""
+    rows = ["file_name,tags,mask"]
+    for i, file in enumerate(sorted(photos.glob("*.png"))):
+        file.rename(photos / f"2008_00000{i}.png")
+        labels = np.random.default_rng(i).integers(0, 3, (20, 20), dtype=np.uint8)
+        Image.fromarray(labels).save(photos / f"mask{i}.png")
+        rows.append(f"2008_00000{i}.png,{['cat', 'dog'][i % 2]},mask{i}.png")
+    (photos / "metadata.csv").write_text("\n".join(rows))
+    photos.rename(tmp_path / "val")
+    photos.mkdir()
+    (tmp_path / "val").rename(photos / "val")
+    (photos / "train").symlink_to(photos / "val")
+    torch.manual_seed(0)
+    names = {0: "background", 1: "cat", 2: "dog"}
+    Segmenter(SegmenterConfig(backbone_config=TINY_BACKBONE, id2label=names)).save_pretrained(tmp_path / "segmenter")
+    WsssImageProcessor(size={"shortest_edge": 32, "longest_edge": 128}).save_pretrained(tmp_path / "segmenter")
+    return ["--data", photos, "--model", tmp_path / "segmenter", "--quiet"]
+
+
+def test_a_segmenter_is_evaluated_and_its_label_maps_written(wsss, tmp_path, segmented):
+    protocol = ["--scales", "0.5,1", "--window", "24", "--set", "evaluation.refine=[pamr]"]
+    masks, archive, coco, figures = (tmp_path / name for name in ("masks", "r.tgz", "r.json", "figures.json"))
+    exports = ["--save-masks", masks, "--voc-archive", archive, "--export-coco", coco, "--json", figures]
+    code, out, err = wsss("evaluate", *segmented, *protocol, *exports)
+    assert code == 0 and "IoU per class" in out, err
+    names = [f"2008_00000{i}.png" for i in range(6)]
+    assert sorted(path.name for path in masks.iterdir()) == names
+    with tarfile.open(archive) as results:
+        assert [Path(name).name for name in results.getnames()] == names
+    assert [image["file_name"] for image in json.loads(coco.read_text())["images"]] == names
+    code, _, _ = wsss("evaluate", *segmented, *protocol, "--json", tmp_path / "again.json")
+    held, again = (json.loads(path.read_text())["results"][0] for path in (figures, tmp_path / "again.json"))
+    assert held == again and held["num_images"] == 6 and held["boundary_f"] is not None
+    plain = wsss("evaluate", *segmented, "--json", tmp_path / "plain.json")[0]
+    assert plain == 0 and json.loads((tmp_path / "plain.json").read_text())["results"][0]["iou"] != held["iou"]
+
+    files = ["evaluate", *segmented[:2], "--masks", masks, "--quiet"]
+    assert wsss(*files)[0] == 0
+    (masks / names[3]).unlink()
+    assert_one_line(wsss(*files), f"1 of 6 predictions are missing, the first is {masks / names[3]}")
+    assert_one_line(wsss("evaluate", *segmented, "--save-masks", masks), f"--save-masks {masks}: exists already")
+
+
+@pytest.mark.parametrize(
+    ("options", "culprit"),
+    [
+        (["--scales", "1,big"], "--scales 1,big: positive numbers a,b,c would be right"),
+        (["--window", "-3"], "--window -3: pixels, or 0, would be right"),
+        (["--voc-archive", "r.tgz"], "--voc-archive and --export-coco go with --model and --save-masks"),
+        (["--split", "test"], "the data have no split 'test' to evaluate on, only train, val"),
+        (["--save-masks", "new", "--split", "test"], "--split test: the data have train, val"),
+        (["--save-masks", "new", "--voc-archive", "r.zip"], "--voc-archive r.zip: a file .tar, .tgz, .tar.gz"),
+    ],
+)
+def test_bad_options_of_evaluate(wsss, segmented, options, culprit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.iterdir())
+    assert_one_line(wsss("evaluate", *segmented, *options), culprit)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_nothing_to_evaluate_on_is_said(wsss, segmented):
+    photos = segmented[1]
+    text = (photos / "val" / "metadata.csv").read_text()
+    (photos / "val" / "metadata.csv").write_text(re.sub(r"mask\d.png", "", text))
+    assert_one_line(wsss("evaluate", *segmented), "no row of split 'val' has a mask: there is nothing to evaluate on")
+    assert_one_line(wsss("evaluate", *segmented[:2]), "no row of split 'train' has a mask")
+    (photos / "train").unlink()
+    (photos / "val").rename(photos / "train")
+    assert_one_line(wsss("evaluate", *segmented), "the data have no split 'val' to evaluate on, only train")
+
+
+def test_logits_that_are_no_numbers_are_one_line(wsss, segmented):
+    folder = segmented[3]
+    model = Segmenter.from_pretrained(folder)
+    model.head[0].bias.data[1] = float("nan")
+    model.save_pretrained(folder)
+    assert_one_line(wsss("evaluate", *segmented), "row '2008_000000.png': the segmenter's logits are not finite")

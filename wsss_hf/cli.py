@@ -22,6 +22,7 @@ from transformers import logging as transformers_logging
 
 from .data.sources import load_data
 from .evaluation.comparison import print_comparison
+from .evaluation.evaluate import evaluate_files
 from .evaluation.tables import print_table
 from .hub.convert import convert_checkpoint
 from .hub.push import push_dataset, push_model
@@ -31,13 +32,17 @@ from .stages.compare import compare as run_compare
 from .stages.demo import demo as run_demo
 from .stages.make_masks import check_exports, export_masks
 from .stages.make_masks import make_masks as run_make_masks
-from .stages.run import COLUMNS, maps_row, masks_row, segmenter_row
+from .stages.outputs import write_atomically
+from .stages.predict_masks import predict_masks
+from .stages.run import COLUMNS, has_masks, maps_row, masks_row, needs_masks, segmenter_row
 from .stages.run import run as run_all
 from .stages.train_cam import train_cam as run_train_cam
 from .stages.train_refiner import train_refiner as run_train_refiner
 from .stages.train_segmenter import train_segmenter as run_train_segmenter
 from .training.loop import TrainingError
 from .training.recipes import RecipeError, load_recipe, recipe_names
+
+DETAILS = ["result", "boundary_f", "mean_precision", "mean_recall", "false_positive_share", "false_negative_share"]
 
 app = typer.Typer(
     help="Image tags in, segmentation model out.",
@@ -265,18 +270,80 @@ def evaluate(
     inputs: Inputs,
     model: Annotated[str | None, typer.Option(help="A segmenter, held against split val.")] = None,
     cam: Annotated[str | None, typer.Option(help="A CAM classifier, its masks held against split train.")] = None,
+    masks: Annotated[
+        Path | None, typer.Option(help="A folder of label maps IMAGE_ID.png, held against split val (or --split).")
+    ] = None,
+    split: Annotated[str, typer.Option(help="train | val: what --model and --masks are held against.")] = "val",
+    scales: Annotated[str | None, typer.Option(help="Test scales 0.5,1.0,1.5; as evaluation.scales.")] = None,
+    window: Annotated[int | None, typer.Option(help="Sliding window, pixels; as evaluation.window.")] = None,
+    crf: Annotated[bool, typer.Option("--crf", help="Dense CRF at the end; as evaluation.refine=[crf].")] = False,
+    save_masks: Annotated[
+        Path | None, typer.Option(help="Folder: also write the segmenter's label maps as palette PNGs.")
+    ] = None,
+    voc_archive: Annotated[
+        Path | None, typer.Option(help="File .tgz or .tar: also write what VOC's test server takes.")
+    ] = None,
+    export_coco: Annotated[Path | None, typer.Option(help="File: also write COCO-JSON, run-length encoded.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File: also write all figures.")] = None,
     quiet: Quiet = False,
 ):
-    """Hold pseudo masks (without --model and --cam), a segmenter or a CAM classifier against true masks."""
+    """Hold pseudo masks, a segmenter (--model), a CAM classifier (--cam) or a folder of PNGs against true masks."""
+    settings = _test_protocol(inputs.recipe["evaluation"], scales, window, crf)
+    files = {"voc_archive": voc_archive, "coco": export_coco}
+    exports = save_masks is not None or any(files.values())
+    if exports and (model is None or save_masks is None):
+        raise RecipeError("--voc-archive and --export-coco go with --model and --save-masks, the folder of the PNGs")
     rows = []
     if cam is not None:
+        needs_masks(inputs.data, "train")
         rows.append(maps_row(f"masks of {cam}", cam, inputs.data, inputs.recipe, quiet))
-    if model is not None:
-        rows.append(segmenter_row(f"segmenter {model}", model, inputs.data, inputs.recipe, quiet))
-    if not rows:
+    if model is not None and exports:
+        if split not in inputs.data:
+            raise RecipeError(f"--split {split}: the data have {', '.join(inputs.data)}")
+        predict_masks(
+            model, inputs.data[split], settings, save_masks, **files, hub_kwargs=inputs.hub_kwargs, quiet=quiet
+        )
+        if has_masks(inputs.data, split):
+            figures = evaluate_files(save_masks, inputs.data[split], quiet)
+            rows.append({"result": f"segmenter {model}", "split": split, "of": Path(model).name} | figures)
+    elif model is not None:
+        needs_masks(inputs.data, split)
+        recipe = inputs.recipe | {"evaluation": settings}
+        rows.append(segmenter_row(f"segmenter {model}", model, inputs.data, recipe, quiet, split))
+    if masks is not None:
+        needs_masks(inputs.data, split)
+        figures = evaluate_files(masks, inputs.data[split], quiet)
+        rows.append({"result": f"files in {masks}", "split": split, "of": masks.name} | figures)
+    if cam is None and model is None and masks is None:
+        needs_masks(inputs.data, "train")
         rows.append(masks_row(f"pseudo masks of {inputs.settings['source']}", inputs.data, quiet))
     if PartialState().is_main_process:
-        print_table(rows, "Results (percent)", columns=COLUMNS)
+        if rows:
+            print_table(rows, "Results (percent)", columns=COLUMNS)
+            print_table(rows, "Boundaries, over- and under-activation (percent)", columns=DETAILS)
+            per_class = [{"class": n} | {r["result"]: r["iou"].get(n) for r in rows} for n in rows[0]["iou"]]
+            print_table(per_class, "IoU per class (percent)")
+        if json_file is not None:
+            write_atomically(json_file, json.dumps({"data": inputs.settings, "results": rows}, indent=1))
+
+
+def _test_protocol(settings: dict, scales: str | None, window: int | None, crf: bool) -> dict:
+    """The `evaluation` section of a recipe, changed by the options of `wsss evaluate`."""
+    changed = dict(settings)
+    if scales is not None:
+        try:
+            changed["scales"] = [float(scale) for scale in scales.split(",")]
+        except ValueError:
+            changed["scales"] = []
+        if not changed["scales"] or min(changed["scales"]) <= 0:
+            raise RecipeError(f"--scales {scales}: positive numbers a,b,c would be right")
+    if window is not None:
+        if window < 0:
+            raise RecipeError(f"--window {window}: pixels, or 0, would be right")
+        changed["window"] = window
+    if crf:
+        changed["refine"] = [*settings["refine"], "crf"]
+    return changed
 
 
 @app.command()

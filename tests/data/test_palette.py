@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsss_hf.data.palette import colorize, save_mask_png, voc_palette
+from wsss_hf.data.palette import check_palette, colorize, mask_image, save_mask_png, voc_palette
 
 
 def test_palette_is_that_of_voc():
@@ -41,3 +41,23 @@ def test_what_is_no_label_map_is_refused(tmp_path, labels):
     with pytest.raises(ValueError, match="uint8 array"):
         save_mask_png(tmp_path / "mask.png", labels)
     assert not list(tmp_path.iterdir())
+
+
+def palette_picture(values, colors):
+    picture = Image.fromarray(np.array(values, np.uint8))
+    picture.putpalette([channel for color in colors for channel in color])
+    return picture
+
+
+def test_a_palette_that_says_the_labels_were_renumbered_is_refused():
+    voc = np.array(voc_palette()).reshape(256, 3).tolist()
+    with pytest.raises(ValueError, match="x.png: value 1 is drawn in the colour of label 5, so the labels were renum"):
+        check_palette(palette_picture([[0, 1]], [voc[0], voc[5]]), 6, "x.png")
+
+
+def test_other_palettes_are_a_matter_of_taste():
+    voc = np.array(voc_palette()).reshape(256, 3).tolist()
+    check_palette(mask_image(np.array([[0, 5, 255]], np.uint8)), 6, "x.png")
+    check_palette(palette_picture([[0, 1]], [[1, 2, 3], [4, 5, 6]]), 6, "x.png")
+    check_palette(palette_picture([[0, 1]], [voc[1], [4, 5, 6]]), 6, "x.png")
+    check_palette(Image.new("L", (2, 2), 3), 6, "x.png")

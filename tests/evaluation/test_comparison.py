@@ -16,6 +16,7 @@ def record(row, seed, value, held_out=None, data="pets", dog=0.5):
         "iou": {"background": value, "cat": value, "dog": dog},
         "boundary_f": value / 2,
         "num_images": 7,
+        "background_threshold": 0.3 + 0.1 * seed,
     }
     best = {"threshold_curve": [[0.2, value], [0.4, value + 0.05]], "best_threshold": [0.4, value + 0.05]}
     cost = {"cam": {"seconds_per_step": 0.1 * (seed + 1), "minutes": 2.0}, "label_seconds_per_image": 0.5}
@@ -59,7 +60,7 @@ def test_markdown_says_what_masks_have_chosen():
     header, _, pets, cars = text.splitlines()[:4]
     cells = dict(zip(header.split(" | "), pets.split(" | "), strict=True))
     assert cells["masks, mean IoU"] == "45.0 ± 7.1" and cells["best threshold, by masks"] == "50.0 ± 7.1"
-    assert cells["| data"] == "| pets" and cells["at"] == "0.40" and cells["threshold"] == "auto"
+    assert cells["| data"] == "| pets" and cells["at"] == "0.40" and cells["threshold"] == "auto: 0.35"
     assert cars.startswith("| cars | plain | 1 | 30.0 |")
     assert "reads true\nmasks" in text and "| plain, masks | 45.0 | 45.0 | 50.0 |" in text
 

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from torch.nn import functional as F
 
+from wsss_hf.data.palette import mask_image, save_mask_png
 from wsss_hf.data.tagged import DataError, class_names, tagged_features, undecoded
 from wsss_hf.evaluation.classification import mean_average_precision
-from wsss_hf.evaluation.evaluate import evaluate_cam, evaluate_masks, evaluate_segmenter, rows_with
+from wsss_hf.evaluation.evaluate import evaluate_cam, evaluate_files, evaluate_masks, evaluate_segmenter, rows_with
 from wsss_hf.evaluation.mean_iou import MeanIoU
 from wsss_hf.labeling.pseudo_masks import label_images, load_labeler
 from wsss_hf.training.recipes import load_recipe
@@ -142,3 +144,62 @@ def test_a_segmenter_of_other_classes_is_refused(toy_data):
     oracle.config.id2label[3] = "unicorn"
     with pytest.raises(DataError, match="the segmenter knows background, .*unicorn.*; the data have background, "):
         evaluate_segmenter(oracle, processor, toy_data["val"], load_recipe()["evaluation"], quiet=True)
+
+
+@pytest.fixture
+def predictions(toy_data, tmp_path):
+    """A folder of label maps for split "val": each image has the mask of another one."""
+    masks = [np.array(mask) for mask in toy_data["val"]["mask"]]
+    for image_id, mask in zip(toy_data["val"]["image_id"], [*masks[1:], masks[0]], strict=True):
+        save_mask_png(tmp_path / f"{image_id}.png", mask)
+    return tmp_path
+
+
+def test_files_are_judged_as_columns_are(toy_data, predictions):
+    masks = undecoded(toy_data["val"])["mask"][:]
+    rows = with_columns(toy_data["val"], mask=masks, pseudo_mask=[*masks[1:], masks[0]])
+    assert evaluate_files(predictions, toy_data["val"], quiet=True) == evaluate_masks(rows, quiet=True)
+
+
+def remove(file):
+    file.unlink()
+
+
+def shrink(file):
+    mask_image(np.zeros((24, 48), np.uint8)).save(file)
+
+
+def color(file):
+    Image.open(file).convert("RGB").save(file)
+
+
+def renumber(file):
+    picture = mask_image(np.ones((48, 48), np.uint8))
+    picture.putpalette([0, 0, 0, *mask_image(np.zeros((1, 1), np.uint8)).getpalette()[9:]])
+    picture.save(file)
+
+
+def other_classes(file):
+    mask_image(np.full((48, 48), 9, np.uint8)).save(file)
+
+
+def no_picture(file):
+    file.write_bytes(b"no picture")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (remove, "1 of 4 predictions are missing, the first is .*{name}"),
+        (shrink, "{name}: the prediction is 48x24 pixels and the reference 48x48"),
+        (color, "{name}: the mask has mode RGB; right is one 8-bit channel of labels"),
+        (renumber, "{name}: value 1 is drawn in the colour of label 3, so the labels were renumbered"),
+        (other_classes, r"{name}: prediction holds the labels \[9\]; right are 0..8 and 255"),
+        (no_picture, "{name}: cannot be decoded as an image"),
+    ],
+)
+def test_bad_files_are_named(toy_data, predictions, spoil, message):
+    name = f"{toy_data['val']['image_id'][2]}.png"
+    spoil(predictions / name)
+    with pytest.raises(ValueError, match=message.format(name=name)):
+        evaluate_files(predictions, toy_data["val"], quiet=True)

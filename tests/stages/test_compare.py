@@ -89,6 +89,19 @@ def test_a_second_call_trains_nothing_and_a_longer_plan_only_what_is_new(plan, f
     assert {path: after[path] for path in before} == before and len(after) > len(before)
 
 
+def test_rows_that_differ_in_their_masks_only_share_the_classifier(plan, finished, monkeypatch):
+    rows = {"pamr": {"masks.refine": ["pamr"]}, "drs pamr": {"cam.methods": {"drs": {}}, "masks.refine": ["pamr"]}}
+    monkeypatch.setattr("wsss_hf.stages.train_cam.train_and_save", None)  # whoever trains fails
+    out, results = finished
+    pamr = compare(plan | {"rows": rows}, out, quiet=True)
+    plain = {(cell["settings"]["row"], cell["settings"]["seed"]): cell for cell in results["cells"]}
+    for cell in pamr["cells"]:
+        row, seed = cell["settings"]["row"], cell["settings"]["seed"]
+        origin = plain["drs" if "drs" in row else "plain", seed]
+        assert cell["maps"]["threshold_curve"] == origin["maps"]["threshold_curve"]
+        assert cell["maps"]["mean_iou"] != origin["maps"]["mean_iou"] and cell["cost"]["cam"] == origin["cost"]["cam"]
+
+
 def test_a_cell_of_other_settings_is_refused(plan, finished):
     changed = plan | {"set": [*plan["set"], "masks.fusion=max"]}
     before = stamps(finished[0])
@@ -117,8 +130,11 @@ def test_data_without_masks_are_compared_by_pictures(plan, tmp_path):
         for i in range(3):
             pixels = np.random.default_rng(i).integers(0, 256, (20, 20, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    unmasked = plan | {"data": {"source": str(folder)}, "seeds": [0], "rows": {"plain": {}}}
+    refined = {"refiner": {"use": True, "train": {"epochs": 1, "batch_size": 4}}, "masks.background_threshold": "auto"}
+    unmasked = plan | {"data": {"source": str(folder)}, "seeds": [0], "rows": {"refined": refined}}
     results = compare(unmasked, tmp_path / "out", quiet=True)
+    assert (tmp_path / "out/cells/photos/refined/seed0/refiner/model.safetensors").is_file()
+    assert set(results["cells"][0]["cost"]) == {"cam", "refiner"}
     assert "maps" not in results["rows"][0] and results["rows"][0]["data"] == "photos"
     assert (tmp_path / "out" / "comparison.html").read_text().count("data:image/jpeg") == 3 * 2
 

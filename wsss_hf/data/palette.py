@@ -4,10 +4,39 @@ import os
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..models.colors import colorize, mask_image, voc_palette
 
-__all__ = ["colorize", "mask_image", "save_mask_png", "voc_palette"]
+__all__ = ["check_palette", "colorize", "mask_image", "save_mask_png", "voc_palette"]
+
+
+def check_palette(image: Image.Image, num_labels: int, where: str) -> None:
+    """Refuses a palette picture whose values were renumbered, as programs do that make PNGs smaller.
+
+    That is so where every value is drawn in the VOC colour of a label, 0..num_labels-1 or 255, and one in that of
+    another label than itself. Any other palette is taken for a matter of taste.
+
+    Raises:
+        ValueError: it was renumbered; begins with `where`.
+    """
+    if image.mode != "P":
+        return
+    values = np.unique(np.asarray(image))
+    palette = np.zeros((256, 3), dtype=np.int64)
+    given = np.array(image.getpalette("RGB")).reshape(-1, 3)
+    palette[: len(given)] = given
+    known = np.array(voc_palette()).reshape(256, 3)[[*range(num_labels), 255]]
+    same = (palette[values][:, None] == known).all(axis=2)
+    if not same.any(axis=1).all():
+        return
+    labels = np.append(np.arange(num_labels), 255)[same.argmax(axis=1)]
+    if (labels != values).any():
+        value, label = next((v, n) for v, n in zip(values, labels, strict=True) if v != n)
+        raise ValueError(
+            f"{where}: value {value} is drawn in the colour of label {label}, so the labels were renumbered; "
+            "pixel values that are the labels would be right"
+        )
 
 
 def save_mask_png(path: str | Path, labels: np.ndarray) -> None:

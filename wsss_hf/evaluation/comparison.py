@@ -32,9 +32,10 @@ def summarize(records: Sequence[dict]) -> list[dict]:
     """One row per data set and row of the plan, from the records of its cells (see `stages.compare`).
 
     Returns:
-        rows with `data`, `row`, `seeds`, `threshold`; `maps` and, where one was trained, `segmenter`: figure name ->
-        {"mean", "sd", "values"}, `iou`: class name -> mean IoU, and `mean_iou_interval`; `threshold_curve` and
-        `best_threshold`, means over seeds; `cost`: `seconds_per_step`, `minutes`, `label_seconds_per_image`.
+        rows with `data`, `row`, `seeds`, `threshold` (a number or "auto"); `maps` and, where one was trained,
+        `segmenter`: figure name -> {"mean", "sd", "values"}, `iou`: class name -> mean IoU, and `mean_iou_interval`;
+        `threshold_curve`, `used_threshold` and `best_threshold`, means over seeds; `cost`: `seconds_per_step`,
+        `minutes`, `label_seconds_per_image`.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in records:
@@ -57,6 +58,7 @@ def _summary(data: str, row: str, cells: list[dict]) -> dict:
         summary["maps"] = _figures(figures)
         curve = np.mean([figures["threshold_curve"] for figures in maps], axis=0)
         summary["threshold_curve"] = curve.tolist()
+        summary["used_threshold"] = float(np.mean([figures["background_threshold"] for figures in maps]))
         summary["best_threshold"] = float(np.mean([threshold for threshold, _ in best]))
     held_out = [[result for result in cell["results"] if result["split"] == "val"] for cell in cells]
     last = [results[-1] for results in held_out if results and "mean_iou" in results[-1]]
@@ -90,7 +92,7 @@ def _cost(costs: list[dict]) -> dict:
         known = [value for value in values if value is not None]
         return float(np.mean(known)) if known else None
 
-    trainings = [[cost[name] for name in ("cam", "segmenter") if cost.get(name)] for cost in costs]
+    trainings = [[cost[name] for name in ("cam", "refiner", "segmenter") if cost.get(name)] for cost in costs]
     return {
         "seconds_per_step": mean([cost["cam"].get("seconds_per_step") for cost in costs]),
         "minutes": mean([sum(part["minutes"] for part in parts) if parts else None for parts in trainings]),
@@ -122,7 +124,7 @@ def comparison_table(rows: Sequence[dict]) -> list[dict]:
         cells |= {
             "masks, mean IoU": _spread(maps, "mean_iou"),
             "masks, 95 % interval": maps.get("mean_iou_interval"),
-            "threshold": str(row["threshold"]),
+            "threshold": _threshold(row),
             "best threshold, by masks": _spread(maps, "best_threshold_mean_iou"),
             "at": f"{row['best_threshold']:.2f}" if "best_threshold" in row else None,
             "boundary F": _spread(maps, "boundary_f"),
@@ -134,6 +136,11 @@ def comparison_table(rows: Sequence[dict]) -> list[dict]:
         }
         table.append(cells)
     return table
+
+
+def _threshold(row: dict) -> str:
+    used = row.get("used_threshold")
+    return str(row["threshold"]) if used in (None, row["threshold"]) else f"{row['threshold']}: {used:.2f}"
 
 
 def _spread(figures: dict, key: str) -> Spread | None:

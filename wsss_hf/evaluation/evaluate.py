@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from PIL import Image
 
-from ..data.batches import batches_by_size
+from ..data.export import file_stem
+from ..data.palette import check_palette
 from ..data.tagged import DataError, class_names, decode_mask, has_value, tags_to_multi_hot, undecoded
-from ..labeling.prediction import predict_scores
 from ..labeling.pseudo_masks import label_images
+from ..labeling.segmentation import segment_images
 from ..training.progress import Progress
 from .boundary_f import BoundaryF
 from .classification import mean_average_precision
@@ -24,6 +28,7 @@ class Figures:
     """All figures of label maps against true ones: those of [`MeanIoU`] with its interval, and of [`BoundaryF`]."""
 
     def __init__(self, names: list[str]):
+        self.names = names
         self.metrics = (MeanIoU(names, intervals=True), BoundaryF(names))
 
     def add(self, prediction: np.ndarray, reference: np.ndarray, name: str) -> None:
@@ -113,19 +118,44 @@ def evaluate_segmenter(model, processor: Callable, rows: Dataset, settings: dict
         DataError: no row has a mask, or the model has other classes than the data.
     """
     rows = rows_with(rows, "mask")
-    names = check_classes(model, rows)
-    metric = Figures(names)
+    metric = Figures(check_classes(model, rows))
     mine = _share(rows)
     truths = undecoded(mine.select_columns(["image_id", "mask"]))
     with _progress("evaluating segmenter", mine, quiet) as progress:
-        for batch in batches_by_size(mine, processor, settings["batch_size"]):
-            pixel_values = batch.pixel_values.to(model.device)
-            scores = predict_scores(model, pixel_values, batch.size, settings["scales"], settings["flip"])
-            labels = scores.argmax(dim=1).cpu().numpy()
-            for index, prediction in zip(batch.indices, labels, strict=True):
-                row = truths[index]
-                metric.add(prediction=prediction, reference=_truth(row), name=f"row {row['image_id']!r}")
-            progress.advance(len(batch.indices))
+        for segmented in segment_images(model, processor, mine, settings):
+            metric.add(segmented.labels, _truth(truths[segmented.index]), f"row {segmented.image_id!r}")
+            progress.advance(1)
+    return metric.compute()
+
+
+def evaluate_files(folder: str | os.PathLike, rows: Dataset, quiet: bool = False) -> dict:
+    """Figures of the PNGs in `folder` on the rows that have a mask; see [`Figures`].
+
+    Args:
+        folder: label maps `<image_id>.png` of the images' sizes, an image_id without the suffix of an image file:
+            8-bit palette or grey PNGs whose pixel values are the labels. Other files are not looked at.
+
+    Raises:
+        DataError: no row has a mask, a file is missing, holds no labels, or its palette says that they were
+            renumbered; names it.
+        ValueError: a file has another size or other labels than the truth; names it.
+    """
+    rows = rows_with(rows, "mask")
+    folder = Path(folder)
+    files = {image_id: folder / f"{file_stem(image_id)}.png" for image_id in rows["image_id"]}
+    missing = [file for file in files.values() if not file.is_file()]
+    if missing:
+        raise DataError(f"{len(missing)} of {len(files)} predictions are missing, the first is {missing[0]}")
+    metric = Figures(["background", *class_names(rows)])
+    mine = _share(rows)
+    with _progress("evaluating files", mine, quiet) as progress:
+        for row in undecoded(mine.select_columns(["image_id", "mask"])):
+            file = files[row["image_id"]]
+            prediction = decode_mask({"path": str(file)}, str(file))
+            with Image.open(file) as picture:
+                check_palette(picture, len(metric.names), str(file))
+            metric.add(prediction, _truth(row), str(file))
+            progress.advance(1)
     return metric.compute()
 
 

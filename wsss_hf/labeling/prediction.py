@@ -17,6 +17,8 @@ def predict_scores(
     size: tuple[int, int],
     scales: Sequence[float] = (1.0,),
     flip: bool = True,
+    window: int = 0,
+    window_stride: int = 0,
 ) -> Tensor:
     """Class probabilities (B, C+1, H, W), averaged over the views; their argmax is the label map.
 
@@ -26,16 +28,48 @@ def predict_scores(
         size: (H, W) of the result.
         scales: input sizes relative to `pixel_values`.
         flip: also look at the mirror image.
+        window: side of a sliding window in pixels of the scaled images; 0 shows the model whole images.
+        window_stride: pixels between neighbouring windows; 0 takes two thirds of `window`.
     """
     total = 0
     for scale in scales:
         scaled = pixel_values if scale == 1 else resize_images(pixel_values, scale)
-        logits = model(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled).logits.float()
+        images = torch.cat([scaled, scaled.flip(-1)]) if flip else scaled
+        if window:
+            logits = _sliding_logits(model, images, window, window_stride or max(1, 2 * window // 3))
+        else:
+            logits = model(images).logits.float()
         views = logits.chunk(2) if flip else (logits,)
         for view, view_logits in enumerate(views):
             view_logits = view_logits.flip(-1) if view else view_logits
             total = total + F.interpolate(view_logits, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
     return total / (len(scales) * (2 if flip else 1))
+
+
+def _sliding_logits(model, images: Tensor, window: int, stride: int) -> Tensor:
+    """Logits (B, C+1, h, w) of images (B, 3, h, w), averaged over the windows that see a pixel.
+
+    The last window of a row ends at the border, and no window is larger than the images.
+    """
+    height, width = images.shape[-2:]
+    total = 0
+    seen = images.new_zeros(1, 1, height, width, dtype=torch.float32)
+    for top in _window_starts(height, window, stride):
+        for left in _window_starts(width, window, stride):
+            rows, columns = slice(top, top + window), slice(left, left + window)
+            crop = images[:, :, rows, columns]
+            logits = model(crop).logits.float()
+            logits = F.interpolate(logits, size=crop.shape[-2:], mode="bilinear", align_corners=False)
+            if not torch.is_tensor(total):
+                total = logits.new_zeros(len(images), logits.shape[1], height, width)
+            total[:, :, rows, columns] += logits
+            seen[:, :, rows, columns] += 1
+    return total / seen
+
+
+def _window_starts(length: int, window: int, stride: int) -> list[int]:
+    last = max(length - window, 0)
+    return [*range(0, last, stride), last]
 
 
 def load_segmenter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,13 +25,16 @@ from ..data.sources import load_data
 from ..data.tagged import class_names, decode_image, decode_mask, has_value, undecoded
 from ..evaluation.comparison import comparison_markdown, summarize, write_comparison
 from ..evaluation.report import ReportExample
-from ..labeling.prediction import load_segmenter, predict_scores
+from ..labeling.auto_threshold import with_threshold
+from ..labeling.prediction import load_segmenter
 from ..labeling.pseudo_masks import label_images, load_labeler
+from ..labeling.segmentation import segment_images
 from ..training.recipes import RecipeError, load_recipe
-from .outputs import OutputError, first_difference, write_atomically
+from .outputs import SETTINGS_FILE, OutputError, first_difference, write_atomically
 from .run import maps_row, run
 from .train_cam import train_cam
 from .train_model import LOG_FILE
+from .train_refiner import train_refiner
 
 PLAN_KEYS = ("recipe", "set", "rows", "seeds", "data", "segmenter")
 _DATA_KEYS = ("source", "root", "classes", "columns", "limit", "revision")
@@ -164,7 +168,8 @@ def compare(
     """Train and evaluate every cell of a plan; write the table, the plots and the pictures.
 
     Cells that `out` holds already are not done again, and an interrupted one goes on where it was. A plan may grow:
-    more rows, seeds or data only add cells. A cell that fails does not stop the others.
+    more rows, seeds or data only add cells. A cell that fails does not stop the others. Rows that differ after the CAM
+    classifier only share its training.
 
     Args:
         plan: see [`plan_cells`].
@@ -250,25 +255,48 @@ def run_cell(cell: Cell, hub_kwargs: dict, quiet: bool) -> dict:
     data = _load(json.dumps(cell.source), json.dumps(hub_kwargs))
     common = {"data_settings": cell.source, "hub_kwargs": hub_kwargs, "quiet": quiet}
     results = []
+    _borrow_cam(cell)
+    labeler = folder / ("refiner" if cell.recipe["refiner"]["use"] else "cam")
     if cell.segmenter:
         results = run(data, cell.recipe, folder, **common)
     else:
-        train_cam(data, cell.recipe, folder / "cam", **common)
+        cam = train_cam(data, cell.recipe, folder / "cam", **common)
+        if labeler != cam:
+            train_refiner(data, cam, cell.recipe, labeler, **common)
     started = time.perf_counter()
-    maps = maps_row("maps", folder / "cam", data, cell.recipe, quiet)
+    maps = maps_row("maps", labeler, data, cell.recipe, quiet)
     seconds = time.perf_counter() - started
-    cost = {"cam": training_cost(folder / "cam", cell.recipe["cam"]["train"], len(data["train"]))}
-    if cell.segmenter:
-        steps = cell.recipe["segmenter"]["train"]
-        cost["segmenter"] = training_cost(folder / "segmenter", steps, len(data["train"]))
+    cost = {
+        stage: training_cost(folder / stage, cell.recipe[stage]["train"], len(data["train"]))
+        for stage in ("cam", "refiner", "segmenter")
+        if (folder / stage).is_dir()
+    }
     if "num_images" in maps:
         cost["label_seconds_per_image"] = seconds / maps["num_images"]
-    _save_examples(cell, data)
+    # A threshold that was found without masks is not looked for again.
+    threshold = maps.get("background_threshold", cell.recipe["masks"]["background_threshold"])
+    _save_examples(cell, data, labeler, cell.recipe["masks"] | {"background_threshold": threshold})
     record = {"settings": _settings(cell), "maps": maps, "results": results, "cost": cost}
     record["class_names"] = ["background", *class_names(data)]
     record["device"] = _device_name()
     write_atomically(folder / _CELL_FILE, json.dumps(record, indent=1))
     return record
+
+
+def _borrow_cam(cell: Cell) -> None:
+    """Copy the classifier of a row that differs in later stages only; its seed and data are the same."""
+    folder = Path(cell.folder)
+    if (folder / "cam").exists() or (folder / "cam.partial").exists():
+        return
+    wanted = json.loads(json.dumps(cell.recipe | {"stage": "train-cam", "data": cell.source}))
+    for other in sorted(folder.parent.parent.glob(f"*/{folder.name}/cam")):
+        held = yaml.safe_load((other / SETTINGS_FILE).read_text())
+        if all(key in wanted and wanted[key] == value for key, value in held.items()):
+            fresh = folder / "cam.copied"
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.copytree(other, fresh)
+            os.replace(fresh, folder / "cam")
+            return
 
 
 def training_cost(model: Path, settings: dict, num_images: int) -> dict:
@@ -330,25 +358,21 @@ def _example_rows(data: DatasetDict, count: int) -> Dataset:
     return rows.select(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
 
 
-def _save_examples(cell: Cell, data: DatasetDict) -> None:
+def _save_examples(cell: Cell, data: DatasetDict, labeler: Path, masks: dict) -> None:
     """The masks of the example images: the segmenter's, or those made of the maps; `examples/<number>.png`."""
     folder = Path(cell.folder)
     rows = _example_rows(data, cell.recipe["evaluation"]["examples"])
     (folder / "examples").mkdir(exist_ok=True)
     device = PartialState().device
     if not cell.segmenter:
-        model, processor = load_labeler(str(folder / "cam"), device)
-        for labelled in label_images(model, processor, rows, cell.recipe["masks"]):
+        model, processor = load_labeler(str(labeler), device)
+        masks = with_threshold(model, processor, data["train"], masks)
+        for labelled in label_images(model, processor, rows, masks):
             save_mask_png(folder / "examples" / f"{labelled.index}.png", labelled.pseudo_mask)
         return
     model, processor = load_segmenter(str(folder / "segmenter"), device)
-    views = {key: cell.recipe["evaluation"][key] for key in ("scales", "flip")}
-    for number, row in enumerate(undecoded(rows)):
-        image = decode_image(row["image"], f"row {row['image_id']!r}")
-        pixel_values = processor(images=image, return_tensors="pt")["pixel_values"].to(device)
-        scores = predict_scores(model, pixel_values, (image.height, image.width), **views)
-        labels = scores[0].argmax(dim=0).cpu().numpy().astype(np.uint8)
-        save_mask_png(folder / "examples" / f"{number}.png", labels)
+    for segmented in segment_images(model, processor, rows, cell.recipe["evaluation"]):
+        save_mask_png(folder / "examples" / f"{segmented.index}.png", segmented.labels)
 
 
 def _examples(out: Path, records: Sequence[dict], hub_kwargs: dict) -> list[ReportExample]:

@@ -14,13 +14,14 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from .. import __version__
-from ..data.tagged import class_names, decode_mask, has_value, undecoded
+from ..data.tagged import DataError, class_names, decode_mask, has_value, undecoded
 from ..evaluation.evaluate import evaluate_cam, evaluate_masks, evaluate_segmenter
 from ..evaluation.report import ReportExample, write_gallery, write_report
 from ..evaluation.tables import print_table
 from ..labeling.auto_threshold import with_threshold
-from ..labeling.prediction import load_segmenter, predict_scores
+from ..labeling.prediction import load_segmenter
 from ..labeling.pseudo_masks import label_images, load_labeler
+from ..labeling.segmentation import segment_images
 from .make_masks import make_masks, read_summary
 from .outputs import OutputError, write_atomically
 from .relabel import relabel
@@ -120,13 +121,13 @@ def check_run_folder(out: str | os.PathLike) -> Path:
 def masks_row(name: str, labelled: DatasetDict, quiet: bool = False) -> dict:
     """Results row of the pseudo masks on split "train"; without figures where no row has a true mask."""
     row = {"result": name, "split": "train", "of": "masks"}
-    return row | evaluate_masks(labelled["train"], quiet=quiet) if _has_masks(labelled, "train") else row
+    return row | evaluate_masks(labelled["train"], quiet=quiet) if has_masks(labelled, "train") else row
 
 
 def maps_row(name: str, cam: Path, data: DatasetDict, recipe: dict, quiet: bool = False) -> dict:
     """Results row of the pseudo masks that a CAM classifier would make of split "train"."""
     row = {"result": name, "split": "train", "of": Path(cam).name}
-    if not _has_masks(data, "train"):
+    if not has_masks(data, "train"):
         return row
     model, processor = load_labeler(str(cam), PartialState().device)
     settings = with_threshold(model, processor, data["train"], recipe["masks"])
@@ -134,13 +135,15 @@ def maps_row(name: str, cam: Path, data: DatasetDict, recipe: dict, quiet: bool 
     return row | figures | {"background_threshold": settings["background_threshold"]}
 
 
-def segmenter_row(name: str, segmenter: Path, data: DatasetDict, recipe: dict, quiet: bool = False) -> dict:
-    """Results row of a segmenter on split "val"; without figures where it has no true mask."""
-    row = {"result": name, "split": "val", "of": Path(segmenter).name}
-    if not _has_masks(data, "val"):
+def segmenter_row(
+    name: str, segmenter: Path, data: DatasetDict, recipe: dict, quiet: bool = False, split: str = "val"
+) -> dict:
+    """Results row of a segmenter on a split; without figures where it has no true mask."""
+    row = {"result": name, "split": split, "of": Path(segmenter).name}
+    if not has_masks(data, split):
         return row
     model, processor = load_segmenter(str(segmenter), PartialState().device)
-    return row | evaluate_segmenter(model, processor, data["val"], recipe["evaluation"], quiet)
+    return row | evaluate_segmenter(model, processor, data[split], recipe["evaluation"], quiet)
 
 
 def finish_run(
@@ -190,12 +193,9 @@ def report_examples(data: DatasetDict, cam: Path, segmenter: Path, recipe: dict)
     classifier, cam_processor = load_labeler(str(cam), PartialState().device)
     model, processor = load_segmenter(str(segmenter), PartialState().device)
     examples: list[ReportExample | None] = [None] * count
+    predictions = {s.index: s.labels for s in segment_images(model, processor, rows, recipe["evaluation"])}
     for labelled in label_images(classifier, cam_processor, rows, recipe["masks"]):
         row = raw[labelled.index]
-        pixel_values = processor(images=labelled.image, return_tensors="pt")["pixel_values"].to(model.device)
-        size = labelled.pseudo_mask.shape
-        evaluation = recipe["evaluation"]
-        scores = predict_scores(model, pixel_values, size, evaluation["scales"], evaluation["flip"])
         truth = row.get("mask")
         examples[labelled.index] = ReportExample(
             image=labelled.image,
@@ -203,7 +203,7 @@ def report_examples(data: DatasetDict, cam: Path, segmenter: Path, recipe: dict)
             tags=[names[c] for c in row["tags"]],
             map={names[c]: m for c, m in zip(labelled.classes, labelled.maps, strict=True)},
             pseudo_mask=labelled.pseudo_mask,
-            prediction=scores[0].argmax(dim=0).cpu().numpy().astype(np.uint8),
+            prediction=predictions[labelled.index],
             truth=None if truth is None else decode_mask(truth, f"row {row['image_id']!r}, column mask"),
         )
     return examples
@@ -217,6 +217,19 @@ def _environment() -> dict:
     return {"device": device} | versions
 
 
-def _has_masks(data: DatasetDict, split: str) -> bool:
+def has_masks(data: DatasetDict, split: str) -> bool:
+    """Whether there is something to evaluate on."""
     rows: Dataset | None = data.get(split)
     return rows is not None and "mask" in rows.column_names and bool(has_value(rows, "mask").any())
+
+
+def needs_masks(data: DatasetDict, split: str) -> None:
+    """What `has_masks` asks, as a condition.
+
+    Raises:
+        DataError: the split is not there, or none of its rows has a mask.
+    """
+    if split not in data:
+        raise DataError(f"the data have no split {split!r} to evaluate on, only {', '.join(data)}")
+    if not has_masks(data, split):
+        raise DataError(f"no row of split {split!r} has a mask: there is nothing to evaluate on")

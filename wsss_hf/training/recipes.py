@@ -83,6 +83,9 @@ def _check(recipe: dict) -> None:
         values = recipe[section][key]
         if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
             raise RecipeError(f"{section}.{key} is {values}; a list of positive numbers would be right")
+    for key in ("window", "window_stride"):
+        if recipe["evaluation"][key] < 0:
+            raise RecipeError(f"evaluation.{key} is {recipe['evaluation'][key]}; pixels, or 0, would be right")
     for key in ("mean", "std"):
         values = recipe["image"][key]
         if values is not None and not (isinstance(values, list) and len(values) == 3):

@@ -1,0 +1,92 @@
+"""A segmenter and images → its label maps as files: PNGs, the archive of VOC's test server, COCO-JSON."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from datasets import Dataset
+
+from ..data.export import check_free, export_coco, file_stem, require_pycocotools, write_mask_pngs
+from ..data.tagged import class_names, decode_mask
+from ..data.voc_results import check_results_archive, export_voc_results
+from ..evaluation.evaluate import check_classes
+from ..labeling.prediction import load_segmenter
+from ..labeling.segmentation import segment_images
+from ..training.progress import Progress
+
+
+def predict_masks(
+    segmenter: str | os.PathLike,
+    rows: Dataset,
+    settings: dict,
+    out: str | os.PathLike,
+    voc_archive: str | os.PathLike | None = None,
+    coco: str | os.PathLike | None = None,
+    hub_kwargs: dict | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Write the label map of every row as `<out>/<image_id>.png`, a palette PNG; true masks are never read.
+
+    Args:
+        segmenter: directory or Hub id.
+        settings: a recipe's `evaluation` section, the test protocol.
+        out: folder; appears complete or not at all, and must not hold anything.
+        voc_archive: also an archive for VOC's test server, see [`export_voc_results`].
+        coco: also COCO-JSON, see [`export_coco`].
+        hub_kwargs: `token`, `cache_dir`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        DataError: a target exists or can't be written, the classes differ, or an image_id is no file name.
+    """
+    state, out = PartialState(), check_free(out, "--save-masks")
+    names = class_names(rows)
+    if voc_archive is not None:
+        check_results_archive(voc_archive, names)
+    if coco is not None:
+        check_free(coco, "--export-coco")
+        require_pycocotools()
+    model, processor = load_segmenter(str(segmenter), state.device, **(hub_kwargs or {}))
+    check_classes(model, rows)
+    partial = out.with_name(f"{out.name}.partial")
+    state.wait_for_everyone()  # all have looked at the targets before one writes to them
+    if state.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    state.wait_for_everyone()
+    mine = rows.select(range(state.process_index, len(rows), state.num_processes))
+    with Progress("label maps", len(mine), quiet or not state.is_main_process, unit="image") as progress:
+
+        def label_maps() -> Iterator[tuple[str, np.ndarray]]:
+            for segmented in segment_images(model, processor, mine, settings):
+                yield segmented.image_id, segmented.labels
+                progress.advance(1)
+
+        try:
+            write_mask_pngs(partial, label_maps())
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    state.wait_for_everyone()
+    if state.is_main_process:
+        if out.is_dir():
+            out.rmdir()  # an empty folder that the user made
+        os.replace(partial, out)
+        if voc_archive is not None:
+            export_voc_results(voc_archive, _saved(out, rows), names)
+        if coco is not None:
+            export_coco(coco, _saved(out, rows), names)
+    state.wait_for_everyone()
+    return out
+
+
+def _saved(folder: Path, rows: Dataset) -> Iterator[tuple[str, np.ndarray]]:
+    for image_id in rows["image_id"]:
+        file = str(folder / f"{file_stem(image_id)}.png")
+        yield image_id, decode_mask({"path": file}, file)
