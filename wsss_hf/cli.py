@@ -25,7 +25,9 @@ from .evaluation.comparison import print_comparison
 from .evaluation.evaluate import evaluate_files
 from .evaluation.tables import print_table
 from .hub.convert import convert_checkpoint
-from .hub.push import push_dataset, push_model
+from .hub.export import export_onnx as run_export_onnx
+from .hub.push import METRICS, Pushed, push_dataset, push_model
+from .hub.push import push_metric as run_push_metric
 from .launch import start_missing_processes
 from .stages.compare import CompareError, read_plan
 from .stages.compare import compare as run_compare
@@ -440,7 +442,40 @@ def push(
         pushed = push_dataset(source, repo_id, private, branch, token, licence)
     else:
         pushed = push_model(source, repo_id, private, branch, token, licence, pictures)
+    _print_pushed(pushed)
+
+
+@app.command()
+def push_metric(
+    name: Annotated[str, typer.Argument(help=" | ".join(METRICS))],
+    repo_id: Annotated[str, typer.Argument(metavar="ID", help="Where to: owner/name, or a name of your own.")],
+    private: Annotated[bool, typer.Option("--private", help="Nobody else may see the new repository.")] = False,
+    token: Token = None,
+):
+    """A metric → the Hub, as a Space that evaluate.load finds."""
+    _print_pushed(run_push_metric(name, repo_id, private, token=token))
+
+
+def _print_pushed(pushed: Pushed) -> None:
     print(f"{pushed.url} {'is now at' if pushed.changed else 'holds all of it already,'} commit {pushed.commit[:12]}")
+
+
+@app.command()
+def export_onnx(
+    model: Annotated[str, typer.Argument(help="A model's folder or Hub id.")],
+    out: Annotated[Path, typer.Option("--to", help="Folder to write; must not hold anything.")],
+    size: Annotated[int | None, typer.Option(help="Only for squares of so many pixels.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Also with its weights as 8-bit integers.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model, if it comes from the Hub.")] = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+):
+    """A trained model → ONNX, for any number of images of any size."""
+    hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    given = {key: value for key, value in hub_kwargs.items() if value is not None}
+    print(
+        f"{run_export_onnx(model, out, size, int8, **given)}: {', '.join(path.name for path in sorted(out.iterdir()))}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -51,6 +51,7 @@ class CardSubject:
         architecture: model type, as transformers calls it.
         licence: identifier as the Hub knows it.
         picture: file name of the examples in the repository.
+        recipe_file: file name of the resolved recipe there.
     """
 
     repo_id: str
@@ -62,6 +63,7 @@ class CardSubject:
     architecture: str = ""
     licence: str | None = None
     picture: str | None = None
+    recipe_file: str = "recipe.yaml"
 
 
 def model_card(subject: CardSubject, made: dict) -> ModelCard:
@@ -94,6 +96,31 @@ def model_card(subject: CardSubject, made: dict) -> ModelCard:
         _citations(subject, made.get("recipe", {})),
     ]
     return ModelCard(_whole(card_data.to_yaml(), sections))
+
+
+def recipe_cards(name: str, made: dict, licence: str) -> dict[str, ModelCard]:
+    """Cards of a run's CAM classifier and segmenter from its results alone, as `model_cards/` holds them.
+
+    Args:
+        name: the models are `name-cam` and `name-segmenter`, the recipe `name.yaml`, the examples `name.png`.
+        made: as for `model_card`.
+    """
+    names = next(list(row["iou"]) for row in made["results"] if "iou" in row)
+    return {
+        folder: model_card(
+            CardSubject(
+                repo_id=f"your-name/{name}-{folder}",
+                folder=folder,
+                classes=names[1:],
+                is_classifier=folder == "cam",
+                licence=licence,
+                picture=f"{name}.png",
+                recipe_file=f"{name}.yaml",
+            ),
+            made,
+        )
+        for folder in ("cam", "segmenter")
+    }
 
 
 def dataset_card(subject: CardSubject, rows: DatasetDict, made: dict) -> DatasetCard:
@@ -176,7 +203,11 @@ def _backbone(subject: CardSubject, recipe: dict) -> str | None:
     if section.get("from_cam") and "cam" in recipe:
         section = recipe["cam"]
     config = section.get("backbone_config") or {}
-    return section.get("backbone") or (f"{config['model_type']}, from random weights" if config else None)
+    return (
+        section.get("model")
+        or section.get("backbone")
+        or (f"{config['model_type']}, from random weights" if config else None)
+    )
 
 
 def _eval_results(row: dict, data: dict) -> list[EvalResult]:
@@ -242,7 +273,7 @@ def _results(subject: CardSubject, rows: Sequence[dict], own: Sequence[dict]) ->
         markdown_table(measured, _COLUMNS),
     ]
     if own:
-        kind = "These masks" if subject.folder == "masks" else "This model"
+        kind = "These masks" if subject.folder.startswith("masks") else "This model"
         parts[0] += f" {kind}: {'; '.join(row['result'] for row in own)}."
     names = list(own[0].get("iou", {})) if own else []
     per_class = [{"class": name} | {row["result"]: row["iou"].get(name) for row in own} for name in names]
@@ -250,7 +281,7 @@ def _results(subject: CardSubject, rows: Sequence[dict], own: Sequence[dict]) ->
         parts += ["IoU per class:", markdown_table(per_class)]
     if subject.picture:
         parts.append(f"![Examples: the image and what was made of it]({subject.picture})")
-    return "\n\n".join(parts)
+    return "\n\n".join(part.strip() for part in parts)
 
 
 def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
@@ -265,6 +296,11 @@ def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
         scales = ", ".join(map(str, recipe["masks"]["scales"]))
         steps = " → ".join(_refinements(recipe)) or "none"
         facts.append(f"**Pseudo masks**: maps at scales {scales}; refinement: {steps}")
+    rounds = recipe.get("self_training", {}).get("rounds", 1)
+    if rounds > 1 and not subject.on_true_masks:
+        facts.append(
+            f"**Self-training**: {rounds} rounds in all, each segmenter labelling the images for the next one"
+        )
     if made.get("minutes") is not None:
         where = (made.get("environment") or {}).get("device")
         facts.append(f"**Cost**: {made['minutes']:.0f} minutes for the whole run" + (f" on {where}" if where else ""))
@@ -273,7 +309,8 @@ def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
         facts.append("**Versions**: " + ", ".join(f"{key} {value}" for key, value in versions.items()))
     text = "## How it was made\n\n" + "".join(f"- {fact}\n" for fact in facts)
     if made.get("command") and recipe:
-        text += f"\nEvery setting is in `recipe.yaml`. To make it again:\n\n```bash\n{_command(made)}\n```"
+        text += f"\nEvery setting is in `{subject.recipe_file}`. To make it again:\n\n"
+        text += f"```bash\n{_command(made, subject.recipe_file)}\n```"
     return text
 
 
@@ -281,7 +318,7 @@ def _refinements(recipe: dict) -> list[str]:
     return [next(iter(step)) if isinstance(step, dict) else step for step in recipe.get("masks", {}).get("refine", [])]
 
 
-def _command(made: dict) -> str:
+def _command(made: dict, recipe_file: str) -> str:
     data = made.get("data") or {}
     parts = ["wsss", made["command"]]
     if made["command"] != "demo":
@@ -291,7 +328,7 @@ def _command(made: dict) -> str:
             ",".join(f"{ours}={theirs}" for ours, theirs in (data.get("columns") or {}).items()) or None
         )
         parts += [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
-    return shlex.join([*parts, "--recipe", "recipe.yaml", "--out", "runs/again"])
+    return shlex.join([*parts, "--recipe", recipe_file, "--out", "runs/again"])
 
 
 def _limits(subject: CardSubject, own: Sequence[dict]) -> str:
@@ -322,7 +359,12 @@ def _citations(subject: CardSubject, recipe: dict) -> str:
         methods = recipe.get("cam", {}).get("methods") or {}
         papers = [_PAPERS["cam"], *(METHODS[name][1].paper for name in methods if name in METHODS)]
         papers += [_PAPERS.get(step) for step in _refinements(recipe)]
-    if not subject.is_classifier and subject.needs_code and "segmenter" in recipe and subject.folder != "masks":
+    if (
+        not subject.is_classifier
+        and subject.needs_code
+        and "segmenter" in recipe
+        and not subject.folder.startswith("masks")
+    ):
         papers.append(_PAPERS.get(recipe["segmenter"].get("head", "deeplab_v2")))
     known = dict.fromkeys(paper for paper in papers if paper)
     return "## Citations\n\nPlease cite\n\n" + "".join(f"- {paper}\n" for paper in known) if known else ""
