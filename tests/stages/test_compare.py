@@ -111,13 +111,15 @@ def test_a_cell_of_other_settings_is_refused(plan, finished):
 
 
 def test_whole_runs_are_compared_by_their_segmenters(plan, tmp_path):
-    whole = plan | {"rows": {"plain": {}}, "seeds": [0], "segmenter": True}
+    whole = plan | {"rows": {"rounds": {"self_training.rounds": 2}}, "seeds": [0], "segmenter": True}
     results = compare(whole, tmp_path / "out", quiet=True)
     [row], [cell] = results["rows"], results["cells"]
     last = cell["results"][-1]
     assert last["split"] == "val" and row["segmenter"]["mean_iou"]["values"] == [last["mean_iou"]]
     assert row["segmenter"]["mean_iou"]["sd"] is None
-    assert cell["cost"]["segmenter"]["minutes"] > 0
+    assert set(cell["cost"]) == {"cam", "segmenter", "segmenter-2", "label_seconds_per_image"}
+    parts = [part["minutes"] for part in cell["cost"].values() if isinstance(part, dict)]
+    assert row["cost"]["minutes"] == pytest.approx(sum(parts)) and min(parts) > 0
     masks = [np.array(Image.open(path)) for path in (tmp_path / "out").rglob("examples/*.png")]
     assert len(masks) == 3 and all(mask.shape == (48, 48) for mask in masks)
     assert "segmenter, mean IoU" in (tmp_path / "out" / "comparison.md").read_text()

@@ -92,7 +92,7 @@ def _cost(costs: list[dict]) -> dict:
         known = [value for value in values if value is not None]
         return float(np.mean(known)) if known else None
 
-    trainings = [[cost[name] for name in ("cam", "refiner", "segmenter") if cost.get(name)] for cost in costs]
+    trainings = [[part for part in cost.values() if isinstance(part, dict) and part] for cost in costs]
     return {
         "seconds_per_step": mean([cost["cam"].get("seconds_per_step") for cost in costs]),
         "minutes": mean([sum(part["minutes"] for part in parts) if parts else None for parts in trainings]),

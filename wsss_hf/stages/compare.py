@@ -267,9 +267,9 @@ def run_cell(cell: Cell, hub_kwargs: dict, quiet: bool) -> dict:
     maps = maps_row("maps", labeler, data, cell.recipe, quiet)
     seconds = time.perf_counter() - started
     cost = {
-        stage: training_cost(folder / stage, cell.recipe[stage]["train"], len(data["train"]))
-        for stage in ("cam", "refiner", "segmenter")
-        if (folder / stage).is_dir()
+        name: training_cost(folder / name, cell.recipe[name.partition("-")[0]]["train"], len(data["train"]))
+        for name in ("cam", "refiner", *_segmenters(cell))
+        if (folder / name).is_dir()
     }
     if "num_images" in maps:
         cost["label_seconds_per_image"] = seconds / maps["num_images"]
@@ -281,6 +281,12 @@ def run_cell(cell: Cell, hub_kwargs: dict, quiet: bool) -> dict:
     record["device"] = _device_name()
     write_atomically(folder / _CELL_FILE, json.dumps(record, indent=1))
     return record
+
+
+def _segmenters(cell: Cell) -> list[str]:
+    """The folders of a cell's segmenters, one per round."""
+    rounds = cell.recipe["self_training"]["rounds"] if cell.segmenter else 0
+    return ["segmenter", *(f"segmenter-{number}" for number in range(2, rounds + 1))][:rounds]
 
 
 def _borrow_cam(cell: Cell) -> None:
@@ -370,7 +376,7 @@ def _save_examples(cell: Cell, data: DatasetDict, labeler: Path, masks: dict) ->
         for labelled in label_images(model, processor, rows, masks):
             save_mask_png(folder / "examples" / f"{labelled.index}.png", labelled.pseudo_mask)
         return
-    model, processor = load_segmenter(str(folder / "segmenter"), device)
+    model, processor = load_segmenter(str(folder / _segmenters(cell)[-1]), device)
     for segmented in segment_images(model, processor, rows, cell.recipe["evaluation"]):
         save_mask_png(folder / "examples" / f"{segmented.index}.png", segmented.labels)
 
