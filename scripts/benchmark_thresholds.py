@@ -37,17 +37,17 @@ def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:
 def measure(model, processor, rows, settings: dict, steps: dict[str, list], confidence: bool) -> list[dict]:
     """One row per entry of `steps`, refinement that leaves the background score as it is."""
     names = class_names(rows)
-    found = auto_threshold(model, processor, rows, settings)
+    found = {name: auto_threshold(model, processor, rows, settings | {"refine": steps[name]}) for name in steps}
     curves = {name: ThresholdCurve(["background", *names], (0.0, *THRESHOLDS)) for name in steps}
     areas = {name: [] for name in steps}
     masks = undecoded(rows.select_columns(["image_id", "mask"]))
-    plain = settings | {"background_threshold": found, "refine": []}
+    plain = settings | {"background_threshold": 0.5, "refine": []}
     for labelled in label_images(model, processor, rows, plain):
         if not len(labelled.classes):
             continue
         truth = decode_mask(masks[labelled.index]["mask"], masks[labelled.index]["image_id"])
-        scores = add_background(torch.from_numpy(labelled.maps)[None], found)[0]
         for name, chain in steps.items():
+            scores = add_background(torch.from_numpy(labelled.maps)[None], found[name])[0]
             refined = build_refiner(chain)(scores, np.asarray(labelled.image))
             maps = np.zeros((len(names), *truth.shape), dtype=np.float32)
             maps[labelled.classes] = refined[1:].clamp(0, 1)
@@ -63,8 +63,12 @@ def measure(model, processor, rows, settings: dict, steps: dict[str, list], conf
     for name, curve in curves.items():
         points = curve.compute()
         means, (best, best_mean) = dict(points["curve"]), points["best"]
-        result = {"maps": name, "auto": found, "at auto": means[found], "best": best, "at best": best_mean}
-        result |= {"ratio": means[found] / best_mean, "0.4": means[0.4] / best_mean, "0.5": means[0.5] / best_mean}
+        result = {"maps": name, "auto": found[name], "at auto": means[found[name]], "best": best, "at best": best_mean}
+        result |= {
+            "ratio": means[found[name]] / best_mean,
+            "0.4": means[0.4] / best_mean,
+            "0.5": means[0.5] / best_mean,
+        }
         if confidence:
             right, relative, absolute = (np.concatenate(parts) for parts in zip(*areas[name], strict=True))
             result |= {"confidence": area_under_curve(relative, right), "margin": area_under_curve(absolute, right)}

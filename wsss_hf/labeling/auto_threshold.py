@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -13,78 +14,64 @@ from ..data.batches import batches_by_size
 from ..models.methods import all_reduce_sum
 from ..models.modeling_cam import CamClassifier
 from .localization import localize
+from .refine import Chain, Note, build_refiner
 
 AUTO = "auto"
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))  # 0.05 to 0.95
+_USUAL_AREA = 0.2  # share of a photograph that its tagged objects cover, roughly
+_PRIOR_WEIGHT = 0.03  # of the squared log ratio to it; a mask e times too large or small costs this much kappa
+_KEPT_AREA = 0.75  # share of a mask that is left when refinement has taken its halo away
 _LONGEST_SIDE = 96  # pixels of the maps that are compared: they are smooth, and this keeps it quick
 _SECOND_SCALE = 1.25  # of the second view, where the recipe has one scale only
 
 
-def view_histogram(first: Tensor, second: Tensor) -> Tensor:
-    """How the pixels of one image spread over pairs of map values: all that `choose_threshold` needs of it.
+def view_statistics(first: Tensor, second: Tensor) -> Tensor:
+    """How well two views of one image agree about its objects, at every one of `THRESHOLDS`.
 
     Args:
         first, second: (K, H, W) maps in [0, 1] of the image's tagged classes, seen at two sizes; K >= 1.
 
     Returns:
-        (20, 20) float32 shares of the pixels that sum to 1: entry (i, j) has its highest value in interval i in the
-        first view and in interval j in the second; interval i is (i / 20, (i + 1) / 20].
+        (2, 19) float32: Cohen's kappa between the views' object masks, the agreement beyond what two masks of these
+        areas have by chance (1 is the same mask, 0 is chance; 0 also where both are empty or full), and the mean area
+        of the two masks in [0, 1].
     """
     limits = first.new_tensor(THRESHOLDS)
-    cells = [torch.bucketize(maps.amax(dim=0).flatten(), limits) for maps in (first, second)]
-    count = len(THRESHOLDS) + 1
-    pairs = torch.bincount(cells[0] * count + cells[1], minlength=count**2)
-    return pairs.view(count, count) / pairs.sum()
+    above = [maps.amax(dim=0).flatten() > limits[:, None] for maps in (first, second)]
+    areas = [mask.float().mean(dim=1) for mask in above]
+    agreed = (above[0] == above[1]).float().mean(dim=1)
+    chance = areas[0] * areas[1] + (1 - areas[0]) * (1 - areas[1])
+    kappa = torch.where(chance < 1, (agreed - chance) / (1 - chance).clamp(min=1e-6), 0)
+    return torch.stack([kappa, (areas[0] + areas[1]) / 2])
 
 
-def view_agreement(histogram: Tensor) -> Tensor:
-    """Cohen's kappa between the two views' object masks at every one of `THRESHOLDS`.
-
-    Kappa is the agreement beyond what two masks of these areas have by chance: 1 is the same mask, 0 is chance. Plain
-    agreement, or the IoU of the two masks, would favour masks of nothing or of everything.
-
-    Args:
-        histogram: (20, 20), a sum or mean of `view_histogram`.
-
-    Returns:
-        (19,) float64; 0 where both masks are empty or full.
-    """
-    shares = histogram.double() / histogram.sum()
-    # above[i, j]: share of the pixels above threshold i in the first view and above threshold j in the second
-    above = shares.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1)
-    both, first, second = above.diagonal()[1:], above[1:, 0], above[0, 1:]
-    chance = first * second + (1 - first) * (1 - second)
-    agreed = 1 - first - second + 2 * both
-    return torch.where(chance < 1, (agreed - chance) / (1 - chance).clamp(min=1e-12), 0)
-
-
-def otsu_threshold(histogram: Tensor) -> float:
-    """The one of `THRESHOLDS` that splits the map values of both views into the two most distant groups (Otsu, 1979).
-
-    Args:
-        histogram: (20, 20), a sum or mean of `view_histogram`.
-    """
-    values = (histogram.sum(0) + histogram.sum(1)).double() / (2 * histogram.sum())
-    centres = (torch.arange(len(values), dtype=values.dtype, device=values.device) + 0.5) / len(values)
-    below = values.cumsum(0)[:-1]
-    mean_below, mean = (values * centres).cumsum(0)[:-1], (values * centres).sum()
-    between = (mean * below - mean_below).square() / (below * (1 - below)).clamp(min=1e-12)
-    return THRESHOLDS[int(between.argmax())]
-
-
-def choose_threshold(histogram: Tensor) -> float:
-    """The background threshold in [0.05, 0.95] at which two views agree best.
+def choose_threshold(statistics: Tensor) -> float:
+    """The background threshold in [0.05, 0.95] at which the two views of an image agree best.
 
     Above a good threshold the masks shrink to peaks that wander with the size of the image; below it they take in a
-    halo that no view locates in the same way. Far below, where a map has its zeros, views may agree again about next
-    to nothing: so Otsu's threshold of the same values is the lowest one considered.
+    halo that no view locates in the same way. Agreement image by image is flat around its top, and for narrow maps up
+    to their peaks; there a weak prior decides, that the objects cover about a fifth of the image.
 
     Args:
-        histogram: (20, 20), a sum or mean of `view_histogram` over images.
+        statistics: (2, 19), the mean of `view_statistics` over images.
     """
-    agreement = view_agreement(histogram)
-    lowest = THRESHOLDS.index(otsu_threshold(histogram))
-    return THRESHOLDS[lowest + int(agreement[lowest:].argmax())]
+    kappa, area = statistics
+    excess = (area.clamp(min=1e-6) / _USUAL_AREA).log()
+    return THRESHOLDS[int((kappa - _PRIOR_WEIGHT * excess.square()).argmax())]
+
+
+def refined_threshold(statistics: Tensor, areas: Tensor) -> float:
+    """The background threshold for refined maps: where they keep three quarters of the plain masks' area.
+
+    Refinement changes what values maps have, and draws both views to the same borders, so that their agreement says
+    little; but it makes objects of coarse masks, and these are larger than the objects by their halo.
+
+    Args:
+        statistics: (2, 19), the mean of `view_statistics` over images, before refinement.
+        areas: (19,), the mean area of the refined masks at every one of `THRESHOLDS`.
+    """
+    wanted = _KEPT_AREA * statistics[1, THRESHOLDS.index(choose_threshold(statistics))]
+    return THRESHOLDS[int((areas - wanted).abs().argmin())]
 
 
 def auto_threshold(
@@ -93,8 +80,9 @@ def auto_threshold(
     """The background threshold for the maps of `rows`, found without any mask.
 
     Looks at `num_images` tagged images, evenly spaced, at the smallest and the largest of the recipe's scales (where
-    it has one only, at that and at 1.25 times it). The processes of torch.distributed share the images and get one
-    number.
+    it has one only, at that and at 1.25 times it). Where the recipe begins with steps of refinement that work channel
+    by channel (PAMR), the threshold is that of the maps after them. The processes of torch.distributed share the
+    images and get one number.
 
     Args:
         model: in eval mode, on the device to work on.
@@ -113,17 +101,24 @@ def auto_threshold(
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     low, high = min(settings["scales"]), max(settings["scales"])
     scales = (low, high if high > low else _SECOND_SCALE * low)
-    histogram = torch.zeros(len(THRESHOLDS) + 1, len(THRESHOLDS) + 1, device=model.device)
+    refine = Chain(itertools.takewhile(lambda step: step.by_channel, build_refiner(settings["refine"]).refiners))
+    total = torch.zeros(3, len(THRESHOLDS), device=model.device)
     for batch in batches_by_size(rows.select(chosen[rank::world]), processor, settings["batch_size"]):
-        reduction = min(1.0, _LONGEST_SIDE / max(batch.size))
+        # Maps are smooth; refined ones are not, and how far refinement reaches is counted in pixels.
+        reduction = 1.0 if refine.refiners else min(1.0, _LONGEST_SIDE / max(batch.size))
         size = tuple(max(1, round(side * reduction)) for side in batch.size)
         pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
         counts = [int(count) for count in batch.tags.sum(dim=1)]
         views = [
             localize(model, pixel_values, tags, size, (scale,), settings["flip"])[0].split(counts) for scale in scales
         ]
-        histogram += sum(view_histogram(first, second) for first, second in zip(*views, strict=True))
-    return choose_threshold(all_reduce_sum(histogram).cpu())
+        both = [torch.cat(pair) for pair in zip(*views, strict=True)]
+        total[:2] += sum(view_statistics(*maps.chunk(2)) for maps in both)
+        if refine.refiners:
+            refined = refine.batch(both, [np.asarray(image) for image in batch.images], [Note() for _ in both])
+            total[2] += sum(view_statistics(*maps.chunk(2))[1] for maps in refined)
+    statistics, areas = (all_reduce_sum(total).cpu() / len(chosen)).split([2, 1])
+    return refined_threshold(statistics, areas[0]) if refine.refiners else choose_threshold(statistics)
 
 
 def with_threshold(model: CamClassifier, processor: Callable, rows: Dataset, settings: dict) -> dict:

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -43,7 +44,14 @@ class Note:
 
 
 class Refiner(ABC):
-    """Turns scores into better scores with the help of the image."""
+    """Turns scores into better scores with the help of the image.
+
+    Attributes:
+        by_channel: channels do not influence each other, and one that is the same everywhere stays as it is: so the
+            background score can be chosen after this refiner.
+    """
+
+    by_channel = False
 
     def __call__(self, scores: Tensor, image: np.ndarray, note: Note | None = None) -> Tensor:
         """(K+1, H, W) float scores in [0, 1] and (H, W, 3) uint8 image → (K+1, H, W) float32 scores in [0, 1].
@@ -108,6 +116,7 @@ class Chain(Refiner):
 class Pamr(Refiner):
     """Pixel-adaptive refinement on the device of the scores, see `models.pamr`."""
 
+    by_channel: ClassVar[bool] = True
     iterations: int = 10
     dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 24])
 

@@ -1,0 +1,243 @@
+"""From maps to masks against what others do, side by side in one run, image by image on the same inputs.
+
+- localisation: `localize` against the plain loop over images, scales and mirror images with all maps at image size;
+- dense CRF: `dense_crf` against pydensecrf2 called with the channels of all classes of the data;
+- closed-form matting: `closed_form_alphas` against pymatting's `estimate_alpha_cf`, per class.
+
+Scores, tags and trimaps are made from true masks, for measuring only. The images are the embedded ones, or photographs
+in the layout of a VOC devkit. Without --cam the classifier is an untrained one for the classes of the data.
+
+    python scripts/benchmark_labeling.py
+    python scripts/benchmark_labeling.py --root VOCdevkit/VOC2012 --cam runs/voc/cam
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from pymatting import estimate_alpha_cf
+from scipy import ndimage
+from torch.nn import functional as F
+
+from wsss_hf.data.batches import batches_by_size
+from wsss_hf.data.sources import load_data
+from wsss_hf.data.tagged import class_names, decode_image, decode_mask, tagged_features, undecoded
+from wsss_hf.data.voc import VOC_CLASSES
+from wsss_hf.labeling.crf import dense_crf, require_densecrf
+from wsss_hf.labeling.localization import localize
+from wsss_hf.labeling.matting import closed_form_alphas
+from wsss_hf.labeling.prediction import resize_images
+from wsss_hf.labeling.pseudo_masks import load_labeler
+from wsss_hf.labeling.trimap import BACKGROUND, FOREGROUND, UNKNOWN
+from wsss_hf.models.configuration_cam import CamConfig
+from wsss_hf.models.image_processing_wsss import WsssImageProcessor
+from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.training.recipes import load_recipe
+
+SCALES = (0.75, 1.0, 1.25)
+
+
+def timed(function: Callable) -> tuple[float, object]:
+    """Seconds that a call takes, and its result."""
+    start = time.perf_counter()
+    result = function()
+    return time.perf_counter() - start, result
+
+
+def load_pairs(root: str | None, every: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[str]]:
+    """RGB images (H, W, 3) with their masks, and the names of the classes."""
+    if root is None:
+        rows = undecoded(load_data("toy", toy={"num_train": 1, "num_val": 40, "image_size": 96})["val"])
+        found, names = [(row["image"], row["mask"], row["image_id"]) for row in rows], class_names(rows)
+    else:
+        masks = sorted((Path(root) / "SegmentationClassAug").glob("*.png"))
+        if not masks:
+            sys.exit(f"{root}: no SegmentationClassAug/*.png there; the folder VOCdevkit/VOC2012 would be right")
+        photographs = [Path(root) / "JPEGImages" / f"{path.stem}.jpg" for path in masks]
+        found = [({"path": str(a)}, {"path": str(b)}, b.stem) for a, b in zip(photographs, masks, strict=True)]
+        names = list(VOC_CLASSES)
+    return [(np.asarray(decode_image(a, name)), decode_mask(b, name)) for a, b, name in found[::every]], names
+
+
+def tagged_rows(pairs: list[tuple[np.ndarray, np.ndarray]], names: list[str]) -> Dataset:
+    columns = {
+        "image_id": [str(i) for i in range(len(pairs))],
+        "image": [Image.fromarray(image) for image, _ in pairs],
+        "tags": [(np.setdiff1d(mask, [0, 255]) - 1).tolist() for _, mask in pairs],
+    }
+    return Dataset.from_dict(columns, features=tagged_features(names))
+
+
+def untrained_classifier(names: list[str]) -> tuple[CamClassifier, WsssImageProcessor]:
+    recipe = load_recipe("toy")
+    torch.manual_seed(0)
+    config = CamConfig(backbone_config=recipe["cam"]["backbone_config"], id2label=dict(enumerate(names)))
+    return CamClassifier(config).eval(), WsssImageProcessor(size={"shortest_edge": 224, "longest_edge": 448})
+
+
+@torch.inference_mode()
+def localize_plainly(model, pixel_values: torch.Tensor, tags: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(N, H, W) maps of one image's tagged classes; every view on its own, all maps at image size."""
+    total = 0
+    for scale in SCALES:
+        scaled = pixel_values if scale == 1 else resize_images(pixel_values, scale)
+        for mirrored in (False, True):
+            maps = model(scaled.flip(-1) if mirrored else scaled).maps
+            maps = F.interpolate((maps.flip(-1) if mirrored else maps).relu(), size=size, mode="bilinear")
+            total = total + maps / (maps.amax(dim=(2, 3), keepdim=True) + 1e-5)
+    return (total / (total.amax(dim=(2, 3), keepdim=True) + 1e-5))[0][tags[0].bool()]
+
+
+def compare_localization(rows: Dataset, model, processor, batch_size: int) -> None:
+    ours = theirs = difference = 0.0
+    for batch in batches_by_size(rows, processor, batch_size):
+        seconds, (found, _) = timed(
+            lambda batch=batch: localize(model, batch.pixel_values, batch.tags, batch.size, SCALES)
+        )
+        ours += seconds
+        parts = found.split([int(count) for count in batch.tags.sum(dim=1)])
+        for i, part in enumerate(parts):
+            one = batch.pixel_values[i : i + 1], batch.tags[i : i + 1], batch.size
+            seconds, wanted = timed(lambda one=one: localize_plainly(model, *one))
+            theirs += seconds
+            difference = max(difference, float((part - wanted).abs().max()) if len(part) else 0.0)
+    print(
+        f"localisation: plain loop {len(rows) / theirs:.2f} images/s, batched {len(rows) / ours:.2f} images/s, "
+        f"ratio {theirs / ours:.2f}, largest difference {difference:.1e}",
+        flush=True,
+    )
+
+
+def blurred_scores(mask: np.ndarray, threshold: float = 0.4) -> tuple[np.ndarray, np.ndarray]:
+    """(K+1, H, W) scores, blurred and shifted masks as a CAM would be, and the labels of the channels."""
+    labels = np.setdiff1d(mask, [0, 255])
+    width = max(mask.shape) / 30
+    maps = [ndimage.gaussian_filter(ndimage.shift((mask == c) * 1.0, (width / 2, -width / 2)), width) for c in labels]
+    scores = [np.full(mask.shape, threshold), *(one / (one.max() + 1e-5) for one in maps)]
+    return np.stack(scores).astype(np.float32), np.r_[0, labels]
+
+
+def crf_of_all_classes(scores: np.ndarray, image: np.ndarray) -> np.ndarray:
+    """Labels (H, W) as pydensecrf2's examples make them."""
+    from pydensecrf.utils import unary_from_softmax
+
+    count, height, width = scores.shape
+    crf = require_densecrf().DenseCRF2D(width, height, count)
+    crf.setUnaryEnergy(unary_from_softmax(scores / scores.sum(axis=0)))
+    crf.addPairwiseGaussian(sxy=3, compat=3)
+    crf.addPairwiseBilateral(sxy=80, srgb=13, rgbim=image.copy(), compat=10)
+    return np.argmax(crf.inference(10), axis=0).reshape(height, width)
+
+
+def compare_crf(pairs: list[tuple[np.ndarray, np.ndarray]], num_labels: int) -> None:
+    ours = theirs = 0.0
+    agreement = []
+    for image, mask in pairs:
+        scores, labels = blurred_scores(mask)
+        everything = np.zeros((num_labels, *mask.shape), dtype=np.float32)
+        everything[labels] = scores
+        seconds, found = timed(lambda scores=scores, image=image: dense_crf(scores, image).argmax(axis=0))
+        ours += seconds
+        seconds, wanted = timed(lambda scores=everything, image=image: crf_of_all_classes(scores, image))
+        theirs += seconds
+        agreement.append((labels[found] == wanted).mean())
+    print(
+        f"dense CRF: {num_labels} channels {theirs / len(pairs):.2f} s, those present {ours / len(pairs):.2f} s, "
+        f"ratio {theirs / ours:.2f}, same labels {100 * np.mean(agreement):.2f} % "
+        f"(least {100 * min(agreement):.2f} %)",
+        flush=True,
+    )
+
+
+def measured_trimaps(mask: np.ndarray, band: int) -> np.ndarray:
+    """(K, H, W) trimaps of the classes that keep a certain foreground; `band` pixels unknown on either side."""
+    made = []
+    for value in np.setdiff1d(mask, [0, 255]):
+        inside = ndimage.distance_transform_edt(mask == value)
+        outside = ndimage.distance_transform_edt((mask != value) & (mask != 255))
+        trimap = np.full(mask.shape, UNKNOWN, dtype=np.uint8)
+        trimap[inside > band] = FOREGROUND
+        trimap[outside > band] = BACKGROUND
+        if (inside > band).any() and (outside > band).any():
+            made.append(trimap)
+    return np.array(made, dtype=np.uint8).reshape(-1, *mask.shape)
+
+
+def compare_mattes(image: np.ndarray, trimaps: np.ndarray) -> list[dict]:
+    """One row per class: seconds of both and the mean absolute difference of their alphas."""
+    seconds, ours = timed(lambda: closed_form_alphas(image, trimaps))
+    rows = []
+    for alpha, trimap in zip(ours, trimaps, strict=True):
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints performance warnings
+            their_seconds, theirs = timed(lambda trimap=trimap: estimate_alpha_cf(image / 255, trimap / 255))
+        difference = np.full(trimap.shape, np.nan) if alpha is None else np.abs(alpha - theirs)
+        rows.append(
+            {
+                "ours": seconds / len(trimaps),
+                "theirs": their_seconds,
+                "difference": difference.mean(),
+                "unknown": difference[trimap == UNKNOWN].mean(),
+            }
+        )
+    return rows
+
+
+def compare_matting(pairs: list[tuple[np.ndarray, np.ndarray]], bands: list[int]) -> None:
+    # What is loaded at the first call does not count.
+    warm_up = np.repeat(np.array([0, 128, 255], dtype=np.uint8), 3).reshape(1, 3, 3).repeat(3, axis=1)
+    compare_mattes(np.zeros((*warm_up.shape[1:], 3), dtype=np.uint8), warm_up)
+    for band in bands:
+        rows = []
+        for image, mask in pairs:
+            trimaps = measured_trimaps(mask, band)
+            rows += compare_mattes(image, trimaps) if len(trimaps) else []
+        if not rows:
+            print(f"matting: no object is wider than {2 * band} pixels")
+            continue
+        column = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        print(
+            f"matting, {band} pixels unknown on either side, {len(rows)} classes: pymatting "
+            f"{column['theirs'].mean():.2f} s, ours {column['ours'].mean():.2f} s per class, ratio "
+            f"{column['theirs'].sum() / column['ours'].sum():.1f} "
+            f"(least {(column['theirs'] / column['ours']).min():.1f}), alpha differs by "
+            f"{column['difference'].mean():.4f} (most {column['difference'].max():.4f}), where unknown by "
+            f"{column['unknown'].mean():.4f} (most {column['unknown'].max():.4f})",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", help="VOC2012 folder of a devkit; without it the embedded data")
+    parser.add_argument("--cam", help="classifier for the localisation")
+    parser.add_argument("--bands", type=int, nargs="+", default=[8, 20], help="unknown pixels on either side")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th image only")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--parts", nargs="+", choices=("localization", "crf", "matting"), default=None)
+    arguments = parser.parse_args()
+    parts = arguments.parts or ["localization", "crf", "matting"]
+    torch.set_num_threads(1)
+    pairs, names = load_pairs(arguments.root, arguments.every)
+    if "localization" in parts:
+        model, processor = load_labeler(arguments.cam, "cpu") if arguments.cam else untrained_classifier(names)
+        if list(model.config.id2label.values()) != names:
+            sys.exit(f"--cam {arguments.cam}: it knows other classes than the data, {', '.join(names)}")
+        compare_localization(tagged_rows(pairs, names), model, processor, arguments.batch_size)
+    if "crf" in parts:
+        compare_crf(pairs, max(21, len(names) + 1))
+    if "matting" in parts:
+        compare_matting(pairs, arguments.bands)
+
+
+if __name__ == "__main__":
+    main()
