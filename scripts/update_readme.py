@@ -1,4 +1,7 @@
-"""Put the demo's table and picture into the README: python scripts/update_readme.py runs/demo"""
+"""Put the demo's table and picture into the README, its cards into model_cards/.
+
+python scripts/update_readme.py runs/demo
+"""
 
 import argparse
 import json
@@ -8,9 +11,12 @@ from pathlib import Path
 from PIL import Image
 
 from wsss_hf.evaluation.tables import markdown_table
+from wsss_hf.hub.cards import recipe_cards
+from wsss_hf.hub.portable import portable_values
 from wsss_hf.stages.run import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
+CARDS = ROOT / "model_cards"
 TABLE = re.compile(r"(?<=<!-- demo table: )(.*?)(?=<!-- end of demo table -->)", re.DOTALL)
 
 
@@ -23,8 +29,12 @@ def main() -> None:
     text = f"written by `python scripts/update_readme.py` from the demo's results.json -->\n{table}"
     readme = ROOT / "README.md"
     readme.write_text(TABLE.sub(lambda _: text, readme.read_text()))
+    made = portable_values(results)
+    (CARDS / "demo.json").write_text(json.dumps(made, indent=1) + "\n")
+    for folder, card in recipe_cards("demo", made, "apache-2.0", "demo.png").items():
+        card.save(CARDS / f"demo-{folder}.md")
     picture = Image.open(run / "gallery.png").convert("RGB")
-    picture.reduce(2).quantize(256).save(ROOT / "model_cards" / "demo.png", optimize=True)
+    picture.reduce(2).quantize(256).save(CARDS / "demo.png", optimize=True)
 
 
 if __name__ == "__main__":

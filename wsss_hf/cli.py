@@ -25,6 +25,7 @@ from .evaluation.comparison import print_comparison
 from .evaluation.evaluate import evaluate_files
 from .evaluation.tables import print_table
 from .hub.convert import convert_checkpoint
+from .hub.export import export_onnx as run_export_onnx
 from .hub.push import push_dataset, push_model
 from .launch import start_missing_processes
 from .stages.compare import CompareError, read_plan
@@ -441,6 +442,24 @@ def push(
     else:
         pushed = push_model(source, repo_id, private, branch, token, licence, pictures)
     print(f"{pushed.url} {'is now at' if pushed.changed else 'holds all of it already,'} commit {pushed.commit[:12]}")
+
+
+@app.command()
+def export_onnx(
+    model: Annotated[str, typer.Argument(help="A model's folder or Hub id.")],
+    out: Annotated[Path, typer.Option("--to", help="Folder to write; must not hold anything.")],
+    size: Annotated[int | None, typer.Option(help="Only for squares of so many pixels.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Also with its weights as 8-bit integers.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model, if it comes from the Hub.")] = None,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+):
+    """A trained model → ONNX, for any number of images of any size."""
+    hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    given = {key: value for key, value in hub_kwargs.items() if value is not None}
+    print(
+        f"{run_export_onnx(model, out, size, int8, **given)}: {', '.join(path.name for path in sorted(out.iterdir()))}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -96,6 +96,31 @@ def model_card(subject: CardSubject, made: dict) -> ModelCard:
     return ModelCard(_whole(card_data.to_yaml(), sections))
 
 
+def recipe_cards(name: str, made: dict, licence: str | None, picture: str | None) -> dict[str, ModelCard]:
+    """Cards of a run's CAM classifier and segmenter from its results alone, as `model_cards/` holds them.
+
+    Args:
+        name: of the recipe; the models are `name-cam` and `name-segmenter`.
+        made: as for `model_card`.
+        picture: its examples.
+    """
+    names = next(list(row["iou"]) for row in made["results"] if "iou" in row)
+    return {
+        folder: model_card(
+            CardSubject(
+                repo_id=f"your-name/{name}-{folder}",
+                folder=folder,
+                classes=names[1:],
+                is_classifier=folder == "cam",
+                licence=licence,
+                picture=picture,
+            ),
+            made,
+        )
+        for folder in ("cam", "segmenter")
+    }
+
+
 def dataset_card(subject: CardSubject, rows: DatasetDict, made: dict) -> DatasetCard:
     """The card of images with pseudo masks.
 
