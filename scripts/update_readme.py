@@ -8,6 +8,7 @@ import json
 import re
 from pathlib import Path
 
+import yaml
 from PIL import Image
 
 from wsss_hf.evaluation.tables import markdown_table
@@ -31,7 +32,8 @@ def main() -> None:
     readme.write_text(TABLE.sub(lambda _: text, readme.read_text()))
     made = portable_values(results)
     (CARDS / "demo.json").write_text(json.dumps(made, indent=1) + "\n")
-    for folder, card in recipe_cards("demo", made, "apache-2.0", "demo.png").items():
+    (CARDS / "demo.yaml").write_text(yaml.safe_dump(made["recipe"], sort_keys=False))
+    for folder, card in recipe_cards("demo", made, "apache-2.0").items():
         card.save(CARDS / f"demo-{folder}.md")
     picture = Image.open(run / "gallery.png").convert("RGB")
     picture.reduce(2).quantize(256).save(CARDS / "demo.png", optimize=True)

@@ -51,6 +51,7 @@ class CardSubject:
         architecture: model type, as transformers calls it.
         licence: identifier as the Hub knows it.
         picture: file name of the examples in the repository.
+        recipe_file: file name of the resolved recipe there.
     """
 
     repo_id: str
@@ -62,6 +63,7 @@ class CardSubject:
     architecture: str = ""
     licence: str | None = None
     picture: str | None = None
+    recipe_file: str = "recipe.yaml"
 
 
 def model_card(subject: CardSubject, made: dict) -> ModelCard:
@@ -96,13 +98,12 @@ def model_card(subject: CardSubject, made: dict) -> ModelCard:
     return ModelCard(_whole(card_data.to_yaml(), sections))
 
 
-def recipe_cards(name: str, made: dict, licence: str | None, picture: str | None) -> dict[str, ModelCard]:
+def recipe_cards(name: str, made: dict, licence: str) -> dict[str, ModelCard]:
     """Cards of a run's CAM classifier and segmenter from its results alone, as `model_cards/` holds them.
 
     Args:
-        name: of the recipe; the models are `name-cam` and `name-segmenter`.
+        name: the models are `name-cam` and `name-segmenter`, the recipe `name.yaml`, the examples `name.png`.
         made: as for `model_card`.
-        picture: its examples.
     """
     names = next(list(row["iou"]) for row in made["results"] if "iou" in row)
     return {
@@ -113,7 +114,8 @@ def recipe_cards(name: str, made: dict, licence: str | None, picture: str | None
                 classes=names[1:],
                 is_classifier=folder == "cam",
                 licence=licence,
-                picture=picture,
+                picture=f"{name}.png",
+                recipe_file=f"{name}.yaml",
             ),
             made,
         )
@@ -275,7 +277,7 @@ def _results(subject: CardSubject, rows: Sequence[dict], own: Sequence[dict]) ->
         parts += ["IoU per class:", markdown_table(per_class)]
     if subject.picture:
         parts.append(f"![Examples: the image and what was made of it]({subject.picture})")
-    return "\n\n".join(parts)
+    return "\n\n".join(part.strip() for part in parts)
 
 
 def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
@@ -298,7 +300,8 @@ def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
         facts.append("**Versions**: " + ", ".join(f"{key} {value}" for key, value in versions.items()))
     text = "## How it was made\n\n" + "".join(f"- {fact}\n" for fact in facts)
     if made.get("command") and recipe:
-        text += f"\nEvery setting is in `recipe.yaml`. To make it again:\n\n```bash\n{_command(made)}\n```"
+        text += f"\nEvery setting is in `{subject.recipe_file}`. To make it again:\n\n"
+        text += f"```bash\n{_command(made, subject.recipe_file)}\n```"
     return text
 
 
@@ -306,7 +309,7 @@ def _refinements(recipe: dict) -> list[str]:
     return [next(iter(step)) if isinstance(step, dict) else step for step in recipe.get("masks", {}).get("refine", [])]
 
 
-def _command(made: dict) -> str:
+def _command(made: dict, recipe_file: str) -> str:
     data = made.get("data") or {}
     parts = ["wsss", made["command"]]
     if made["command"] != "demo":
@@ -316,7 +319,7 @@ def _command(made: dict) -> str:
             ",".join(f"{ours}={theirs}" for ours, theirs in (data.get("columns") or {}).items()) or None
         )
         parts += [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
-    return shlex.join([*parts, "--recipe", "recipe.yaml", "--out", "runs/again"])
+    return shlex.join([*parts, "--recipe", recipe_file, "--out", "runs/again"])
 
 
 def _limits(subject: CardSubject, own: Sequence[dict]) -> str:
