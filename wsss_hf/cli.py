@@ -26,7 +26,8 @@ from .evaluation.evaluate import evaluate_files
 from .evaluation.tables import print_table
 from .hub.convert import convert_checkpoint
 from .hub.export import export_onnx as run_export_onnx
-from .hub.push import push_dataset, push_model
+from .hub.push import METRICS, Pushed, push_dataset, push_model
+from .hub.push import push_metric as run_push_metric
 from .launch import start_missing_processes
 from .stages.compare import CompareError, read_plan
 from .stages.compare import compare as run_compare
@@ -441,6 +442,21 @@ def push(
         pushed = push_dataset(source, repo_id, private, branch, token, licence)
     else:
         pushed = push_model(source, repo_id, private, branch, token, licence, pictures)
+    _print_pushed(pushed)
+
+
+@app.command()
+def push_metric(
+    name: Annotated[str, typer.Argument(help=" | ".join(METRICS))],
+    repo_id: Annotated[str, typer.Argument(metavar="ID", help="Where to: owner/name, or a name of your own.")],
+    private: Annotated[bool, typer.Option("--private", help="Nobody else may see the new repository.")] = False,
+    token: Token = None,
+):
+    """A metric → the Hub, as a Space that evaluate.load finds."""
+    _print_pushed(run_push_metric(name, repo_id, private, token=token))
+
+
+def _print_pushed(pushed: Pushed) -> None:
     print(f"{pushed.url} {'is now at' if pushed.changed else 'holds all of it already,'} commit {pushed.commit[:12]}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import html
 import json
 import os
 import re
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import yaml
 from datasets import load_from_disk
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, SpaceCardData
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -29,7 +31,7 @@ from transformers import (
     SegformerImageProcessorPil,
 )
 
-from .. import models
+from .. import evaluation, models
 from ..data.tagged import class_names
 from ..models.backbone import from_safetensors
 from ..models.hub_mixins import PortableModelMixin
@@ -39,8 +41,9 @@ from .portable import portable_values
 
 SEGMENTER_FOLDER, MASKS_FOLDER = "segmenter", "masks"  # inside a run's folder
 RESULTS_FILE, GALLERY_FILE, SETTINGS_FILE = "results.json", "gallery.png", "recipe.yaml"
+METRICS = ("mean_iou", "boundary_f")
 SHARD_BYTES = 500 * 2**20  # of a data set's Parquet files
-_KINDS = (".safetensors", ".json", ".yaml", ".md", ".py", ".png", ".parquet")
+_KINDS = (".safetensors", ".json", ".yaml", ".md", ".py", ".png", ".parquet", ".html")
 _OWN_CODE = {path.name for path in Path(models.__file__).parent.glob("*.py")} - {"__init__.py"}
 _BRANCH = re.compile(r"(?!.*(\.\.|//|@\{|\.lock(/|$)))[A-Za-z0-9_][\w./-]*(?<![./])")
 
@@ -141,6 +144,46 @@ def push_dataset(
         subject = CardSubject(repo_id=repo_id, folder=MASKS_FOLDER, classes=class_names(rows), licence=licence)
         dataset_card(subject, rows, made).save(staged / "README.md")
         return push_folder(staged, repo_id, "dataset", "Push pseudo masks", private, revision, token)
+
+
+def push_metric(
+    name: str, repo_id: str, private: bool = False, revision: str | None = None, token: str | None = None
+) -> Pushed:
+    """Publish a metric as a Space, for `evaluate.load("owner/name", class_names=[…])` where wsss_hf is not installed.
+
+    Args:
+        name: one of `METRICS`.
+
+    Raises:
+        HubError: as `push_model`; or there is no such metric.
+    """
+    if name not in METRICS:
+        raise HubError(f"{name}: no such metric; there are {', '.join(METRICS)}")
+    repo_id = _checked_target(repo_id, revision, token)
+    folder = Path(evaluation.__file__).parent
+    script = (folder / f"{name}.py").read_text()
+    title = repo_id.rpartition("/")[2]
+    words = f"{ast.get_docstring(ast.parse(script))}\n\n{_usage_of_metric(repo_id)}"
+    with tempfile.TemporaryDirectory() as staging:
+        staged = Path(staging)
+        (staged / f"{title}.py").write_text(script)  # evaluate looks for a script of the repository's name
+        for sibling in re.findall(r"^from \.(\w+) import", script, re.MULTILINE):
+            (staged / f"{sibling}.py").write_text((folder / f"{sibling}.py").read_text())
+        (staged / "index.html").write_text(f"<!DOCTYPE html>\n<pre>{html.escape(words)}</pre>\n")
+        metadata = SpaceCardData(
+            title=title, sdk="static", license="apache-2.0", tags=["evaluate", "metric", "wsss_hf"]
+        )
+        SpaceCard(f"---\n{metadata.to_yaml()}\n---\n\n# {title}\n\n```text\n{words}\n```\n").save(staged / "README.md")
+        return push_folder(staged, repo_id, "space", f"Push {name}", private, revision, token, space_sdk="static")
+
+
+def _usage_of_metric(repo_id: str) -> str:
+    return (
+        "import evaluate\n\n"
+        f'metric = evaluate.load("{repo_id}", class_names=["background", "cat", "dog"])\n'
+        "metric.add_batch(predictions=label_maps, references=true_label_maps)  # (H, W) integers\n"
+        "print(metric.compute())"
+    )
 
 
 def _checked_target(repo_id: str, revision: str | None, token: str | None) -> str:
