@@ -167,6 +167,20 @@ def test_a_model_pushes_itself_too(hub, run_folder, tmp_path):
     assert needed_code(files) == {name for name in files if name.endswith(".py")}
 
 
+def test_of_several_rounds_the_last_is_pushed(hub, run_folder):
+    for number in (2, 10):
+        save_segmenter(run_folder / f"segmenter-{number}", seed=number)
+    results = json.loads(json.dumps(RESULTS))
+    results["recipe"]["self_training"] = {"rounds": 10}
+    results["results"].append(RESULTS["results"][1] | {"result": "round 10", "of": "segmenter-10", "mean_iou": 0.75})
+    (run_folder / "results.json").write_text(json.dumps(results))
+    push_model(run_folder, "tester/pets")
+    files = hub.files("tester/pets")
+    assert files["model.safetensors"] == (run_folder / "segmenter-10" / "model.safetensors").read_bytes()
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.eval_results[0].metric_value == 0.75 and "10 rounds in all" in card.text
+
+
 # what is refused
 
 

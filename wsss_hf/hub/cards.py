@@ -203,7 +203,11 @@ def _backbone(subject: CardSubject, recipe: dict) -> str | None:
     if section.get("from_cam") and "cam" in recipe:
         section = recipe["cam"]
     config = section.get("backbone_config") or {}
-    return section.get("backbone") or (f"{config['model_type']}, from random weights" if config else None)
+    return (
+        section.get("model")
+        or section.get("backbone")
+        or (f"{config['model_type']}, from random weights" if config else None)
+    )
 
 
 def _eval_results(row: dict, data: dict) -> list[EvalResult]:
@@ -269,7 +273,7 @@ def _results(subject: CardSubject, rows: Sequence[dict], own: Sequence[dict]) ->
         markdown_table(measured, _COLUMNS),
     ]
     if own:
-        kind = "These masks" if subject.folder == "masks" else "This model"
+        kind = "These masks" if subject.folder.startswith("masks") else "This model"
         parts[0] += f" {kind}: {'; '.join(row['result'] for row in own)}."
     names = list(own[0].get("iou", {})) if own else []
     per_class = [{"class": name} | {row["result"]: row["iou"].get(name) for row in own} for name in names]
@@ -292,6 +296,11 @@ def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
         scales = ", ".join(map(str, recipe["masks"]["scales"]))
         steps = " → ".join(_refinements(recipe)) or "none"
         facts.append(f"**Pseudo masks**: maps at scales {scales}; refinement: {steps}")
+    rounds = recipe.get("self_training", {}).get("rounds", 1)
+    if rounds > 1 and not subject.on_true_masks:
+        facts.append(
+            f"**Self-training**: {rounds} rounds in all, each segmenter labelling the images for the next one"
+        )
     if made.get("minutes") is not None:
         where = (made.get("environment") or {}).get("device")
         facts.append(f"**Cost**: {made['minutes']:.0f} minutes for the whole run" + (f" on {where}" if where else ""))
@@ -350,7 +359,12 @@ def _citations(subject: CardSubject, recipe: dict) -> str:
         methods = recipe.get("cam", {}).get("methods") or {}
         papers = [_PAPERS["cam"], *(METHODS[name][1].paper for name in methods if name in METHODS)]
         papers += [_PAPERS.get(step) for step in _refinements(recipe)]
-    if not subject.is_classifier and subject.needs_code and "segmenter" in recipe and subject.folder != "masks":
+    if (
+        not subject.is_classifier
+        and subject.needs_code
+        and "segmenter" in recipe
+        and not subject.folder.startswith("masks")
+    ):
         papers.append(_PAPERS.get(recipe["segmenter"].get("head", "deeplab_v2")))
     known = dict.fromkeys(paper for paper in papers if paper)
     return "## Citations\n\nPlease cite\n\n" + "".join(f"- {paper}\n" for paper in known) if known else ""

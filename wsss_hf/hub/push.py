@@ -79,8 +79,8 @@ def push_model(
     """Publish a trained model, ready for strangers: weights, configuration, image processor, code, card.
 
     Args:
-        source: a run's folder (its segmenter is meant), or the folder of a model; inside a run's folder it gets the
-            run's figures on its card.
+        source: a run's folder (its last segmenter is meant), or the folder of a model; inside a run's folder it gets
+            the run's figures on its card.
         repo_id: "owner/name", or a name of your own.
         private: nobody else may see a repository that is made now.
         revision: branch to push to, made from main where it does not exist; None is main.
@@ -141,7 +141,7 @@ def push_dataset(
             for index in range(shards):
                 name = f"{split}-{index:05d}-of-{shards:05d}.parquet"
                 part.shard(shards, index, contiguous=True).to_parquet(staged / "data" / name)
-        subject = CardSubject(repo_id=repo_id, folder=MASKS_FOLDER, classes=class_names(rows), licence=licence)
+        subject = CardSubject(repo_id=repo_id, folder=folder.name, classes=class_names(rows), licence=licence)
         dataset_card(subject, rows, made).save(staged / "README.md")
         return push_folder(staged, repo_id, "dataset", "Push pseudo masks", private, revision, token)
 
@@ -203,8 +203,11 @@ def _checked_target(repo_id: str, revision: str | None, token: str | None) -> st
 
 
 def _part_of(source: Path, part: str, mark: str) -> Path:
-    """`source` itself, or its `part`, whichever holds the file `mark`."""
-    for folder in (source, source / part):
+    """`source` itself, or the `part` of its last round, whichever holds the file `mark`."""
+    rounds = {1: source / part} | {
+        int(path.name.rpartition("-")[2]): path for path in source.glob(f"{part}-*") if path.name[-1].isdecimal()
+    }
+    for folder in (source, rounds[max(rounds)]):
         if (folder / mark).is_file():
             return folder.resolve()
     raise HubError(f"{source}: nothing to push; a folder with {mark}, or a run with {part}/, would be right")

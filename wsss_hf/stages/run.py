@@ -100,7 +100,7 @@ def self_train(
         common = {"data_settings": note, "hub_kwargs": hub_kwargs, "quiet": quiet}
         labelled = load_from_disk(str(relabel(data, segmenter, recipe, out / f"masks-{number}", **common)))
         segmenter = train_segmenter(labelled, recipe, out / f"segmenter-{number}", cam=cam, **common)
-        rows.append(masks_row(f"pseudo masks, round {number}", labelled, quiet))
+        rows.append(masks_row(f"pseudo masks, round {number}", labelled, quiet, f"masks-{number}"))
         rows.append(segmenter_row(f"segmenter, round {number}", segmenter, data, recipe, quiet))
     return segmenter, rows
 
@@ -118,9 +118,9 @@ def check_run_folder(out: str | os.PathLike) -> Path:
     return out
 
 
-def masks_row(name: str, labelled: DatasetDict, quiet: bool = False) -> dict:
+def masks_row(name: str, labelled: DatasetDict, quiet: bool = False, folder: str = "masks") -> dict:
     """Results row of the pseudo masks on split "train"; without figures where no row has a true mask."""
-    row = {"result": name, "split": "train", "of": "masks"}
+    row = {"result": name, "split": "train", "of": folder}
     return row | evaluate_masks(labelled["train"], quiet=quiet) if has_masks(labelled, "train") else row
 
 
