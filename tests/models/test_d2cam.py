@@ -16,7 +16,7 @@ class TinyBackbone(nn.Module):
 
 def make_method(num_classes=3, **options):
     torch.manual_seed(0)
-    return D2cam(D2camConfig(embedding_channels=8, **options), TinyBackbone(), num_classes)
+    return D2cam(D2camConfig(**{"embedding_channels": 8, "stages": [-1]} | options), TinyBackbone(), num_classes)
 
 
 def make_step(tags, progress=1.0, seed=1):
@@ -315,3 +315,19 @@ def test_the_map_grows_from_the_certain_pixel_to_the_object():
 def test_config_refuses_bad_values(options, words):
     with pytest.raises(ValueError, match=f"d2cam: .*{words}"):
         D2camConfig(**options)
+
+
+def test_the_head_reads_the_stages_that_are_named():
+    features = (torch.randn(1, 4, 6, 8), torch.randn(1, 6, 3, 4))
+    for stages, read in (([-2], [0]), ([-1], [1]), ([0, 1], [0, 1])):
+        method = make_method(stages=stages)
+        embeddings = method.embeddings(features)
+        assert embeddings.shape == (1, 8, 3, 4)  # the resolution of the maps
+        for stage in (0, 1):
+            changed = [maps.clone() for maps in features]
+            changed[stage] += 1
+            assert torch.equal(method.embeddings(tuple(changed)), embeddings) is (stage not in read)
+    with pytest.raises(ValueError, match="d2cam: stages names stage -3, but this backbone has 2: -2 to 1"):
+        make_method(stages=[-3])
+    with pytest.raises(ValueError, match="d2cam: stages must name one stage"):
+        make_method(stages=[])

@@ -188,6 +188,61 @@ def test_the_maps_of_the_named_method_are_the_maps(build, peak):
     torch.testing.assert_close(scores[:, 1:], normalize_maps(output.maps))
 
 
+def test_methods_wait_for_the_warmup_and_then_count_their_own_progress(build, peak):
+    model = build(peak={}, method_warmup=0.5).train()
+    for progress in (0.0, 0.49):
+        model.progress = progress
+        output = model(*batch())
+        assert set(output.losses) == {"classification"}
+    output.loss.backward()  # distributed training refuses parameters without a gradient
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.methods["peak"].parameters())
+
+    for progress, counted in ((0.5, 0.0), (0.75, 0.5), (1.0, 1.0)):
+        model.progress = progress
+        assert set(model(*batch()).losses) == {"classification", "peak"}
+        assert model.methods["peak"].seen[-1].progress == pytest.approx(counted)
+
+    with pytest.raises(ValueError, match=r"method_warmup=1: a share of the training in \[0, 1\)"):
+        build(peak={}, method_warmup=1)
+
+
+def test_drs_suppresses_nothing_in_the_warmup_but_always_at_inference(build):
+    pixels, tags = batch()
+    model, plain = build(drs={"layers": ["*"]}, method_warmup=0.5), build()
+    weights = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("methods.")}
+    plain.load_state_dict(weights)
+    suppressed = model(pixels).cams
+    assert not torch.allclose(suppressed, plain(pixels).cams)
+
+    model.train(), plain.train()
+    for progress, same in ((0.1, True), (0.6, False)):
+        model.progress = progress
+        assert torch.allclose(model(pixels, tags).cams, plain(pixels, tags).cams) is same
+    model.load_state_dict(weights, strict=False)
+    model.progress = 0.1
+    torch.testing.assert_close(model.eval()(pixels).cams, suppressed)
+
+
+def test_another_view_leaves_the_running_statistics_alone(build, peak):
+    model = build(peak={}).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model.classify_view(batch()[0])
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    model.classify(batch()[0])
+    assert not all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_a_method_can_ask_for_the_maps_of_another(build, peak):
+    model = build(peak={}, seam={}).train()
+    pixels, tags = batch()
+    model(pixels, tags)
+    step = model.methods["peak"].seen[-1]
+    features, cams = model.classify(pixels / 2)
+    assert step.localize("cam", pixels / 2, features, cams) is cams
+    expected = model.methods["seam"].refine(pixels / 2, features, cams)[:, 1:]
+    torch.testing.assert_close(step.localize("seam", pixels / 2, features, cams), expected)
+
+
 def test_the_maps_are_the_cams_unless_a_method_is_named(build, peak):
     output = build(peak={})(batch()[0])
     assert torch.equal(output.maps, output.cams)
@@ -198,9 +253,11 @@ def test_maps_of_a_method_that_is_off_are_refused(resnet_config):
         CamConfig(backbone_config=resnet_config, maps="icd", drs={})
 
 
-def test_maps_of_a_method_that_has_none_are_refused(build):
-    with pytest.raises(ValueError, match="maps='drs'"):
-        build(drs={}, maps="drs")(batch()[0])
+def test_maps_of_a_method_that_has_none_are_refused(resnet_config):
+    with pytest.raises(ValueError, match=r"maps='drs': 'cam' or a method that is on and has maps \(none is\)"):
+        CamConfig(backbone_config=resnet_config, maps="drs", drs={})
+    with pytest.raises(ValueError, match=r"plda.maps='seam': 'cam' or a method that is on and has maps \(d2cam\)"):
+        CamConfig(backbone_config=resnet_config, plda={"maps": "seam"}, d2cam={})
 
 
 def test_the_options_of_a_registered_method_come_back(build, peak, tmp_path):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from wsss_hf.models import plda as plda_module
 from wsss_hf.models.methods import TrainingStep
 from wsss_hf.models.pamr import pamr
 from wsss_hf.models.plda import (
@@ -280,3 +281,23 @@ def test_losses_are_float32_and_finite_in_autocast(network, plda):
 def test_bad_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         PldaConfig(**options)
+
+
+def test_source_and_target_come_from_the_maps_that_are_named(network, plda, monkeypatch):
+    step = make_step(network)
+    asked = []
+
+    def localize(name, pixel_values, features, cams):
+        asked.append((name, pixel_values))
+        return -cams
+
+    step.localize = localize
+    plda.config = PldaConfig(maps="seam", hidden=[12, 10], pamr_iterations=1, pamr_dilations=[1])
+    seen = []
+    monkeypatch.setattr(
+        plda_module, "source_pixels", lambda maps, *rest: seen.append(maps) or source_pixels(maps, *rest)
+    )
+    plda.losses(step)
+    assert [name for name, _ in asked] == ["seam", "seam"]
+    assert asked[0][1] is step.pixel_values and torch.equal(asked[1][1], network.calls[-1][0])
+    torch.testing.assert_close(seen[0], -step.cams)
