@@ -8,7 +8,7 @@ the prototype of a class is the map.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ class D2camConfig:
     """Hyper-parameters of D2CAM.
 
     Attributes:
-        stages: backbone stages that the projection head reads (negative ones count from the last).
+        stages: backbone stages that the projection head reads (negative ones count from the last); None takes the last
+            two, or the one there is.
         embedding_channels: length of a pixel's unit vector.
         foreground_threshold: a normalised CAM above it is certain foreground of its class.
         background_threshold: where all normalised CAMs are below it is certain background.
@@ -36,7 +37,7 @@ class D2camConfig:
         exclusivity_weight: weight of the exclusivity constraint.
     """
 
-    stages: list[int] = field(default_factory=lambda: [-2, -1])
+    stages: list[int] | None = None
     embedding_channels: int = 128
     foreground_threshold: float = 0.7
     background_threshold: float = 0.2
@@ -49,7 +50,7 @@ class D2camConfig:
     exclusivity_weight: float = 0.1
 
     def __post_init__(self):
-        if not self.stages:
+        if self.stages is not None and not self.stages:
             raise ValueError("d2cam: stages must name one stage of the backbone or more.")
         if self.embedding_channels < 1:
             raise ValueError(f"d2cam: embedding_channels must be at least 1, but is {self.embedding_channels}.")
@@ -221,14 +222,15 @@ class D2cam(Method):
     def __init__(self, config: D2camConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
         depth = len(backbone.channels)
-        for stage in config.stages:
+        self.stages = config.stages or [-2, -1][-depth:]
+        for stage in self.stages:
             if not -depth <= stage < depth:
                 raise ValueError(
                     f"d2cam: stages names stage {stage}, but this backbone has {depth}: "
                     f"{-depth} to {depth - 1} would be right"
                 )
         size = config.embedding_channels
-        channels = sum(backbone.channels[stage] for stage in config.stages)
+        channels = sum(backbone.channels[stage] for stage in self.stages)
         self.head = nn.Sequential(nn.Conv2d(channels, size, 1), nn.ReLU(), nn.Conv2d(size, size, 1))
         self.register_buffer("prototypes", torch.empty(num_classes, size))
         self.register_buffer("seen", torch.empty(num_classes, dtype=torch.bool))
