@@ -57,11 +57,17 @@ app = typer.Typer(
 Source = Annotated[
     str,
     typer.Option(
-        "--data", help="toy | voc | a folder of tagged images | a saved data set | a Hub id.", rich_help_panel="Data"
+        "--data",
+        help="toy | voc | coco | a folder of tagged images | a saved data set | a Hub id.",
+        rich_help_panel="Data",
     ),
 ]
 Root = Annotated[
-    Path | None, typer.Option(help="The VOC2012 folder of a devkit, for --data voc.", rich_help_panel="Data")
+    Path | None,
+    typer.Option(
+        help="For --data voc, the VOC2012 folder of a devkit; for --data coco, the one above train2017.",
+        rich_help_panel="Data",
+    ),
 ]
 Classes = Annotated[
     str | None, typer.Option(help="Class names a,b,c: restrict to these, in this order.", rich_help_panel="Data")
@@ -75,7 +81,9 @@ Revision = Annotated[str | None, typer.Option(help="Revision of what comes from 
 Token = Annotated[
     str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN", show_envvar=True, rich_help_panel="Data")
 ]
-CacheDir = Annotated[Path | None, typer.Option(help="Where Hub downloads are kept.", rich_help_panel="Data")]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="Where Hub downloads and COCO's masks are kept.", rich_help_panel="Data")
+]
 RecipeName = Annotated[
     str | None,
     typer.Option(
@@ -124,6 +132,7 @@ def _load_inputs(
     backbone: BackboneName = None,
     seed: Seed = None,
     masks: str = "evaluation",
+    quiet: bool = False,
 ) -> Inputs:
     resolved = load_recipe(recipe or ("toy" if source == "toy" else "default"), changes or [])
     if backbone is not None:
@@ -133,7 +142,7 @@ def _load_inputs(
     settings = _data_settings(source, root, classes, columns, limit, revision)
     hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
     toy = resolved["toy"] if source == "toy" else None
-    data = load_data(**settings, **hub_kwargs, seed=resolved["seed"], masks=masks, toy=toy)
+    data = load_data(**settings, **hub_kwargs, seed=resolved["seed"], masks=masks, toy=toy, quiet=quiet)
     if toy is not None:
         settings["toy"] = toy
     return Inputs(
@@ -171,16 +180,17 @@ def _integers(option: str, text: str) -> list[int]:
 
 def _with_inputs(command: Callable) -> Callable:
     """A command whose first parameter, `inputs`, becomes the options of `_load_inputs`."""
-    shared = [p for p in inspect.signature(_load_inputs).parameters.values() if p.name != "masks"]
+    shared = [p for p in inspect.signature(_load_inputs).parameters.values() if p.name not in ("masks", "quiet")]
     own = list(inspect.signature(command).parameters.values())[1:]
     names = [parameter.name for parameter in shared]
 
     @functools.wraps(command)
     def wrapper(**options):
         shared_options = {name: options.pop(name) for name in names}
-        # Only the supervised upper bound may see the masks of all training images.
-        masks = "all" if options.get("supervised") else "evaluation"
-        command(_load_inputs(**shared_options, masks=masks), **options)
+        # Only the supervised upper bound and, if asked to, the evaluation may see the masks of all training images.
+        masks = "all" if options.get("supervised") or options.get("all_masks") else "evaluation"
+        quiet = options["quiet"] or not PartialState().is_main_process
+        command(_load_inputs(**shared_options, masks=masks, quiet=quiet), **options)
 
     parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
     wrapper.__signature__ = inspect.Signature(parameters)
@@ -276,6 +286,10 @@ def evaluate(
         Path | None, typer.Option(help="A folder of label maps IMAGE_ID.png, held against split val (or --split).")
     ] = None,
     split: Annotated[str, typer.Option(help="train | val: what --model and --masks are held against.")] = "val",
+    all_masks: Annotated[  # acts where the data are loaded
+        bool,
+        typer.Option("--all-masks", help="Read the true masks of all training images, as COCO and VOC have them."),
+    ] = False,
     scales: Annotated[str | None, typer.Option(help="Test scales 0.5,1.0,1.5; as evaluation.scales.")] = None,
     window: Annotated[int | None, typer.Option(help="Sliding window, pixels; as evaluation.window.")] = None,
     crf: Annotated[bool, typer.Option("--crf", help="Dense CRF at the end; as evaluation.refine=[crf].")] = False,

@@ -12,6 +12,8 @@ from wsss_hf.stages.compare import CompareError, compare, plan_cells, read_plan
 from wsss_hf.stages.outputs import OutputError
 from wsss_hf.training.recipes import RecipeError
 
+COCO = {"source": "coco", "root": "x", "masks": "all"}
+
 
 @pytest.fixture(scope="module")
 def plan(tiny_settings):
@@ -162,8 +164,10 @@ def test_cells_in_processes_of_their_own_give_the_same(plan, finished, tmp_path)
 
 def test_recipes_by_name_are_rows_on_several_data_sets(tmp_path):
     cells = plan_cells(
-        {"rows": ["toy", "voc_drs"], "data": {"a": {"source": "toy"}, "b": {"source": "voc", "root": "x"}}}, tmp_path
+        {"rows": ["toy", "voc_drs"], "data": {"a": {"source": "toy"}, "b": COCO}},
+        tmp_path,
     )
+    assert cells[-1].source == COCO
     assert [(cell.data, cell.row, cell.seed) for cell in cells] == [
         (data, row, 0) for data in ("a", "b") for row in ("toy", "voc_drs")
     ]

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import ModuleType
 
 import numpy as np
 
@@ -94,7 +95,7 @@ def export_coco(path: str | Path, label_maps: LabelMaps, class_names: Sequence[s
             image_id is no name for a file inside a folder.
     """
     path = check_free(path, "--export-coco")
-    encode = require_pycocotools()
+    encode = require_pycocotools().encode
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     categories = [{"id": c, "name": name} for c, name in enumerate(class_names, start=1)]
@@ -131,18 +132,18 @@ def check_free(path: str | Path, option: str) -> Path:
     return path
 
 
-def require_pycocotools():
-    """The function `pycocotools.mask.encode`.
+def require_pycocotools() -> ModuleType:
+    """The module `pycocotools.mask`.
 
     Raises:
         DataError: it is not installed; the message says how to get it.
     """
     try:
         # Imported here: an optional extra.
-        from pycocotools.mask import encode
+        from pycocotools import mask
     except ImportError as error:
-        raise DataError("COCO-JSON needs pycocotools: pip install wsss_hf[coco]") from error
-    return encode
+        raise DataError("COCO needs pycocotools: pip install wsss_hf[coco]") from error
+    return mask
 
 
 def file_stem(image_id: str) -> str:

@@ -1,19 +1,22 @@
 """The one door to data: whatever names a data set becomes a DatasetDict that fits the contract."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, List, Value, load_dataset, load_from_disk
 
+from .coco import load_coco
 from .folder import load_folder
 from .tagged import DataError, check_dataset, class_names, has_value
 from .toy import make_toy
 from .voc import load_voc
 
 _SOURCES = (
-    "'toy', 'voc' (with root), a directory saved by save_to_disk, a directory of tagged images, or a Hub data set id"
+    "'toy', 'voc' or 'coco' (with root), a directory saved by save_to_disk, a directory of tagged images, "
+    "or a Hub data set id"
 )
 _SAVED_MARKS = ("dataset_dict.json", "dataset_info.json")
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev", "test")}  # the first that exists
@@ -33,24 +36,27 @@ def load_data(
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
+    quiet: bool = False,
 ) -> DatasetDict:
     """Load and check a data set: splits "train" and, if there is one, "val".
 
-    source: "toy" (`toy` = arguments of make_toy), "voc" (`root` = a devkit's VOC2012 folder), a directory saved by
-        save_to_disk, a directory of tagged images (see load_folder), or the id of a data set on the Hub.
-    classes: names in the order of their indices. VOC is restricted to them; elsewhere they must cover every tag and,
-        where the data bring class names, be the same.
+    source: "toy" (`toy` = arguments of make_toy), "voc" (`root` = a devkit's VOC2012 folder), "coco" (`root` = the
+        folder of annotations, train2017 and val2017), a directory saved by save_to_disk, a directory of tagged images
+        (see load_folder), or the id of a data set on the Hub.
+    classes: names in the order of their indices. VOC and COCO are restricted to them; elsewhere they must cover every
+        tag and, where the data bring class names, be the same.
     columns: our name → the name in the source, for saved and Hub data sets: {"image": "img", "tags": "labels"}.
     limit: at most so many rows per split, drawn by `seed`: some for every class if possible, then rows with masks.
-    masks: "evaluation" or "all", see load_voc.
-    revision, token, cache_dir: passed on to the Hub.
+    masks: "evaluation" or "all", see load_voc and load_coco.
+    revision, token, cache_dir: passed on to the Hub; below cache_dir are COCO's masks as well.
+    quiet: no progress bar while COCO's masks are painted.
     Raises DataError with one line that names the source, file or row at fault and what would be right.
     """
     path = Path(source)
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1 row, not {limit}")
     is_saved = any((path / mark).is_file() for mark in _SAVED_MARKS)
-    if columns and (source in ("toy", "voc") or (path.is_dir() and not is_saved)):
+    if columns and (source in ("toy", "voc", "coco") or (path.is_dir() and not is_saved)):
         raise DataError(f"columns maps the columns of saved and Hub data sets; {str(source)!r} is neither")
     if source == "toy":
         dataset = _with_classes(make_toy(**(toy or {})), classes)
@@ -58,6 +64,10 @@ def load_data(
         if root is None:
             raise DataError("source 'voc' needs root, the VOC2012 folder of a devkit")
         dataset = load_voc(root, classes, masks)
+    elif source == "coco":
+        if root is None:
+            raise DataError("source 'coco' needs root, the folder of annotations, train2017 and val2017")
+        dataset = load_coco(root, classes, masks, partial(_limit_rows, limit=limit, seed=seed), cache_dir, quiet)
     elif is_saved:
         dataset = _to_contract(load_from_disk(str(path)), str(source), classes, columns or {})
     elif path.is_dir():
@@ -65,8 +75,7 @@ def load_data(
     else:
         dataset = _load_from_hub(str(source), revision, token, cache_dir)
         dataset = _to_contract(dataset, str(source), classes, columns or {})
-    if limit is not None:
-        dataset = DatasetDict({split: _limit_rows(rows, limit, seed) for split, rows in dataset.items()})
+    dataset = DatasetDict({split: _limit_rows(rows, limit, seed) for split, rows in dataset.items()})
     check_dataset(dataset)
     return dataset
 
@@ -153,7 +162,7 @@ def _with_ids(rows: Dataset, split: str) -> Dataset:
 
 
 def _with_classes(dataset: DatasetDict, classes: Sequence[str] | None) -> DatasetDict:
-    """Only VOC can be restricted; a data set that brings its classes must bring the wanted ones."""
+    """Only VOC and COCO can be restricted; a data set that brings its classes must bring the wanted ones."""
     if classes and list(classes) != class_names(dataset):
         raise DataError(
             f"classes {', '.join(classes)} are not those of the data set: {', '.join(class_names(dataset))}"
@@ -161,9 +170,9 @@ def _with_classes(dataset: DatasetDict, classes: Sequence[str] | None) -> Datase
     return dataset
 
 
-def _limit_rows(rows: Dataset, limit: int, seed: int) -> Dataset:
+def _limit_rows(rows: Dataset, limit: int | None, seed: int) -> Dataset:
     """At most `limit` rows in their old order: first one for every class, then those with masks, then the others."""
-    if len(rows) <= limit:
+    if limit is None or len(rows) <= limit:
         return rows
     order = np.random.default_rng(seed).permutation(len(rows))
     if "mask" in rows.features:

@@ -15,11 +15,13 @@ from ..models.methods import METHODS
 
 _COLUMNS = ("result", "split", "mean_iou", "mean_iou_interval", "pixel_accuracy", "num_images")
 _TAGS = ["wsss_hf", "weakly-supervised-semantic-segmentation", "semantic-segmentation"]
-# What the Hub's data sets can't say of our two built-in sources.
-_DATA_NAMES = {"toy": "generated images of invented creatures", "voc": "PASCAL VOC 2012"}
+# What the Hub's data sets can't say of our built-in sources.
+_DATA_NAMES = {"toy": "generated images of invented creatures", "voc": "PASCAL VOC 2012", "coco": "COCO 2017"}
 _DATA_TERMS = {
     "toy": "The images are drawn by wsss_hf (Apache-2.0).",
     "voc": "The photographs are from Flickr and belong to their owners; Flickr's terms of use apply.",
+    "coco": "The photographs are from Flickr and belong to their owners; Flickr's terms of use apply. The annotations "
+    "are COCO's (CC BY 4.0).",
 }
 _PAPERS = {
     "cam": "Zhou, Khosla, Lapedriza, Oliva and Torralba, “Learning Deep Features for Discriminative Localization”, "

@@ -37,7 +37,7 @@ from .train_model import LOG_FILE
 from .train_refiner import train_refiner
 
 PLAN_KEYS = ("recipe", "set", "rows", "seeds", "data", "segmenter")
-_DATA_KEYS = ("source", "root", "classes", "columns", "limit", "revision")
+_DATA_KEYS = ("source", "root", "classes", "columns", "limit", "revision", "masks")
 _CELL_FILE = "cell.json"
 
 
@@ -206,7 +206,7 @@ def compare(
         left = minutes / done * (len(todo) - done)
         state = "failed" if failed else _words(outcome)
         console.print(f"cell {done} of {len(todo)}: {cell.title}: {state}; {left:.0f} min left", highlight=False)
-    results = _write_results(out, [record for record in map(_finished, cells) if record], hub_kwargs)
+    results = _write_results(out, [record for record in map(_finished, cells) if record], hub_kwargs, quiet)
     if failures:
         raise CompareError(f"{len(failures)} of {len(cells)} cells failed; {failures[0]}")
     return results
@@ -252,7 +252,7 @@ def _take_device(devices) -> None:
 def run_cell(cell: Cell, hub_kwargs: dict, quiet: bool) -> dict:
     """Train and evaluate one cell; returns its record, which `cell.json` keeps."""
     folder = Path(cell.folder)
-    data = _load(json.dumps(cell.source), json.dumps(hub_kwargs))
+    data = _load(json.dumps(cell.source), json.dumps(hub_kwargs), quiet)
     common = {"data_settings": cell.source, "hub_kwargs": hub_kwargs, "quiet": quiet}
     results = []
     _borrow_cam(cell)
@@ -343,9 +343,9 @@ def _finished(cell: Cell) -> dict | None:
 
 
 @lru_cache(maxsize=1)
-def _load(source: str, hub_kwargs: str) -> DatasetDict:
+def _load(source: str, hub_kwargs: str, quiet: bool) -> DatasetDict:
     """The data set, the same for all seeds: what `limit` draws depends on no cell."""
-    return load_data(**json.loads(source), **json.loads(hub_kwargs))
+    return load_data(**json.loads(source), **json.loads(hub_kwargs), quiet=quiet)
 
 
 def _device_name() -> str:
@@ -381,10 +381,10 @@ def _save_examples(cell: Cell, data: DatasetDict, labeler: Path, masks: dict) ->
         save_mask_png(folder / "examples" / f"{segmented.index}.png", segmented.labels)
 
 
-def _examples(out: Path, records: Sequence[dict], hub_kwargs: dict) -> list[ReportExample]:
+def _examples(out: Path, records: Sequence[dict], hub_kwargs: dict, quiet: bool) -> list[ReportExample]:
     """The example images of one data set with the masks of every row's first seed."""
     settings = records[0]["settings"]
-    data = _load(json.dumps(settings["source"]), json.dumps(hub_kwargs))
+    data = _load(json.dumps(settings["source"]), json.dumps(hub_kwargs), quiet)
     names = class_names(data)
     rows = undecoded(_example_rows(data, min(r["settings"]["recipe"]["evaluation"]["examples"] for r in records)))
     first: dict[str, Path] = {}
@@ -408,7 +408,7 @@ def _examples(out: Path, records: Sequence[dict], hub_kwargs: dict) -> list[Repo
     return examples
 
 
-def _write_results(out: Path, records: Sequence[dict], hub_kwargs: dict) -> dict:
+def _write_results(out: Path, records: Sequence[dict], hub_kwargs: dict, quiet: bool) -> dict:
     rows = summarize(records)
     results = {"rows": rows, "cells": list(records)}
     if not records:
@@ -421,5 +421,5 @@ def _write_results(out: Path, records: Sequence[dict], hub_kwargs: dict) -> dict
     for name, part in by_data.items():
         page = "comparison.html" if len(by_data) == 1 else f"comparison-{name}.html"
         shown = [row for row in rows if row["data"] == name]
-        write_comparison(out / page, name, shown, _examples(out, part, hub_kwargs), part[0]["class_names"])
+        write_comparison(out / page, name, shown, _examples(out, part, hub_kwargs, quiet), part[0]["class_names"])
     return results

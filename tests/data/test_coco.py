@@ -1,0 +1,264 @@
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from datasets import Image as ImageFeature
+from PIL import Image
+from pycocotools.mask import encode
+
+from wsss_hf.cli import main
+from wsss_hf.data.coco import load_coco
+from wsss_hf.data.sources import load_data
+from wsss_hf.data.tagged import DataError, check_dataset, class_names
+
+HEIGHT, WIDTH = 6, 8
+CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}, {"id": 17, "name": "cat"}]
+PERSON, CAT, DOG = 1, 17, 18
+
+
+def box(left, top, right, bottom):
+    return [[left, top, right, top, right, bottom, left, bottom]]
+
+
+def columns(left, right):
+    """Run lengths, column by column, of all rows of these columns."""
+    counts = [left * HEIGHT, (right - left) * HEIGHT, (WIDTH - right) * HEIGHT]
+    return {"size": [HEIGHT, WIDTH], "counts": counts}
+
+
+def shape(number, image, category, segmentation, crowd=0):
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": category,
+        "segmentation": segmentation,
+        "iscrowd": crowd,
+    }
+
+
+SHAPES = {
+    "train": [
+        shape(1, 1, DOG, box(0, 0, 4, 3)),
+        shape(2, 1, PERSON, box(5, 0, 8, 6)),
+        shape(3, 2, CAT, columns(0, 2)),
+        shape(4, 4, PERSON, columns(0, 8), crowd=1),
+    ],
+    "val": [
+        # The dog in front of the larger cat, both in front of the crowd, in whatever order they are listed.
+        shape(11, 9, DOG, box(1, 1, 3, 3)),
+        shape(12, 9, CAT, box(0, 0, 4, 6) + box(6, 0, 7, 2)),
+        shape(13, 9, PERSON, columns(3, 6), crowd=1),
+    ],
+}
+IMAGES = {"train": [1, 2, 3, 4], "val": [9]}
+VAL_MASK = [
+    [2, 2, 2, 2, 255, 255, 2, 0],
+    [2, 3, 3, 2, 255, 255, 2, 0],
+    [2, 3, 3, 2, 255, 255, 0, 0],
+    [2, 2, 2, 2, 255, 255, 0, 0],
+    [2, 2, 2, 2, 255, 255, 0, 0],
+    [2, 2, 2, 2, 255, 255, 0, 0],
+]
+
+
+def write_annotations(root, split, images=None, shapes=None, **content):
+    images = [
+        {"id": number, "file_name": f"{number:012d}.jpg", "height": HEIGHT, "width": WIDTH}
+        for number in (IMAGES[split] if images is None else images)
+    ]
+    shapes = SHAPES[split] if shapes is None else shapes
+    content = {"images": images, "annotations": shapes, "categories": CATEGORIES} | content
+    path = root / f"annotations/instances_{split}2017.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture
+def coco(tmp_path, monkeypatch):
+    """Image 1: dog and person; 2: cat; 3: nothing; 4: a crowd; 9, held out: see VAL_MASK. The cache is beside it."""
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    for split, numbers in IMAGES.items():
+        (root / f"{split}2017").mkdir()
+        for number in numbers:
+            Image.new("RGB", (WIDTH, HEIGHT), (9 * number, 90, 50)).save(root / f"{split}2017/{number:012d}.jpg")
+        write_annotations(root, split)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return root
+
+
+def pngs(folder):
+    return sorted(folder.rglob("*.png"))
+
+
+def test_tags_and_masks_of_all_classes(coco):
+    dataset = load_coco(coco)
+    check_dataset(dataset)
+    assert class_names(dataset) == ["person", "cat", "dog"]  # by id
+    assert dataset["train"]["image_id"][:] == ["000000000001", "000000000002", "000000000004"]  # 3 shows nothing
+    assert dataset["train"]["tags"][:] == [[0, 2], [1], [0]]
+    assert dataset["train"]["mask"][:] == [None] * 3
+    assert dataset["val"]["tags"][:] == [[0, 1, 2]]
+    assert np.asarray(dataset["val"][0]["mask"]).tolist() == VAL_MASK
+    assert dataset["val"][0]["image"].filename == str(coco / "val2017/000000000009.jpg")
+    assert len(pngs(coco.parent)) == 1 and not pngs(coco)
+
+
+def test_the_smaller_instance_is_in_front_in_any_order(coco):
+    write_annotations(coco, "val", shapes=SHAPES["val"][::-1])
+    assert np.asarray(load_coco(coco)["val"][0]["mask"]).tolist() == VAL_MASK
+
+
+def test_all_masks_for_the_upper_bound(coco):
+    masks = [np.asarray(mask) for mask in load_coco(coco, masks="all")["train"]["mask"]]
+    assert masks[0].tolist() == [[3] * 4 + [0] + [1] * 3] * 3 + [[0] * 5 + [1] * 3] * 3
+    assert masks[1].tolist() == [[2] * 2 + [0] * 6] * 6
+    assert (masks[2] == 255).all()
+
+
+def test_compressed_run_lengths_and_polygons_of_two_points(coco):
+    region = np.zeros((HEIGHT, WIDTH), dtype=np.uint8, order="F")
+    region[2:4, 1:7] = 1
+    runs = {"size": [HEIGHT, WIDTH], "counts": encode(region)["counts"].decode()}
+    write_annotations(coco, "val", shapes=[shape(1, 9, CAT, runs), shape(2, 9, DOG, [[0, 0, 5, 5]])])
+    row = load_coco(coco)["val"][0]
+    assert np.array_equal(row["mask"], region * 2) and row["tags"] == [1, 2]
+
+
+def test_restricted_classes_are_renumbered_in_the_order_given(coco):
+    dataset = load_coco(coco, classes=["dog", "cat"], masks="all")
+    check_dataset(dataset)
+    assert class_names(dataset) == ["dog", "cat"]
+    assert dataset["train"]["image_id"][:] == ["000000000001", "000000000002"]
+    assert dataset["train"]["tags"][:] == [[0], [1]]
+    wanted = np.array([0, 0, 2, 1], dtype=np.uint8)[np.where(np.array(VAL_MASK) == 255, 0, VAL_MASK)]
+    assert np.array_equal(dataset["val"][0]["mask"], wanted)  # the crowd of persons is background too
+
+
+def test_masks_are_painted_once_until_annotations_or_classes_change(coco, tmp_path):
+    load_coco(coco, cache_dir=tmp_path / "mine")
+    (file,) = pngs(tmp_path / "mine")
+    file.write_bytes(b"kept")
+    again = load_coco(coco, cache_dir=tmp_path / "mine")["val"].cast_column("mask", ImageFeature(decode=False))
+    assert again[0]["mask"]["path"] == str(file)
+    assert file.read_bytes() == b"kept"
+    file.unlink()
+    load_coco(coco, cache_dir=tmp_path / "mine")
+    assert pngs(tmp_path / "mine") == [file]
+    load_coco(coco, classes=["cat"], cache_dir=tmp_path / "mine")
+    assert len(pngs(tmp_path / "mine")) == 2
+    path = write_annotations(coco, "val", shapes=[shape(1, 9, CAT, columns(0, 8))])
+    os.utime(path, (1, 1))
+    assert (np.asarray(load_coco(coco, cache_dir=tmp_path / "mine")["val"][0]["mask"]) == 2).all()
+
+
+def test_limit_paints_no_mask_that_is_not_wanted(coco, tmp_path):
+    dataset = load_data("coco", root=coco, masks="all", limit=1, cache_dir=tmp_path / "mine")
+    assert [len(rows) for rows in dataset.values()] == [1, 1]
+    assert len(pngs(tmp_path / "mine")) == 2
+
+
+def test_the_command_line_reads_it(coco, tmp_path, capsys):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    Image.fromarray(np.array(VAL_MASK, dtype=np.uint8) % 255).save(masks / "000000000009.png")
+    data = ["--data", "coco", "--root", str(coco), "--limit", "2"]
+    figures = tmp_path / "figures.json"
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", *data, "--masks", str(masks), "--json", str(figures), "--quiet"])
+    assert not exit_.value.code
+    written = json.loads(figures.read_text())
+    assert written["results"][0]["mean_iou"] == 1 and written["data"]["source"] == "coco"
+    train = ["evaluate", *data, "--masks", str(masks), "--split", "train"]
+    for options, culprit in (([], "no row of split 'train' has a mask"), (["--all-masks"], "000000000001.png")):
+        with pytest.raises(SystemExit) as exit_:
+            main([*train, *options, "--quiet"])
+        assert exit_.value.code == 1 and culprit in capsys.readouterr().err  # there is no label map of it
+    with pytest.raises(SystemExit) as exit_:
+        main(["evaluate", *data, "--classes", "cat,yak", "--masks", str(masks)])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 1 and err.startswith("error: unknown COCO class 'yak'") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("annotations/instances_train2017.json", "the annotations .*instances_train2017.json are missing; the root"),
+        ("annotations/instances_val2017.json", "the annotations .*instances_val2017.json are missing"),
+        ("train2017/000000000002.jpg", "instances_train2017.json, image 2: its file .*000000000002.jpg is missing"),
+    ],
+)
+def test_missing_files_are_named(coco, missing, message):
+    (coco / missing).unlink()
+    with pytest.raises(DataError, match=message):
+        load_coco(coco)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"classes": ["cat", "unicorn"]}, "unknown COCO class 'unicorn'; .*train2017.json has person, cat, dog"),
+        ({"classes": ["cat", "cat"]}, "a class occurs twice in cat, cat"),
+        ({"masks": "some"}, "masks must be 'evaluation' or 'all', not 'some'"),
+    ],
+)
+def test_bad_options_are_named(coco, options, message):
+    with pytest.raises(DataError, match=message):
+        load_coco(coco, **options)
+
+
+def test_data_options_are_those_of_voc(coco):
+    with pytest.raises(DataError, match="source 'coco' needs root"):
+        load_data("coco")
+    with pytest.raises(DataError, match="columns maps .*'coco' is neither"):
+        load_data("coco", root=coco, columns={"image": "img"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"shapes": []}, "split 'val' is empty: none of the 1 images of .*val2017.json shows person, cat, dog"),
+        ({"images": []}, "val2017.json, annotation 11: no image has its image_id 9"),
+        ({"images": [9, 9]}, "val2017.json: two of its images have the id 9"),
+        ({"shapes": [shape(5, 9, 3, [])]}, "val2017.json, annotation 5: no category has its category_id 3"),
+        ({"shapes": [shape(5, None, CAT, [])]}, r"annotations\[0\]: its image_id is None; of type int would be right"),
+        ({"categories": None}, "val2017.json has no list 'categories'"),
+        ({"categories": CATEGORIES[:2]}, "the categories of .*val2017.json are not those of train2017"),
+    ],
+)
+def test_bad_annotations_are_named(coco, content, message):
+    write_annotations(coco, "val", **content)
+    with pytest.raises(DataError, match=message):
+        load_coco(coco)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        (None, "polygons .* or run lengths would be right"),
+        ([[0, 0, 1, 0, 1, 1, 0]], "polygons .* or run lengths would be right"),
+        ([["a"] * 6], "could not convert string to float"),
+        ({"size": [WIDTH, HEIGHT], "counts": [48]}, r"its size is \[8, 6\], that of the image \[6, 8\]"),
+        ({"size": [HEIGHT, WIDTH], "counts": [40]}, "its run lengths are 40 pixels, the image has 48"),
+        ({"size": [HEIGHT, WIDTH]}, "counts"),
+    ],
+)
+def test_bad_shapes_are_named_and_leave_no_mask(coco, segmentation, message):
+    write_annotations(coco, "val", shapes=[shape(5, 9, CAT, segmentation)])
+    with pytest.raises(DataError, match=f"val2017.json, annotation 5: its segmentation is unfit .*{message}"):
+        load_coco(coco)
+    assert not pngs(coco.parent)
+
+
+def test_what_is_not_json_is_named(coco):
+    (coco / "annotations/instances_val2017.json").write_text("{")
+    with pytest.raises(DataError, match="the annotations .*val2017.json are not JSON"):
+        load_coco(coco)
+
+
+def test_without_pycocotools_it_takes_one_line(coco, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(DataError, match=r"COCO needs pycocotools: pip install wsss_hf\[coco\]"):
+        load_coco(coco)
