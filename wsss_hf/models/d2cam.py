@@ -244,13 +244,8 @@ class D2cam(Method):
     def embeddings(self, features: tuple[Tensor, ...]) -> Tensor:
         """Stage maps (B, D_i, h_i, w_i) to (B, E, h, w) float32 unit vectors, at the resolution of the last stage."""
         size = features[-1].shape[-2:]
-        chosen = (features[stage] for stage in self.config.stages)
-        resized = [
-            stage
-            if stage.shape[-2:] == size
-            else F.interpolate(stage, size=size, mode="bilinear", align_corners=False)
-            for stage in chosen
-        ]
+        stages = [features[stage] for stage in self.stages]
+        resized = [F.interpolate(stage, size=size, mode="bilinear", align_corners=False) for stage in stages]
         return F.normalize(self.head(torch.cat(resized, dim=1)).float(), dim=1)
 
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
