@@ -244,9 +244,11 @@ class D2cam(Method):
     def embeddings(self, features: tuple[Tensor, ...]) -> Tensor:
         """Stage maps (B, D_i, h_i, w_i) to (B, E, h, w) float32 unit vectors, at the resolution of the last stage."""
         size = features[-1].shape[-2:]
-        stages = [features[stage] for stage in self.stages]
-        resized = [F.interpolate(stage, size=size, mode="bilinear", align_corners=False) for stage in stages]
-        return F.normalize(self.head(torch.cat(resized, dim=1)).float(), dim=1)
+        # In half precision the gradient of a short vector's direction overflows.
+        with torch.autocast(features[-1].device.type, enabled=False):
+            stages = [features[stage].float() for stage in self.stages]
+            resized = [F.interpolate(stage, size=size, mode="bilinear", align_corners=False) for stage in stages]
+            return F.normalize(self.head(torch.cat(resized, dim=1)), dim=1)
 
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
         config = self.config
