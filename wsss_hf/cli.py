@@ -24,7 +24,7 @@ from .data.sources import load_data
 from .evaluation.comparison import print_comparison
 from .evaluation.evaluate import evaluate_files
 from .evaluation.tables import print_table
-from .hub.convert import convert_checkpoint
+from .hub.convert import KINDS, convert_checkpoint
 from .hub.export import export_onnx as run_export_onnx
 from .hub.push import METRICS, Pushed, push_dataset, push_model
 from .hub.push import push_metric as run_push_metric
@@ -426,11 +426,17 @@ def convert(
     extra_channels: Annotated[
         str | None, typer.Option(help="New 3x3 convolutions on an ImageNet VGG-16: 512,512,512.")
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--as", help=f"{' | '.join(KINDS)}: what a DRS file without controllers is; the first without it."
+        ),
+    ] = None,
 ):
     """ImageNet VGG-16 and Wide ResNet-38, and what DRS, SEAM and PLDA released → our models."""
     names = None if classes is None else [name.strip() for name in classes.split(",")]
     widths = None if extra_channels is None else _integers("--extra-channels", extra_channels)
-    converted = convert_checkpoint(file, out, names, drs_delta, widths)
+    converted = convert_checkpoint(file, out, names, drs_delta, widths, kind)
     print(f"{converted}: {AutoConfig.from_pretrained(converted).converted_from}")
 
 

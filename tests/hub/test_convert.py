@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor
 
-from wsss_hf import CamClassifier, WsssImageProcessor
+from wsss_hf import CamClassifier, MapRefiner, WsssImageProcessor
 from wsss_hf.cli import main
 from wsss_hf.data.voc import VOC_CLASSES
 from wsss_hf.hub.convert import ConvertError, convert_checkpoint
+from wsss_hf.labeling.pseudo_masks import load_labeler
 from wsss_hf.models.backbone import Backbone, pretrained_body
 from wsss_hf.models.image_processing_wsss import backbone_normalization
 
@@ -317,12 +318,26 @@ def test_every_suppression_matters_in_that_comparison(pixels):
         assert not torch.allclose(drs_forward(without, pixels), expected, rtol=1e-3), name
 
 
+@pytest.mark.parametrize("kind", [None, "classifier"])
 @pytest.mark.parametrize("delta", [None, 0.4])
-def test_a_network_without_controllers_is_a_refiner_or_has_fixed_drs(convert, pixels, delta):
+def test_a_network_without_controllers_is_a_classifier_unless_more_is_said(convert, pixels, delta, kind):
     weights = drs_weights(controllers=False)
-    folder = convert({"model": weights}, class_names=NAMES, drs_delta=delta)
+    folder = convert({"model": weights}, class_names=NAMES, drs_delta=delta, kind=kind)
     near(outputs(folder, pixels).cams, drs_forward(weights, pixels, delta))
     assert "without controllers" in AutoConfig.from_pretrained(folder).converted_from
+
+
+def test_a_released_refiner_takes_the_classifiers_place_in_making_masks(convert, pixels):
+    weights = drs_weights(controllers=False)
+    folder = convert({"model": weights}, class_names=NAMES, kind="refiner")
+    model, processor = load_labeler(str(folder), "cpu")
+    assert type(model) is MapRefiner and processor.size["shortest_edge"] == 320
+    with torch.no_grad():
+        output = model(pixels)
+    wanted = drs_forward(weights, pixels)
+    near(output.maps, wanted)
+    near(output.logits.sigmoid(), wanted.amax(dim=(2, 3)).clamp(0, 1))  # of maps that lie in [0, 1]
+    assert list(model.config.id2label.values()) == NAMES
 
 
 def test_a_head_without_bias_stays_without(convert, pixels):
@@ -428,6 +443,10 @@ def test_another_layout_is_refused_with_what_differs(tmp_path, weights, message)
     refused(tmp_path, message)
 
 
+def uncontrolled():
+    return drs_weights(controllers=False)
+
+
 @pytest.mark.parametrize(
     ("weights", "options", "message"),
     [
@@ -438,6 +457,9 @@ def test_another_layout_is_refused_with_what_differs(tmp_path, weights, message)
         (vgg_weights, {"class_names": NAMES}, "an ImageNet VGG-16, to which class_names does not apply"),
         (drs_weights, {"drs_delta": 0.5}, "a DRS classifier, to which drs_delta does not apply"),
         (seam_weights, {"extra_channels": [8]}, "SEAM, to which extra_channels does not apply"),
+        (drs_weights, {"kind": "refiner"}, "a DRS classifier, to which kind does not apply"),
+        (uncontrolled, {"kind": "refiner", "drs_delta": 0.5}, "a refiner has no DRS; leave drs_delta out"),
+        (uncontrolled, {"kind": "segmenter"}, "kind 'segmenter': classifier or refiner would be right"),
     ],
 )
 def test_options_that_do_not_fit_the_file_are_refused(tmp_path, weights, options, message):
@@ -508,6 +530,15 @@ def test_the_command_converts_and_says_what_it_found(tmp_path, capsys, pixels):
     assert "a DRS network without controllers, a refiner or a classifier with fixed DRS" in capsys.readouterr().out
     output = outputs(tmp_path / "ours", pixels)
     near(output.cams, drs_forward(weights, pixels, delta=0.4))
+
+
+def test_the_command_makes_a_refiner_on_request(tmp_path):
+    torch.save(uncontrolled(), tmp_path / "refiner.pth")
+    arguments = ["convert", str(tmp_path / "refiner.pth"), "--to", str(tmp_path / "ours"), "--classes", "cat,cow,dog"]
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--as", "refiner"])
+    assert done.value.code == 0
+    assert AutoConfig.from_pretrained(tmp_path / "ours").model_type == "wsss_map_refiner"
 
 
 def test_the_command_reads_numbers_of_channels(tmp_path, capsys):

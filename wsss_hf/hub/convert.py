@@ -24,12 +24,15 @@ from ..models.configuration_cam import CamConfig
 from ..models.drs import DrsConfig
 from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.modeling_cam import CamClassifier
+from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
 from ..models.plda import PldaConfig
 from ..models.seam import SeamConfig
 from ..models.vgg import DEPTHS, Vgg16Backbone, Vgg16Config
 from ..models.wide_resnet import WideResNet38Backbone, WideResNet38Config
 
 IMAGENET_SIZE, DRS_SIZE, SEAM_SIZE = 224, 320, 448  # short side of the images they were trained at
+KINDS = ("classifier", "refiner")
+_MODELS = {model.config_class: model for model in (CamClassifier, MapRefiner, Vgg16Backbone, WideResNet38Backbone)}
 
 Weights = dict[str, Tensor]
 
@@ -45,6 +48,7 @@ class Options:
     class_names: list[str] | None = None
     drs_delta: float | None = None
     extra_channels: list[int] | None = None
+    kind: str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,6 @@ class Layout:
         size: short side of an image for the image processor.
         required: the names it has.
         build: (weights, options) → our configuration, and the weights under our names.
-        model_class: what the configuration is of.
         options: the fields of [`Options`] that say something about it.
         ignored: beginnings of names that may be there and are left out.
     """
@@ -65,7 +68,6 @@ class Layout:
     size: int
     required: frozenset[str]
     build: Callable[[Weights, Options], tuple[PreTrainedConfig, Weights]]
-    model_class: type[PreTrainedModel] = CamClassifier
     options: tuple[str, ...] = ("class_names",)
     ignored: tuple[str, ...] = ()
 
@@ -81,20 +83,23 @@ def convert_checkpoint(
     class_names: Sequence[str] | None = None,
     drs_delta: float | None = None,
     extra_channels: Sequence[int] | None = None,
+    kind: str | None = None,
 ) -> Path:
     """Write a published checkpoint as one of our models, with its image processor.
 
-    ImageNet weights become the directory of a backbone, everything else that of a [`CamClassifier`]. Its configuration
-    says under `converted_from` what the file was. Either `out` is whole in the end, or it is not there.
+    ImageNet weights become the directory of a backbone, everything else that of a [`CamClassifier`] or, on request, of
+    a [`MapRefiner`]. Its configuration says under `converted_from` what the file was. Either `out` is whole in the
+    end, or it is not there.
 
     Args:
         file: `.safetensors`, or `.pth`, `.pt` or `.bin` that holds nothing but tensors, numbers and strings.
         out: the folder to write; must not hold anything.
         class_names: names of the object classes in the order of the file; those of VOC if there are 20.
-        drs_delta: the fixed DRS that a DRS file without controllers was trained with; without it such a file becomes a
-            network without DRS, as the refiner is one.
+        drs_delta: the fixed DRS that a classifier's DRS file without controllers was trained with.
         extra_channels: 3×3 convolutions on top of an ImageNet VGG-16, [512, 512, 512] for DRS. They are not in the
             file: they start from random weights whenever the directory is loaded.
+        kind: what a DRS file without controllers is, which nothing in it tells: "refiner" for the network of DRS's
+            refinement learning; "classifier", as without `kind`, for one with fixed DRS of `drs_delta`, or with none.
 
     Returns:
         `out`.
@@ -109,6 +114,7 @@ def convert_checkpoint(
         None if class_names is None else list(class_names),
         drs_delta,
         None if extra_channels is None else list(extra_channels),
+        kind,
     )
     try:
         model, layout, weights = _converted(read_weights(file), options)
@@ -177,7 +183,7 @@ def _converted(weights: Weights, options: Options) -> tuple[PreTrainedModel, Lay
     config, weights = layout.build({n: weights[n] for n in layout.required}, options)
     config.converted_from = layout.name
     with torch.device("meta"):  # its names and shapes are all that is needed
-        model = layout.model_class(config)
+        model = _MODELS[type(config)](config)
     return model, layout, _completed(model, weights)
 
 
@@ -274,7 +280,6 @@ def _layouts(weights: Weights) -> list[Layout]:
             IMAGENET_SIZE,
             frozenset(_VGG),
             _vgg_backbone,
-            Vgg16Backbone,
             options=("extra_channels",),
             ignored=("classifier.", "pre_logits.", "head."),
         ),
@@ -283,15 +288,14 @@ def _layouts(weights: Weights) -> list[Layout]:
             "a DRS network without controllers, a refiner or a classifier with fixed DRS",
             DRS_SIZE,
             frozenset(drs),
-            _drs_classifier,
-            options=("class_names", "drs_delta"),
+            _drs_without_controllers,
+            options=("class_names", "drs_delta", "kind"),
         ),
         Layout(
             "an ImageNet Wide ResNet-38",
             IMAGENET_SIZE,
             frozenset(wide),
             _wide_resnet_backbone,
-            WideResNet38Backbone,
             options=(),
             ignored=("linear1000.",),
         ),
@@ -329,17 +333,29 @@ def _vgg_config(weights: Weights, extra_channels: list[int]) -> Vgg16Config:
 
 
 def _drs_classifier(weights: Weights, options: Options) -> tuple[PreTrainedConfig, Weights]:
-    drs = None
-    if any(name in _CONTROLLERS for name in weights):
-        drs = DrsConfig(mode="learnable")
-    elif options.drs_delta is not None:
-        drs = DrsConfig(mode="fixed", delta=options.drs_delta)
+    return _drs_network(CamConfig, weights, options, drs=DrsConfig(mode="learnable"))
+
+
+def _drs_without_controllers(weights: Weights, options: Options) -> tuple[PreTrainedConfig, Weights]:
+    if options.kind not in (None, *KINDS):
+        raise ConvertError(f"kind {options.kind!r}: {' or '.join(KINDS)} would be right")
+    if options.kind == "refiner":
+        if options.drs_delta is not None:
+            raise ConvertError("a refiner has no DRS; leave drs_delta out, or take it as a classifier")
+        return _drs_network(MapRefinerConfig, weights, options)
+    drs = None if options.drs_delta is None else DrsConfig(mode="fixed", delta=options.drs_delta)
+    return _drs_network(CamConfig, weights, options, drs=drs)
+
+
+def _drs_network(
+    config_class: type[CamConfig], weights: Weights, options: Options, **methods
+) -> tuple[PreTrainedConfig, Weights]:
     names = _class_names(len(weights["extra_conv4.weight"]), options.class_names)
-    config = CamConfig(
+    config = config_class(
         backbone_config=_vgg_config(weights, [len(weights[f"extra_conv{k}.weight"]) for k in (1, 2, 3)]),
         classifier_bias="extra_conv4.bias" in weights,
-        drs=drs,
         id2label=dict(enumerate(names)),
+        **methods,
     )
     return config, {(_DRS | _CONTROLLERS)[name]: value for name, value in weights.items()}
 
