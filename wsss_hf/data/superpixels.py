@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from skimage.segmentation import felzenszwalb
 
-from .tagged import DataError, decode_image, undecoded
+from .tagged import DataError, decode_image, encode_png, undecoded
 
 _MOST = 1 << 16  # what a 16-bit PNG can number
 
@@ -58,10 +57,9 @@ def superpixel_column(
 
     def compute(row: dict) -> dict:
         image = decode_image(row["image"], f"row {row['image_id']!r}")
-        buffer = io.BytesIO()
-        Image.fromarray(superpixels(image, size, **options)).save(buffer, format="PNG")
+        picture = Image.fromarray(superpixels(image, size, **options))
         advance(1)
-        return {"superpixels": {"bytes": buffer.getvalue(), "path": None}}
+        return {"superpixels": encode_png(picture)}
 
     return undecoded(rows.select_columns(["image_id", "image"])).map(
         compute,

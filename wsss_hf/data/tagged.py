@@ -1,4 +1,4 @@
-"""The data contract as code: the columns of a tagged data set, and the reading of its images, masks and tags."""
+"""The data contract as code: the columns of a tagged data set, and how its images, masks and tags are read."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -77,6 +77,13 @@ def _open(value: dict | Image.Image | None, where: str) -> Image.Image:
         raise DataError(f"{where}: has no image; give it one or remove the row")
     with _naming(where):
         return Image.open(value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"]))
+
+
+def encode_png(image: Image.Image, **options) -> dict:
+    """PIL image → what an image column takes: a PNG, written with `options` of Pillow."""
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", **options)
+    return {"bytes": stream.getvalue(), "path": None}
 
 
 def decode_image(value: dict | Image.Image, where: str) -> Image.Image:

@@ -6,7 +6,6 @@ while it looks at heads alone, whereas a segmentation must cover the body too. O
 background, overlap, leave the picture, and share it with clutter that belongs to no class.
 """
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from .palette import mask_image
-from .tagged import DataError, tagged_features
+from .tagged import DataError, encode_png, tagged_features
 
 TOY_CLASSES = ("vixel", "bramby", "finnet", "gillow", "scarab", "dorbug", "wagget", "trolly")
 
@@ -287,20 +286,14 @@ def _mask(owner: np.ndarray, labels: list[int]) -> np.ndarray:
     return mask
 
 
-def _png(image: Image.Image) -> dict:
-    stream = io.BytesIO()
-    image.save(stream, format="PNG", compress_level=1)
-    return {"bytes": stream.getvalue(), "path": None}
-
-
 def _make_split(split: str, num_images: int, image_size: int, seed: int) -> Dataset:
     columns = {"image_id": [], "image": [], "tags": [], "mask": []}
     for index in range(num_images):
         picture, mask, tags = _render(np.random.default_rng((seed, _SPLIT_STREAMS[split], index)), image_size)
         columns["image_id"].append(f"{split}_{index:05d}")
-        columns["image"].append(_png(Image.fromarray(picture)))
+        columns["image"].append(encode_png(Image.fromarray(picture), compress_level=1))
         columns["tags"].append(tags)
-        columns["mask"].append(_png(mask_image(mask)))
+        columns["mask"].append(encode_png(mask_image(mask), compress_level=1))
     return Dataset.from_dict(columns, features=tagged_features(TOY_CLASSES, "mask"))
 
 

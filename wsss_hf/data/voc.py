@@ -1,6 +1,5 @@
 """PASCAL VOC 2012, read from its devkit folder: tags from the annotations, masks from SegmentationClass(Aug)."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,7 +9,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 
 from .palette import mask_image
-from .tagged import IGNORE_INDEX, DataError, decode_mask, tagged_features
+from .tagged import IGNORE_INDEX, DataError, decode_mask, encode_png, tagged_features
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -109,6 +108,4 @@ def _read_mask(root: Path, image_id: str, classes: tuple[str, ...], needed: bool
     new_labels[IGNORE_INDEX] = IGNORE_INDEX
     for index, name in enumerate(classes):
         new_labels[VOC_CLASSES.index(name) + 1] = index + 1
-    stream = io.BytesIO()
-    mask_image(new_labels[decode_mask({"path": str(path)}, str(path))]).save(stream, format="PNG")
-    return {"bytes": stream.getvalue(), "path": None}
+    return encode_png(mask_image(new_labels[decode_mask({"path": str(path)}, str(path))]))

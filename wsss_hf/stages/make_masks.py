@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,15 @@ from PIL import Image
 
 from ..data.export import check_free, export_coco, export_voc, require_pycocotools
 from ..data.palette import mask_image
-from ..data.tagged import class_names, decode_mask, undecoded
+from ..data.tagged import class_names, decode_mask, encode_png, undecoded
 from ..labeling.auto_threshold import with_threshold
 from ..labeling.pseudo_masks import Labelled, label_images, load_labeler
-from ..training.progress import Progress
+from ..models.modeling_cam import CamClassifier
 from .outputs import StageOutput, write_atomically
+from .shards import compute_shards
 
 SUMMARY_FILE = "summary.json"
+_COLUMNS = ("pseudo_mask", "confidence")
 
 
 def make_masks(
@@ -60,26 +62,28 @@ def make_masks(
     output = StageOutput(out, settings)
     if output.done:
         return output.path
-    state = PartialState()
-    state.wait_for_everyone()  # all have looked at the folder before one writes to it
-    if state.is_main_process:
-        output.begin()
-    state.wait_for_everyone()
+    output.begin()
+    state, rows, steps = PartialState(), data["train"], output.partial / "steps"
     with output.nothing_left_behind():
-        shards, threshold = _label_shards(
-            data["train"], cam, recipe["masks"], output.partial, state, hub_kwargs or {}, quiet
-        )
-    state.wait_for_everyone()
+        model, processor = load_labeler(str(cam), state.device, **(hub_kwargs or {}))
+        masks = with_threshold(model, processor, rows, recipe["masks"])
+        columns = _COLUMNS if masks["confidence"] else _COLUMNS[:1]
+        features = Features({name: ImageFeature() for name in columns} | {"fallbacks": Value("string")})  # as JSON
+        kept = {image_id: row for row, image_id in enumerate(rows["image_id"][: masks["keep"]])}
+        compute = partial(_encoded, model, processor, settings=masks, kept=kept, steps=steps)
+        shards, size = output.partial / "masks", masks["shard_size"]
+        made = compute_shards(compute, rows, features, shards, size, "masks", quiet)
     if state.is_main_process:
-        pseudo = Dataset.from_parquet([str(path) for path in shards], cache_dir=str(output.partial / "cache"))
-        rows, made = data["train"], [name for name in ("pseudo_mask", "confidence") if name in pseudo.column_names]
-        rows = rows.remove_columns([name for name in ("pseudo_mask", "confidence") if name in rows.column_names])
-        labelled = concatenate_datasets([rows, pseudo.select_columns(made)], axis=1)
+        rows = rows.remove_columns([name for name in _COLUMNS if name in rows.column_names])
+        labelled = concatenate_datasets([rows, made.remove_columns("fallbacks")], axis=1)
         result = output.partial / "result"
         DatasetDict({**data, "train": labelled}).save_to_disk(result)
-        if (output.partial / "steps").is_dir():
-            shutil.copytree(output.partial / "steps", result / "steps")
-        summary = _summary(shards, threshold, len(rows))
+        if steps.is_dir():
+            shutil.copytree(steps, result / "steps")
+        threshold = masks["background_threshold"]
+        fallbacks = sum((Counter(json.loads(counts)) for counts in made["fallbacks"]), Counter())
+        summary = {"background_threshold": threshold, "images": len(rows)}
+        summary["fallbacks"] = dict(sorted(fallbacks.items()))
         write_atomically(result / SUMMARY_FILE, json.dumps(summary, indent=1))
         output.finish(result)
         if not quiet:
@@ -92,11 +96,6 @@ def make_masks(
 def read_summary(masks: str | os.PathLike) -> dict:
     """What `make_masks` did: `background_threshold`, `images`, and `fallbacks` by name."""
     return json.loads((Path(masks) / SUMMARY_FILE).read_text())
-
-
-def _summary(shards: list[Path], threshold: float, images: int) -> dict:
-    fallbacks = sum((Counter(json.loads(path.with_suffix(".json").read_text())) for path in shards), Counter())
-    return {"background_threshold": threshold, "images": images, "fallbacks": dict(sorted(fallbacks.items()))}
 
 
 def export_masks(
@@ -139,47 +138,22 @@ def _pseudo_masks(rows: Dataset) -> Iterator[tuple[str, np.ndarray]]:
         yield row["image_id"], decode_mask(row["pseudo_mask"], f"row {row['image_id']!r}, column pseudo_mask")
 
 
-def _label_shards(
-    rows: Dataset, cam, settings: dict, partial: Path, state: PartialState, hub_kwargs: dict, quiet: bool
-) -> tuple[list[Path], float]:
-    """Write this process's shards, but those that are there.
-
-    Returns:
-        the paths of all shards, in order; beside each lies a JSON of its fallbacks. And the background threshold.
-    """
-    model, processor = load_labeler(str(cam), state.device, **hub_kwargs)
-    settings = with_threshold(model, processor, rows, settings)
-    size = settings["shard_size"]
-    folder = partial / "shards"
-    folder.mkdir(exist_ok=True)
-    shards = [folder / f"{start:08d}.parquet" for start in range(0, len(rows), size)]
-    mine = shards[state.process_index :: state.num_processes]
-    ranges = {path: range(int(path.stem), min(int(path.stem) + size, len(rows))) for path in mine}
-    finished = [path for path in mine if path.exists()]
-    total = sum(map(len, ranges.values()))
-    with Progress("masks", total, quiet or not state.is_main_process, unit="image") as progress:
-        progress.advance(sum(len(ranges[path]) for path in finished))
-        for path in mine:
-            if path in finished:
-                continue
-            shard = rows.select(ranges[path])
-            columns = {"image_id": shard["image_id"][:], "pseudo_mask": [b""] * len(shard)}
-            if settings["confidence"]:
-                columns["confidence"] = [b""] * len(shard)
-            fallbacks: Counter = Counter()
-            for labelled in label_images(model, processor, shard, settings):
-                columns["pseudo_mask"][labelled.index] = _png(mask_image(labelled.pseudo_mask))
-                if settings["confidence"]:
-                    levels = (255 * labelled.confidence).round().astype(np.uint8)
-                    columns["confidence"][labelled.index] = _png(Image.fromarray(levels))
-                fallbacks += labelled.note.fallbacks
-                row = ranges[path][labelled.index]
-                if row < settings["keep"]:
-                    _keep_steps(partial / "steps", row, labelled)
-                progress.advance(1)
-            write_atomically(path.with_suffix(".json"), json.dumps(fallbacks))
-            _write_shard(path, columns)
-    return shards, settings["background_threshold"]
+def _encoded(
+    model: CamClassifier, processor, rows: Dataset, settings: dict, kept: dict[str, int], steps: Path
+) -> Iterator[tuple[int, dict]]:
+    """What the columns hold for each of `rows`; writes the steps of those whose image_id is in `kept`."""
+    ids = rows["image_id"][:]
+    for labelled in label_images(model, processor, rows, settings):
+        values = {
+            "pseudo_mask": encode_png(mask_image(labelled.pseudo_mask)),
+            "fallbacks": json.dumps(labelled.note.fallbacks),
+        }
+        if settings["confidence"]:
+            levels = (255 * labelled.confidence).round().astype(np.uint8)
+            values["confidence"] = encode_png(Image.fromarray(levels))
+        if ids[labelled.index] in kept:
+            _keep_steps(steps, kept[ids[labelled.index]], labelled)
+        yield labelled.index, values
 
 
 def _keep_steps(folder: Path, row: int, labelled: Labelled) -> None:
@@ -189,21 +163,3 @@ def _keep_steps(folder: Path, row: int, labelled: Labelled) -> None:
     for step, planes in pictures.items():
         for label, plane in zip(labelled.classes, planes, strict=True):
             Image.fromarray(plane).save(folder / f"{row:06d}_{label:03d}_{step}.png")
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _write_shard(path: Path, columns: dict[str, list]) -> None:
-    pictures = {
-        name: [{"bytes": picture, "path": None} for picture in values]
-        for name, values in columns.items()
-        if name != "image_id"
-    }
-    features = Features({"image_id": Value("string")} | {name: ImageFeature() for name in pictures})
-    fresh = path.with_suffix(".new")
-    Dataset.from_dict({"image_id": columns["image_id"]} | pictures, features=features).to_parquet(fresh)
-    os.replace(fresh, path)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
+from accelerate import PartialState
 
 SETTINGS_FILE = "recipe.yaml"
 
@@ -53,9 +54,13 @@ class StageOutput:
         return (self.path / SETTINGS_FILE).is_file()
 
     def begin(self) -> Path:
-        """The folder to work in; what an interrupted run left there is still in it."""
-        self.partial.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.partial / SETTINGS_FILE, yaml.safe_dump(self.settings, sort_keys=False))
+        """The folder to work in, the same for all processes; what an interrupted run left there is still in it."""
+        state = PartialState()
+        state.wait_for_everyone()  # all have looked at the folder before one writes to it
+        if state.is_main_process:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.partial / SETTINGS_FILE, yaml.safe_dump(self.settings, sort_keys=False))
+        state.wait_for_everyone()
         return self.partial
 
     @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +14,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from ..data.palette import mask_image
+from ..data.tagged import encode_png
 from ..evaluation.evaluate import check_classes
 from ..labeling.prediction import load_segmenter
 from ..labeling.relabeling import relabel_images
@@ -56,10 +56,7 @@ def relabel(
     if output.done:
         return output.path
     state = PartialState()
-    state.wait_for_everyone()  # all have looked at the folder before one writes to it
-    if state.is_main_process:
-        output.begin()
-    state.wait_for_everyone()
+    output.begin()
     rows = data["train"]
     with output.nothing_left_behind():
         model, processor = load_segmenter(str(segmenter), state.device, **(hub_kwargs or {}))
@@ -78,12 +75,6 @@ def relabel(
 
 def _encoded(model, processor, rows: Dataset, settings: dict) -> Iterator[tuple[int, dict]]:
     for relabelled in relabel_images(model, processor, rows, settings):
-        levels = Image.fromarray((255 * relabelled.confidence).round().astype(np.uint8))
-        mask = mask_image(relabelled.pseudo_mask)
-        yield relabelled.index, {"pseudo_mask": _png(mask), "confidence": _png(levels)}
-
-
-def _png(image: Image.Image) -> dict:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
+        mask = encode_png(mask_image(relabelled.pseudo_mask))
+        levels = (255 * relabelled.confidence).round().astype(np.uint8)
+        yield relabelled.index, {"pseudo_mask": mask, "confidence": encode_png(Image.fromarray(levels))}

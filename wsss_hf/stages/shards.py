@@ -45,12 +45,14 @@ def compute_shards(
             if path in finished:
                 continue
             shard = rows.select(shards[path])
-            found: list[dict] = [{}] * len(shard)
-            for index, values in compute(shard):
-                found[index] = values
+            values: list[dict] = [{}] * len(shard)
+            for index, row_values in compute(shard):
+                values[index] = row_values
                 progress.advance(1)
             fresh = path.with_suffix(".new")
-            Dataset.from_list(found, features=features).to_parquet(fresh)
+            Dataset.from_list(values, features=features).to_parquet(fresh)
             os.replace(fresh, path)
     state.wait_for_everyone()
-    return Dataset.from_parquet([str(path) for path in shards], features=features, cache_dir=str(folder / "cache"))
+    found = Dataset.from_parquet([str(path) for path in shards], features=features, cache_dir=str(folder / "cache"))
+    state.wait_for_everyone()  # all have read the files before one may remove them
+    return found

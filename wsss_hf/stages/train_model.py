@@ -107,10 +107,7 @@ def train_and_save(
         color_jitter=settings["color_jitter"],
         **pixel_statistics(processor),
     )
-    accelerator.wait_for_everyone()  # all have looked at the folder before one writes to it
-    if accelerator.is_main_process:
-        output.begin()
-    accelerator.wait_for_everyone()
+    output.begin()
     wanted = {name: recipe[section].get(name, False) for name in MAPS}
     with output.nothing_left_behind():
         if wanted["superpixels"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +13,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_da
 from PIL import Image
 
 from ..data.batches import batches_by_size
-from ..data.tagged import class_names
+from ..data.tagged import class_names, encode_png
 from ..labeling.localization import localize
 from ..labeling.pseudo_masks import load_labeler
 from ..models.modeling_cam import CamClassifier
@@ -78,11 +77,7 @@ def train_refiner(
         model.backbone.load_state_dict(teacher.backbone.state_dict())
         return model, build_processor(recipe, "refiner", **statistics)
 
-    state = PartialState()
-    state.wait_for_everyone()  # all have looked at the folder before one writes to it
-    if state.is_main_process:
-        output.begin()
-    state.wait_for_everyone()
+    output.begin()
     with output.nothing_left_behind():
         rows = _with_maps(data["train"], cam, section, output.partial / "maps", hub_kwargs, quiet)
     train_and_save(build_model, rows, None, recipe, "refiner", output, quiet, targets=True)
@@ -105,11 +100,6 @@ def _encoded_maps(model: CamClassifier, processor, rows: Dataset, settings: dict
         maps, _ = localize(model, batch.pixel_values.to(model.device), batch.tags.to(model.device), size, **views)
         stored = (255 * maps).round().to(torch.uint8).cpu().split([int(count) for count in batch.tags.sum(dim=1)])
         for index, image_tags, image_maps in zip(batch.indices, batch.tags, stored, strict=True):
-            by_class = dict(zip(image_tags.nonzero()[:, 0].tolist(), image_maps, strict=True))
-            yield index, {"localization_maps": [_png(by_class[c].numpy()) for c in tags[index]]}
-
-
-def _png(values) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(values).save(buffer, format="PNG")
-    return buffer.getvalue()
+            by_class = dict(zip(image_tags.nonzero()[:, 0].tolist(), image_maps.numpy(), strict=True))
+            encoded = [encode_png(Image.fromarray(by_class[c]))["bytes"] for c in tags[index]]
+            yield index, {"localization_maps": encoded}
