@@ -77,7 +77,7 @@ Columns = Annotated[
     typer.Option(help="Names of our columns in your data: image=img,tags=labels.", rich_help_panel="Data"),
 ]
 Limit = Annotated[int | None, typer.Option(help="At most so many images per split.", rich_help_panel="Data")]
-Revision = Annotated[str | None, typer.Option(help="Revision of what comes from the Hub.", rich_help_panel="Data")]
+Revision = Annotated[str | None, typer.Option(help="Revision of data from the Hub.", rich_help_panel="Data")]
 Token = Annotated[
     str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN", show_envvar=True, rich_help_panel="Data")
 ]
@@ -285,6 +285,9 @@ def evaluate(
     masks: Annotated[
         Path | None, typer.Option(help="A folder of label maps IMAGE_ID.png, held against split val (or --split).")
     ] = None,
+    model_revision: Annotated[
+        str | None, typer.Option(help="Revision of --model or --cam, if it comes from the Hub.")
+    ] = None,
     split: Annotated[str, typer.Option(help="train | val: what --model and --masks are held against.")] = "val",
     all_masks: Annotated[  # acts where the data are loaded
         bool,
@@ -307,25 +310,26 @@ def evaluate(
     settings = _test_protocol(inputs.recipe["evaluation"], scales, window, crf)
     files = {"voc_archive": voc_archive, "coco": export_coco}
     exports = save_masks is not None or any(files.values())
+    common = {"quiet": quiet, "hub_kwargs": inputs.hub_kwargs}
+    if model_revision is not None:
+        common["hub_kwargs"] = inputs.hub_kwargs | {"revision": model_revision}
     if exports and (model is None or save_masks is None):
         raise RecipeError("--voc-archive and --export-coco go with --model and --save-masks, the folder of the PNGs")
     rows = []
     if cam is not None:
         needs_masks(inputs.data, "train")
-        rows.append(maps_row(f"masks of {cam}", cam, inputs.data, inputs.recipe, quiet))
+        rows.append(maps_row(f"masks of {cam}", cam, inputs.data, inputs.recipe, **common))
     if model is not None and exports:
         if split not in inputs.data:
             raise RecipeError(f"--split {split}: the data have {', '.join(inputs.data)}")
-        predict_masks(
-            model, inputs.data[split], settings, save_masks, **files, hub_kwargs=inputs.hub_kwargs, quiet=quiet
-        )
+        predict_masks(model, inputs.data[split], settings, save_masks, **files, **common)
         if has_masks(inputs.data, split):
             figures = evaluate_files(save_masks, inputs.data[split], quiet)
             rows.append({"result": f"segmenter {model}", "split": split, "of": Path(model).name} | figures)
     elif model is not None:
         needs_masks(inputs.data, split)
         recipe = inputs.recipe | {"evaluation": settings}
-        rows.append(segmenter_row(f"segmenter {model}", model, inputs.data, recipe, quiet, split))
+        rows.append(segmenter_row(f"segmenter {model}", model, inputs.data, recipe, split=split, **common))
     if masks is not None:
         needs_masks(inputs.data, split)
         figures = evaluate_files(masks, inputs.data[split], quiet)

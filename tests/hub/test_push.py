@@ -22,6 +22,7 @@ from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemant
 from wsss_hf import CamClassifier, Segmenter, SegmenterConfig, WsssImageProcessor
 from wsss_hf.cli import main
 from wsss_hf.hub.push import HubError, push_folder, push_model
+from wsss_hf.labeling.prediction import load_segmenter
 
 NAMES = {0: "background", 1: "cat", 2: "dog"}
 TINY = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
@@ -467,6 +468,35 @@ def weak_histogram(folder, tmp_path):
     ].histogram()
 
 
+def test_a_private_model_is_evaluated_at_its_revision(hub, wsss, run_folder, tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        folder = tmp_path / "photos" / split
+        folder.mkdir(parents=True)
+        pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+        for name, picture in zip(("cat", "dog"), pixels, strict=True):
+            Image.fromarray(picture).save(folder / f"{name}.png")
+            Image.fromarray(picture[..., 0] % 3).save(folder / f"{name}_mask.png")
+        (folder / "metadata.csv").write_text(
+            "file_name,tags,mask\ncat.png,cat,cat_mask.png\ndog.png,dog,dog_mask.png\n"
+        )
+    push_model(run_folder, "tester/pets", private=True)
+    save_segmenter(run_folder / "segmenter", seed=1)
+    push_model(run_folder, "tester/pets", private=True, revision="tuned")
+    monkeypatch.delenv("HF_TOKEN")
+    command = ["evaluate", "--data", tmp_path / "photos", "--model", "tester/pets", "--quiet"]
+    assert wsss(*command)[0] == 1
+    with_access = [*command, "--token", TOKEN, "--cache-dir", tmp_path / "elsewhere"]
+    figures = {}
+    for revision in ("main", "tuned"):
+        file = tmp_path / f"{revision}.json"
+        code, _, err = wsss(*with_access, "--model-revision", revision, "--json", file)
+        assert code == 0, err
+        figures[revision] = json.loads(file.read_text())["results"][0]["iou"]
+        assert TOKEN not in file.read_text()
+    assert figures["main"] != figures["tuned"]
+    assert list((tmp_path / "elsewhere").rglob("model.safetensors")) and not (tmp_path / "cache").exists()
+
+
 # security
 
 
@@ -489,4 +519,6 @@ def test_pickled_weights_are_never_opened(run_folder, name, tmp_path):
         Segmenter.from_pretrained(folder / name, config=SegmenterConfig(backbone_config=TINY))
     with pytest.raises(ValueError, match=words):
         Segmenter.from_backbone(str(folder), backbone_config=TINY)
+    with pytest.raises(ValueError, match=words):
+        load_segmenter(str(folder), "cpu")
     assert not (tmp_path / "trap sprung").exists()

@@ -63,6 +63,14 @@ def vitmatte(tmp_path_factory):
     return str(directory)
 
 
+def test_a_pickled_vitmatte_is_not_opened(vitmatte, tmp_path):
+    model = VitMatteForImageMatting.from_pretrained(vitmatte)
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no weights in safetensors; pickled ones"):
+        VitMatte(str(tmp_path))
+
+
 @pytest.fixture(params=["closed_form", "knn", "vitmatte"])
 def method(request):
     if request.param == "vitmatte":

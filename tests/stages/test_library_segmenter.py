@@ -231,7 +231,14 @@ def of_fixed_size(folder):
     return folder, "takes no images of 64 pixels .*image.size=32 would be right"
 
 
-@pytest.mark.parametrize("kind", [eomt, classifier_of_tags, of_fixed_size])
+def pickled(folder):
+    model = SegformerForSemanticSegmentation(SegformerConfig(**SEGFORMER))
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return folder, "segmenter.model: .*: no weights in safetensors; pickled ones"
+
+
+@pytest.mark.parametrize("kind", [eomt, classifier_of_tags, of_fixed_size, pickled])
 def test_what_can_not_be_trained_is_refused_in_one_line(kind, tmp_path):
     folder, message = kind(tmp_path)
     with pytest.raises(RecipeError, match=message) as caught:

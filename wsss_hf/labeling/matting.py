@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, VitMatteForImageMatting
 
+from ..models.backbone import from_safetensors
 from ..models.maps import IGNORE_INDEX
 from .trimap import BACKGROUND, FOREGROUND
 
@@ -85,7 +86,7 @@ class VitMatte:
     """
 
     def __init__(self, model: str, device: torch.device | str = "cpu", **hub_kwargs):
-        self.model = VitMatteForImageMatting.from_pretrained(model, **hub_kwargs).to(device).eval()
+        self.model = from_safetensors(VitMatteForImageMatting.from_pretrained, model, **hub_kwargs).to(device).eval()
         self.processor = AutoImageProcessor.from_pretrained(model, **hub_kwargs)
 
     def __call__(self, image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | None]:

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
 
+from ..models.backbone import from_safetensors
+
 
 @torch.inference_mode()
 def predict_scores(
@@ -75,8 +77,12 @@ def _window_starts(length: int, window: int, stride: int) -> list[int]:
 def load_segmenter(
     directory: str, device: torch.device | str, **hub_kwargs
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A trained segmenter, ours or transformers' own, in eval mode, and its image processor."""
-    model = AutoModelForSemanticSegmentation.from_pretrained(directory, **hub_kwargs)
+    """A trained segmenter, ours or transformers' own, in eval mode, and its image processor.
+
+    Raises:
+        OSError, ValueError: there is none, or its weights are pickled.
+    """
+    model = from_safetensors(AutoModelForSemanticSegmentation.from_pretrained, directory, **hub_kwargs)
     model = model.to(device, memory_format=torch.channels_last).eval()
     return model, AutoImageProcessor.from_pretrained(directory, **hub_kwargs)
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from ..models.backbone import freeze_idle_parameters
+from ..models.backbone import freeze_idle_parameters, from_safetensors
 from ..training.recipes import RecipeError
 
 # What an image processor may do beside resizing and normalising; none of it suits a label map of the whole image.
@@ -44,7 +44,8 @@ def build_library_segmenter(
         not come from the checkpoint.
 
     Raises:
-        RecipeError: there is no such model, it is none for semantic segmentation, or takes no images of this size.
+        RecipeError: there is no such model, its weights are pickled, it is none for semantic segmentation, or takes no
+            images of this size.
     """
     try:
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
@@ -62,9 +63,12 @@ def build_library_segmenter(
     config.label2id = {label: index for index, label in enumerate(names)}
     if getattr(config, "use_auxiliary_head", False):
         config.use_auxiliary_head = False
-    model, loading = AutoModelForSemanticSegmentation.from_pretrained(
-        name, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **hub_kwargs
-    )
+    load = AutoModelForSemanticSegmentation.from_pretrained
+    options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, loading = from_safetensors(load, name, **options, **hub_kwargs)
+    except ValueError as error:
+        raise RecipeError(f"segmenter.model: {error}") from error
     new = {*loading["missing_keys"], *(key for key, *_shapes in loading["mismatched_keys"])}
     if len(known) == len(names) and known != names:  # of the same shape, but for other classes
         learnt = _sized_by_the_labels(config) - new

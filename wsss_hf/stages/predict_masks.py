@@ -38,7 +38,7 @@ def predict_masks(
         out: folder; appears complete or not at all, and must not hold anything.
         voc_archive: also an archive for VOC's test server, see [`export_voc_results`].
         coco: also COCO-JSON, see [`export_coco`].
-        hub_kwargs: `token`, `cache_dir`.
+        hub_kwargs: `revision`, `token`, `cache_dir` for the segmenter.
 
     Returns:
         `out`.

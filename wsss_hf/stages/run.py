@@ -124,25 +124,38 @@ def masks_row(name: str, labelled: DatasetDict, quiet: bool = False, folder: str
     return row | evaluate_masks(labelled["train"], quiet=quiet) if has_masks(labelled, "train") else row
 
 
-def maps_row(name: str, cam: Path, data: DatasetDict, recipe: dict, quiet: bool = False) -> dict:
-    """Results row of the pseudo masks that a CAM classifier would make of split "train"."""
+def maps_row(
+    name: str,
+    cam: str | os.PathLike,
+    data: DatasetDict,
+    recipe: dict,
+    quiet: bool = False,
+    hub_kwargs: dict | None = None,
+) -> dict:
+    """Results row of the pseudo masks that a CAM classifier, a directory or Hub id, would make of split "train"."""
     row = {"result": name, "split": "train", "of": Path(cam).name}
     if not has_masks(data, "train"):
         return row
-    model, processor = load_labeler(str(cam), PartialState().device)
+    model, processor = load_labeler(str(cam), PartialState().device, **(hub_kwargs or {}))
     settings = with_threshold(model, processor, data["train"], recipe["masks"])
     figures = evaluate_cam(model, processor, data["train"], settings, quiet)
     return row | figures | {"background_threshold": settings["background_threshold"]}
 
 
 def segmenter_row(
-    name: str, segmenter: Path, data: DatasetDict, recipe: dict, quiet: bool = False, split: str = "val"
+    name: str,
+    segmenter: str | os.PathLike,
+    data: DatasetDict,
+    recipe: dict,
+    quiet: bool = False,
+    split: str = "val",
+    hub_kwargs: dict | None = None,
 ) -> dict:
-    """Results row of a segmenter on a split; without figures where it has no true mask."""
+    """Results row of a segmenter, a directory or Hub id, on a split; without figures where it has no true mask."""
     row = {"result": name, "split": split, "of": Path(segmenter).name}
     if not has_masks(data, split):
         return row
-    model, processor = load_segmenter(str(segmenter), PartialState().device)
+    model, processor = load_segmenter(str(segmenter), PartialState().device, **(hub_kwargs or {}))
     return row | evaluate_segmenter(model, processor, data[split], recipe["evaluation"], quiet)
 
 

@@ -65,7 +65,7 @@ def train_segmenter(
         options = {key: section[key] for key in ("output_stride", "head", "rates", "input_scales")}
         options["id2label"] = dict(enumerate(names))
         if section["from_cam"] and cam is not None:
-            classifier = CamClassifier.from_pretrained(cam)
+            classifier = CamClassifier.from_pretrained(cam, **hub_kwargs)
             model = Segmenter(SegmenterConfig(backbone_config=classifier.config.backbone_config, **options))
             model.backbone.load_state_dict(classifier.backbone.state_dict())
             mean, std = classifier.config.image_mean, classifier.config.image_std
