@@ -38,6 +38,16 @@ class Colours(nn.Module):
         return SimpleNamespace(logits=torch.cat([pixel_values * 6, others], dim=1))
 
 
+def test_logits_that_are_no_numbers_label_nothing(toy_data):
+    class Broken(Colours):
+        def forward(self, pixel_values):
+            return SimpleNamespace(logits=super().forward(pixel_values).logits * float("nan"))
+
+    rows, settings = toy_data["train"], {"scales": [1.0], "flip": True, "threshold": 0.5, "batch_size": 1}
+    with pytest.raises(ValueError, match=f"row '{rows['image_id'][0]}': the segmenter's logits are not finite"):
+        list(relabel_images(Broken(), WsssImageProcessor(), rows, settings))
+
+
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_every_row_gets_its_labels_at_its_own_size(toy_data, batch_size):
     rows = toy_data["train"].select(range(5))

@@ -87,6 +87,21 @@ def test_a_killed_relabelling_goes_on_where_it_was(toy_data, segmenter_folder, r
         relabel(toy_data, segmenter_folder, recipe, tmp_path / "broken", quiet=True)
 
 
+def test_the_windows_of_the_test_protocol_are_used(toy_data, segmenter_folder, recipe, tmp_path, monkeypatch):
+    forward, sizes = Segmenter.forward, set()
+
+    def watched(self, pixel_values, **kwargs):
+        sizes.add(tuple(pixel_values.shape[-2:]))
+        return forward(self, pixel_values, **kwargs)
+
+    monkeypatch.setattr(Segmenter, "forward", watched)
+    whole = relabel(toy_data, segmenter_folder, recipe, tmp_path / "whole", quiet=True)
+    assert sizes == {(48, 48)}
+    recipe["evaluation"]["window"] = 32
+    slid = relabel(toy_data, segmenter_folder, recipe, tmp_path / "slid", quiet=True)
+    assert sizes == {(48, 48), (32, 32)} and not same_columns(whole, slid)
+
+
 def test_a_segmenter_of_other_classes_is_refused(toy_data, recipe, segmenter_folder, tmp_path):
     model = Segmenter.from_pretrained(segmenter_folder)
     model.config.id2label = {index: f"class {index}" for index in range(9)}

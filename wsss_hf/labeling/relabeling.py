@@ -11,9 +11,8 @@ from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..data.batches import batches_by_size
 from ..models.maps import IGNORE_INDEX
-from .prediction import predict_scores
+from .segmentation import score_images
 
 
 @dataclass
@@ -35,16 +34,18 @@ def relabel_images(model, processor: Callable, rows: Dataset, settings: dict) ->
     """Label every row of `rows` by a segmenter and its tags; true masks are never read.
 
     Args:
-        model: in eval mode, on the device to work on; it knows background and the classes of `rows`.
-        processor: the model's image processor.
-        settings: a recipe's `self_training` section.
+        model: as of [`score_images`]; it knows background and the classes of `rows`.
+        processor: its image processor.
+        settings: a recipe's `self_training` section, and perhaps `window` and `window_stride` as `evaluation` has them.
+
+    Raises:
+        ValueError: as [`score_images`].
     """
-    for batch in batches_by_size(rows, processor, settings["batch_size"]):
-        pixel_values = batch.pixel_values.to(model.device)
-        scores = predict_scores(model, pixel_values, batch.size, settings["scales"], settings["flip"])
-        labels, confidence = tagged_labels(scores, batch.tags.to(model.device), settings["threshold"])
-        for index, mask, certainty in zip(batch.indices, labels.cpu().numpy(), confidence.cpu().numpy(), strict=True):
-            yield Relabelled(index=index, pseudo_mask=mask, confidence=certainty)
+    views = {key: settings[key] for key in ("scales", "flip", "window", "window_stride") if key in settings}
+    for scored in score_images(model, processor, rows, settings["batch_size"], **views):
+        tags = scored.tags.to(scored.scores.device)
+        (labels,), (confidence,) = tagged_labels(scored.scores[None], tags[None], settings["threshold"])
+        yield Relabelled(scored.index, pseudo_mask=labels.cpu().numpy(), confidence=confidence.cpu().numpy())
 
 
 def tagged_labels(scores: Tensor, tags: Tensor, threshold: float) -> tuple[Tensor, Tensor]:

@@ -40,7 +40,8 @@ def relabel(
     Args:
         data: tagged images, with or without masks of an earlier round.
         segmenter: a trained segmenter, a directory or Hub id.
-        recipe: a resolved recipe; its `self_training` section is used, but for the number of rounds.
+        recipe: a resolved recipe; its `self_training` section is used, but for the number of rounds, and the windows
+            of its `evaluation` section.
         out: folder of the data set; as for `train_cam`.
 
     Returns:
@@ -51,6 +52,8 @@ def relabel(
         DataError: the segmenter has other classes than the data.
     """
     self_training = {key: value for key, value in recipe["self_training"].items() if key != "rounds"}
+    if recipe["evaluation"]["window"]:  # a segmenter that is to see windows of images sees them here, too
+        self_training |= {key: recipe["evaluation"][key] for key in ("window", "window_stride")}
     settings = {"stage": "relabel", "data": data_settings, "segmenter": str(segmenter), "self_training": self_training}
     output = StageOutput(out, settings)
     if output.done:
