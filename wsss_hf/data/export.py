@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import ModuleType
@@ -14,6 +12,7 @@ import numpy as np
 from .folder import IMAGE_SUFFIXES
 from .palette import save_mask_png
 from .tagged import IGNORE_INDEX, DataError
+from .writing import whole_file, whole_folder
 
 LabelMaps = Iterable[tuple[str, np.ndarray]]
 """(image_id, label map (H, W) uint8: 0 background, c + 1 class c, 255 ignore) of one image after another."""
@@ -38,19 +37,12 @@ def export_voc(folder: str | Path, label_maps: LabelMaps, class_names: Sequence[
             for a file inside a folder, or the second one with its name.
     """
     folder = check_free(folder, "--export-voc")
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        names = write_mask_pngs(partial / "SegmentationClass", _checked(label_maps, len(class_names)))
-        list_file = partial / "ImageSets" / "Segmentation" / f"{split}.txt"
+    with whole_folder(folder) as unfinished:
+        names = write_mask_pngs(unfinished / "SegmentationClass", _checked(label_maps, len(class_names)))
+        list_file = unfinished / "ImageSets" / "Segmentation" / f"{split}.txt"
         list_file.parent.mkdir(parents=True)
         list_file.write_text("".join(f"{name}\n" for name in names))
-        (partial / "labels.txt").write_text("".join(f"{name}\n" for name in ("background", *class_names)))
-        if folder.is_dir():
-            folder.rmdir()  # an empty folder that the user made
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (unfinished / "labels.txt").write_text("".join(f"{name}\n" for name in ("background", *class_names)))
     return len(names)
 
 
@@ -97,26 +89,21 @@ def export_coco(path: str | Path, label_maps: LabelMaps, class_names: Sequence[s
     path = check_free(path, "--export-coco")
     encode = require_pycocotools().encode
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     categories = [{"id": c, "name": name} for c, name in enumerate(class_names, start=1)]
     images = []
-    try:
-        with unfinished.open("w") as file:
-            file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
-            count = 0
-            for image_id, labels in _checked(label_maps, len(class_names)):
-                name = image_id if _is_image_name(image_id) else f"{image_id}.jpg"
-                height, width = labels.shape
-                file_stem(image_id)  # raises for names that lead out of a folder
-                images.append({"id": len(images) + 1, "file_name": name, "width": width, "height": height})
-                for region in _regions(labels, encode):
-                    file.write(",\n" if count else "\n")
-                    count += 1
-                    file.write(json.dumps({"id": count, "image_id": len(images)} | region))
-            file.write(f'],\n"images": {json.dumps(images)}}}\n')
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished, unfinished.open("w") as file:
+        file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
+        count = 0
+        for image_id, labels in _checked(label_maps, len(class_names)):
+            name = image_id if _is_image_name(image_id) else f"{image_id}.jpg"
+            height, width = labels.shape
+            file_stem(image_id)  # raises for names that lead out of a folder
+            images.append({"id": len(images) + 1, "file_name": name, "width": width, "height": height})
+            for region in _regions(labels, encode):
+                file.write(",\n" if count else "\n")
+                count += 1
+                file.write(json.dumps({"id": count, "image_id": len(images)} | region))
+        file.write(f'],\n"images": {json.dumps(images)}}}\n')
     return len(images)
 
 

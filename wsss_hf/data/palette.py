@@ -1,12 +1,12 @@
 """Label maps as palette PNG files."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from ..models.colors import colorize, mask_image, voc_palette
+from .writing import whole_file
 
 __all__ = ["check_palette", "colorize", "mask_image", "save_mask_png", "voc_palette"]
 
@@ -41,10 +41,5 @@ def check_palette(image: Image.Image, num_labels: int, where: str) -> None:
 
 def save_mask_png(path: str | Path, labels: np.ndarray) -> None:
     """Write a label map (H, W) uint8 as a palette PNG; the file appears complete or not at all."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as unfinished:
         mask_image(labels).save(unfinished, format="PNG")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)

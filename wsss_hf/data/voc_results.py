@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import tarfile
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from .export import LabelMaps, check_free, file_stem
 from .palette import mask_image
 from .tagged import DataError
 from .voc import VOC_CLASSES
+from .writing import whole_file
 
 RESULTS_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 _MODES = {".tar": "w", ".tgz": "w:gz", ".tar.gz": "w:gz"}
@@ -41,26 +41,21 @@ def export_voc_results(path: str | Path, label_maps: LabelMaps, class_names: Seq
     new_labels = np.array([0, *(VOC_CLASSES.index(name) + 1 for name in class_names)], dtype=np.uint8)
     mode = next(mode for suffix, mode in _MODES.items() if path.name.endswith(suffix))
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     names: set[str] = set()
-    try:
-        with tarfile.open(unfinished, mode) as archive:
-            for image_id, labels in label_maps:
-                name = file_stem(image_id)
-                if not _VOC_NAME.fullmatch(name) or name in names:
-                    raise DataError(f"image_id {image_id!r}: a name of VOC like 2008_000001, once, would be right")
-                if labels.max() >= len(new_labels):
-                    raise DataError(f"row {image_id!r}: label {labels.max()}; right are 0..{len(new_labels) - 1}")
-                names.add(name)
-                stream = io.BytesIO()
-                mask_image(new_labels[labels]).save(stream, format="PNG")
-                member = tarfile.TarInfo(f"{RESULTS_FOLDER}/{name}.png")
-                member.size = stream.tell()
-                stream.seek(0)
-                archive.addfile(member, stream)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished, tarfile.open(unfinished, mode) as archive:
+        for image_id, labels in label_maps:
+            name = file_stem(image_id)
+            if not _VOC_NAME.fullmatch(name) or name in names:
+                raise DataError(f"image_id {image_id!r}: a name of VOC like 2008_000001, once, would be right")
+            if labels.max() >= len(new_labels):
+                raise DataError(f"row {image_id!r}: label {labels.max()}; right are 0..{len(new_labels) - 1}")
+            names.add(name)
+            stream = io.BytesIO()
+            mask_image(new_labels[labels]).save(stream, format="PNG")
+            member = tarfile.TarInfo(f"{RESULTS_FOLDER}/{name}.png")
+            member.size = stream.tell()
+            stream.seek(0)
+            archive.addfile(member, stream)
     return len(names)
 
 

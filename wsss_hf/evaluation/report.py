@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..data.palette import colorize
+from ..data.writing import whole_file
 from .pictures import blend, heatmap, overlay
 from .report_style import STYLE
 from .tables import column_names, format_value, heading, is_figure
@@ -125,14 +125,9 @@ def write_gallery(path: str | Path, examples: Sequence[ReportExample], side: int
 
 
 def _write_whole(path: str | Path, content: bytes) -> Path:
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole_file(path) as unfinished:
         unfinished.write_bytes(content)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+    return Path(path)
 
 
 # Pictures of an example

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.voc import VOC_CLASSES
+from ..data.writing import whole_folder
 from ..models.configuration_cam import CamConfig
 from ..models.drs import DrsConfig
 from ..models.image_processing_wsss import WsssImageProcessor
@@ -120,13 +120,10 @@ def convert_checkpoint(
         model, layout, weights = _converted(read_weights(file), options)
     except ConvertError as error:
         raise ConvertError(f"{file}: {error}") from error
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        result = Path(folder) / "result"
+    with whole_folder(out) as result:
         model.save_pretrained(result, state_dict=weights)
         processor = WsssImageProcessor(size={"shortest_edge": layout.size, "longest_edge": 4 * layout.size})
         processor.save_pretrained(result)
-        os.replace(result, out)
     return out
 
 

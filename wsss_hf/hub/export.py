@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
+from ..data.writing import whole_folder
 from ..models.backbone import from_safetensors
 
 ONNX_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
@@ -99,9 +99,7 @@ def export_onnx(
         raise ExportError(f"--to {out}: it exists already; take another folder")
     model = from_safetensors(AutoModelForSemanticSegmentation.from_pretrained, source, **hub_kwargs).float()
     program, names = export_program(model, size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        result = Path(folder) / "result"
+    with whole_folder(out) as result:
         model.config.save_pretrained(result)
         AutoImageProcessor.from_pretrained(source, **hub_kwargs).save_pretrained(result)
         config = json.loads((result / "config.json").read_text())
@@ -113,7 +111,4 @@ def export_onnx(
         exported.save(result / ONNX_FILE)
         if int8:
             quantize_dynamic(result / ONNX_FILE, result / INT8_FILE, weight_type=QuantType.QUInt8)
-        if out.exists():
-            out.rmdir()
-        os.replace(result, out)
     return out

@@ -36,7 +36,7 @@ def relabel_images(model, processor: Callable, rows: Dataset, settings: dict) ->
     Args:
         model: as of [`score_images`]; it knows background and the classes of `rows`.
         processor: its image processor.
-        settings: a recipe's `self_training` section, and perhaps `window` and `window_stride` as `evaluation` has them.
+        settings: a recipe's `self_training` section; perhaps with `window` and `window_stride`, as of `evaluation`.
 
     Raises:
         ValueError: as [`score_images`].

@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .maps import normalize_maps
 from .methods import Method, TrainingStep, all_reduce_sum, register_method

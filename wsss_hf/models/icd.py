@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .maps import IGNORE_INDEX
 from .methods import Method, TrainingStep, all_reduce_sum, register_method

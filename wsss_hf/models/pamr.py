@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def neighbours(maps: Tensor, dilations: Sequence[int]) -> Iterator[Tensor]:

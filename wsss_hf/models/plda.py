@@ -12,8 +12,8 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .methods import Method, TrainingStep, register_method
 from .pamr import pamr

@@ -11,6 +11,8 @@ from pathlib import Path
 import yaml
 from accelerate import PartialState
 
+from ..data.writing import whole_file
+
 SETTINGS_FILE = "recipe.yaml"
 
 
@@ -89,10 +91,9 @@ def _holds_work(folder: Path) -> bool:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(text)
-    os.replace(fresh, path)
+    """Write a text file that appears complete or not at all."""
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def first_difference(held, wanted, prefix: str = "") -> str | None:
