@@ -30,22 +30,6 @@ _GUIDE_EPSILON = 1e-5  # regularises the local colour model of the upsampling
 _MAX_ITERATIONS = 500
 
 
-class MattingError(ValueError):
-    """A trimap without an alpha: a side is empty, or the solver did not converge."""
-
-
-def closed_form_alpha(image: np.ndarray, trimap: np.ndarray) -> np.ndarray:
-    """The alpha of one class: `closed_form_alphas` for (H, W) trimaps.
-
-    Raises:
-        MattingError: there are unknown pixels, and no foreground, no background, or no convergence.
-    """
-    (alpha,) = closed_form_alphas(image, trimap[None])
-    if alpha is None:
-        raise MattingError("no alpha: foreground or background are missing, or the solver did not converge")
-    return alpha
-
-
 def closed_form_alphas(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | None]:
     """Closed-form matting (Levin, Lischinski & Weiss, 2008) of every class of an image.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .maps import normalize_maps
-from .methods import Method, TrainingStep, all_reduce_sum, register_method
+from .methods import Method, TrainingStep, all_reduce_sum, check_stages, register_method
 
 
 @dataclass
@@ -221,14 +221,8 @@ class D2cam(Method):
 
     def __init__(self, config: D2camConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
-        depth = len(backbone.channels)
-        self.stages = config.stages or [-2, -1][-depth:]
-        for stage in self.stages:
-            if not -depth <= stage < depth:
-                raise ValueError(
-                    f"d2cam: stages names stage {stage}, but this backbone has {depth}: "
-                    f"{-depth} to {depth - 1} would be right"
-                )
+        self.stages = config.stages or [-2, -1][-len(backbone.channels) :]
+        check_stages("d2cam", self.stages, backbone)
         size = config.embedding_channels
         channels = sum(backbone.channels[stage] for stage in self.stages)
         self.head = nn.Sequential(nn.Conv2d(channels, size, 1), nn.ReLU(), nn.Conv2d(size, size, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,6 +96,21 @@ def register_method(name: str, config_class: type) -> Callable[[type[Method]], t
         return module_class
 
     return register
+
+
+def check_stages(method: str, stages: Sequence[int], backbone: nn.Module) -> None:
+    """Whether a backbone has the stages that a method's options name, counted from either end.
+
+    Raises:
+        ValueError: it has not.
+    """
+    depth = len(backbone.channels)
+    for stage in stages:
+        if not -depth <= stage < depth:
+            raise ValueError(
+                f"{method}: stages names stage {stage}, but this backbone has {depth}: "
+                f"{-depth} to {depth - 1} would be right"
+            )
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .methods import Method, TrainingStep, register_method
+from .methods import Method, TrainingStep, check_stages, register_method
 
 
 @dataclass
@@ -179,13 +179,7 @@ class Seam(Method):
 
     def __init__(self, config: SeamConfig, backbone: nn.Module, num_classes: int):
         super().__init__(config, backbone, num_classes)
-        depth = len(backbone.channels)
-        for stage in config.stages:
-            if not -depth <= stage < depth:
-                raise ValueError(
-                    f"seam: stages names stage {stage}, but this backbone has {depth}: "
-                    f"{-depth} to {depth - 1} would be right"
-                )
+        check_stages("seam", config.stages, backbone)
         self.stride = backbone.strides[-1]
         self.projections = nn.ModuleList(
             nn.Conv2d(backbone.channels[stage], channels, kernel_size=1, bias=False)
