@@ -97,7 +97,7 @@ def fit(
                 examples.set_epoch(epoch)
             model.train()
             if settings["freeze_batch_norm"]:
-                freeze_batch_norm(model)
+                freeze_batch_norm(inner)  # whose parameters have their own names, also in distributed training
             sums: dict[str, torch.Tensor] = {}
             started = time.perf_counter()
             # The last epoch may be a part of one, where the recipe counts steps.
