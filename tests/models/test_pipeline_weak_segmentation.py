@@ -3,6 +3,7 @@ import pytest
 import torch
 from datasets import ClassLabel, List
 from PIL import Image
+from sklearn.metrics import cohen_kappa_score
 from transformers import AutoModelForSemanticSegmentation, SegformerConfig, pipeline
 
 from wsss_hf import Segmenter, SegmenterConfig, WeakSegmentationPipeline, WsssImageProcessor
@@ -187,3 +188,32 @@ def test_models_of_the_library_have_their_own_pipeline(pipes):
     segformer = AutoModelForSemanticSegmentation.from_config(SegformerConfig(**tiny))
     with pytest.raises(ValueError, match='no model of wsss_hf; pipeline\\("image-segmentation"\\) would be right'):
         pipeline("weak-segmentation", model=segformer, image_processor=pipes["cam"].image_processor)
+
+
+@pytest.mark.parametrize("refiner", [None, "pamr"])
+def test_auto_takes_the_threshold_at_which_two_sizes_agree(pipes, toy_data, image, refiner):
+    pipe, names = pipes["cam"], class_names(toy_data)
+    found = pipe(image, tags=names[:2], threshold="auto", scales=[1.0, 1.5], refiner=refiner)
+
+    views = [pipe(image, tags=names[:2], scales=[scale])["maps"] for scale in (1.0, 1.5)]
+    first, second = (torch.tensor(np.stack([maps[name] for name in names[:2]])) for maps in views)
+    at = {
+        limit: ((first.amax(0) > limit).numpy().ravel(), (second.amax(0) > limit).numpy().ravel())
+        for limit in (step / 20 for step in range(1, 20))
+    }
+    masks = {
+        limit: pipe(image, tags=names[:2], threshold=limit, scales=[1.0, 1.5], refiner=refiner)["mask"] for limit in at
+    }
+    (chosen,) = [limit for limit, mask in masks.items() if np.array_equal(mask, found["mask"])][:1]
+    if refiner is None:  # Cohen's kappa by scikit-learn; the prior moves the choice by little
+        kappas = {limit: cohen_kappa_score(*pair) for limit, pair in at.items()}
+        assert kappas[chosen] > max(value for value in kappas.values() if value == value) - 0.1
+    else:
+        assert 0 < (np.asarray(found["mask"]) > 0).mean() < 1
+
+
+def test_a_threshold_is_a_number_or_auto(pipes, image):
+    with pytest.raises(ValueError, match="threshold: 'best'; a number in"):
+        pipes["cam"](image, threshold="best")
+    with pytest.raises(ValueError, match="threshold: Segmenter can't use it"):
+        pipes["segmenter"](image, threshold="auto")

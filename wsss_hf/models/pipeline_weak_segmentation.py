@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.image_utils import load_image
 from transformers.pipelines.base import Pipeline
 
+from .agreement import choose_threshold, refined_threshold, two_scales, view_statistics
 from .colors import mask_image, overlay
 from .maps import normalize_maps
 from .pamr import pamr
@@ -31,7 +32,8 @@ class WeakSegmentationPipeline(Pipeline):
     Call arguments:
         tags: names of the classes that are in every image, if known; a row's own tags go first. Without tags a CAM
             classifier takes those it predicts, and a segmenter allows every class.
-        threshold: background threshold of a CAM classifier, in [0, 1]; None takes the configured one.
+        threshold: background threshold of a CAM classifier, in [0, 1]; "auto" is where the maps of two sizes of the
+            image agree best about its objects; None takes the configured one.
         scales: input sizes relative to that of the image processor; several are averaged.
         flip: also look at the mirror image.
         refiner: "pamr" lets the masks follow the colours of the image; None leaves the scores as they are.
@@ -62,7 +64,7 @@ class WeakSegmentationPipeline(Pipeline):
     def _sanitize_parameters(
         self,
         tags: str | Sequence[str] | None = None,
-        threshold: float | None = None,
+        threshold: float | str | None = None,
         scales: Sequence[float] | None = None,
         flip: bool | None = None,
         refiner: str | None = None,
@@ -70,6 +72,8 @@ class WeakSegmentationPipeline(Pipeline):
     ):
         if threshold is not None and not hasattr(self.model.config, "background_threshold"):
             raise ValueError(f"threshold: {type(self.model).__name__} can't use it; leave it out")
+        if isinstance(threshold, str) and threshold != "auto":
+            raise ValueError(f"threshold: {threshold!r}; a number in [0, 1] or 'auto' would be right")
         if scales is not None and not (len(scales) and min(scales) > 0):
             raise ValueError(
                 f"scales: {list(scales)}; positive numbers, for example [0.75, 1.0, 1.25], would be right"
@@ -77,7 +81,7 @@ class WeakSegmentationPipeline(Pipeline):
         if refiner is not None and refiner not in REFINERS:
             raise ValueError(f"refiner: {refiner!r} is none; {', '.join(REFINERS)} or None would be right")
         preprocess = {"tags": [tags] if isinstance(tags, str) else tags, "timeout": timeout}
-        forward = {"scales": scales, "flip": flip}
+        forward = {"scales": scales, "flip": flip, "compare": None if threshold is None else threshold == "auto"}
         postprocess = {"threshold": threshold, "refiner": refiner}
         return tuple(
             {key: value for key, value in part.items() if value is not None}
@@ -103,34 +107,46 @@ class WeakSegmentationPipeline(Pipeline):
         inputs["picture"] = [{"image": image, "tags": multi_hot}]
         return inputs
 
-    def _forward(self, model_inputs, scales: Sequence[float] = (1.0,), flip: bool = False):
+    def _forward(self, model_inputs, scales: Sequence[float] = (1.0,), flip: bool = False, compare: bool = False):
         pictures, pixel_values = model_inputs.pop("picture"), model_inputs["pixel_values"]
-        views = []
-        for scale in scales:
-            scaled = pixel_values
-            if scale != 1:
-                size = [max(1, round(side * scale)) for side in pixel_values.shape[-2:]]
-                scaled = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False, antialias=True)
-            views.append((self.model(scaled), False))
-            if flip:
-                views.append((self.model(scaled.flip(-1)), True))
-        outputs = views[0][0]
-        if len(views) > 1:
-            _fuse(outputs, views, tuple(pixel_values.shape[-2:]))
+        size = tuple(pixel_values.shape[-2:])
+        compared = two_scales(scales) if compare else ()
+        views = {scale: self._views(pixel_values, scale, flip) for scale in dict.fromkeys((*scales, *compared))}
+        pair = [_mean_maps(views[scale], size) for scale in compared]
+        wanted = [view for scale in scales for view in views[scale]]
+        outputs = wanted[0][0]
+        if len(wanted) > 1:
+            _fuse(outputs, wanted, size)
         outputs["picture"] = pictures
+        if pair:
+            outputs["pair"] = torch.stack(pair, dim=1)
         return outputs
 
-    def postprocess(self, model_outputs, threshold: float | None = None, refiner: str | None = None) -> dict:
+    def _views(self, pixel_values: Tensor, scale: float, flip: bool) -> list[tuple]:
+        """What the model makes of the image at one scale, and of its mirror image, which the second value says."""
+        if scale != 1:
+            size = [max(1, round(side * scale)) for side in pixel_values.shape[-2:]]
+            pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False, antialias=True)
+        views = [(self.model(pixel_values), False)]
+        return [*views, (self.model(pixel_values.flip(-1)), True)] if flip else views
+
+    def postprocess(self, model_outputs, threshold: float | str | None = None, refiner: str | None = None) -> dict:
         (picture,) = model_outputs["picture"]
         image, tags = picture["image"], picture["tags"]
-        options = {} if threshold is None else {"background_threshold": threshold}
+        options = {} if threshold in (None, "auto") else {"background_threshold": threshold}
         if tags is not None:
             options["tags"] = tags
         scores = self.model.segmentation_scores(model_outputs, (image.height, image.width), **options)
+        seen = scores[0, 1:].flatten(1).any(dim=1)
         if refiner is not None:
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
             scores = REFINERS[refiner](pixels, scores)
         scores = scores[0]
+        if threshold == "auto" and seen.any():
+            statistics = view_statistics(*model_outputs["pair"][0][:, seen])
+            areas = view_statistics(scores[1:][seen], scores[1:][seen])[1]
+            # A refined background score is what it was, the same everywhere.
+            scores[0] = choose_threshold(statistics) if refiner is None else refined_threshold(statistics, areas)
         names = self.model.mask_id2label
         labels = scores.argmax(dim=0)
         shown = labels.unique() if tags is None else tags[0].nonzero()[:, 0] + 1
@@ -166,12 +182,17 @@ def _as_picture(image):
     return Image.fromarray(image)
 
 
+def _mean_maps(views: Sequence[tuple], size: tuple[int, int]) -> Tensor:
+    """(B, C, H, W), the mean of the views' normalised maps at `size`."""
+    maps = [view.maps.flip(-1) if mirrored else view.maps for view, mirrored in views]
+    return torch.stack([normalize_maps(view_maps, size=size) for view_maps in maps]).mean(dim=0)
+
+
 def _fuse(outputs, views: Sequence[tuple], size: tuple[int, int]) -> None:
     """Put the mean over the views, each an output and whether it is mirrored, into `outputs`, at `size`."""
     logits = [view.logits.float() for view, _ in views]
     if logits[0].ndim == 2:  # tag logits, and maps
-        maps = [view.maps.flip(-1) if mirrored else view.maps for view, mirrored in views]
-        outputs["maps"] = torch.stack([normalize_maps(view_maps, size=size) for view_maps in maps]).mean(dim=0)
+        outputs["maps"] = _mean_maps(views, size)
         outputs["logits"] = torch.stack(logits).mean(dim=0)
         return
     probabilities = [
