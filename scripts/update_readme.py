@@ -21,16 +21,7 @@ from wsss_hf.stages.run import COLUMNS
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
 README = ROOT / "README.md"
-METHOD_COLUMNS = [
-    "method",
-    "seeds",
-    "masks, mean IoU",
-    "best threshold, by masks",
-    "at",
-    "boundary F",
-    "mAP",
-    "s/step",
-]
+METHOD_COLUMNS = ["method", "seeds", "masks, mean IoU", "best threshold, by masks", "at", "boundary F", "mAP"]
 
 
 def main() -> None:
