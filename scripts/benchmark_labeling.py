@@ -1,14 +1,17 @@
 """From maps to masks against what others do, side by side in one run, image by image on the same inputs.
 
 - localisation: `localize` against the plain loop over images, scales and mirror images with all maps at image size;
-- dense CRF: `dense_crf` against pydensecrf2 called with the channels of all classes of the data;
+- dense CRF: the refiner, in this process and shared by several, against pydensecrf2 called with the channels of all
+  classes of the data;
 - closed-form matting: `closed_form_alphas` against pymatting's `estimate_alpha_cf`, per class.
 
-Scores, tags and trimaps are made from true masks, for measuring only. The images are the embedded ones, or photographs
-in the layout of a VOC devkit. Without --cam the classifier is an untrained one for the classes of the data.
+Seconds are processor seconds of one thread, which other programs hardly lengthen; where several processes work they
+are those of the clock, on both sides. Scores, tags and trimaps are made from true masks, for measuring only. Images are
+the embedded ones, or photographs in the layout of a VOC devkit. The classifier knows the classes of the data; it is the
+one of --cam, or an untrained one, on a published backbone with --backbone.
 
     python scripts/benchmark_labeling.py
-    python scripts/benchmark_labeling.py --root VOCdevkit/VOC2012 --cam runs/voc/cam
+    python scripts/benchmark_labeling.py --root VOCdevkit/VOC2012 --backbone google/mobilenet_v2_1.0_224
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -33,25 +37,27 @@ from wsss_hf.data.batches import batches_by_size
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import class_names, decode_image, decode_mask, tagged_features, undecoded
 from wsss_hf.data.voc import VOC_CLASSES
-from wsss_hf.labeling.crf import dense_crf, require_densecrf
+from wsss_hf.labeling.crf import require_densecrf
 from wsss_hf.labeling.localization import localize
 from wsss_hf.labeling.matting import closed_form_alphas
 from wsss_hf.labeling.prediction import resize_images
 from wsss_hf.labeling.pseudo_masks import load_labeler
+from wsss_hf.labeling.refine import Note, build_refiner
 from wsss_hf.labeling.trimap import BACKGROUND, FOREGROUND, UNKNOWN
-from wsss_hf.models.configuration_cam import CamConfig
+from wsss_hf.launch import keep_freed_memory
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.stages.train_model import build_on_backbone, build_processor, resolve_backbone
 from wsss_hf.training.recipes import load_recipe
 
 SCALES = (0.75, 1.0, 1.25)
 
 
-def timed(function: Callable) -> tuple[float, object]:
+def timed(function: Callable, clock: Callable[[], float] = time.process_time) -> tuple[float, object]:
     """Seconds that a call takes, and its result."""
-    start = time.perf_counter()
+    start = clock()
     result = function()
-    return time.perf_counter() - start, result
+    return clock() - start, result
 
 
 def load_pairs(root: str | None, every: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[str]]:
@@ -78,11 +84,16 @@ def tagged_rows(pairs: list[tuple[np.ndarray, np.ndarray]], names: list[str]) ->
     return Dataset.from_dict(columns, features=tagged_features(names))
 
 
-def untrained_classifier(names: list[str]) -> tuple[CamClassifier, WsssImageProcessor]:
-    recipe = load_recipe("toy")
+def untrained_classifier(names: list[str], backbone: str | None) -> tuple[CamClassifier, WsssImageProcessor]:
+    recipe = load_recipe("toy" if backbone is None else "default", [f"cam.backbone={backbone or 'null'}"])
+    given = resolve_backbone(recipe, "cam", {})
+    statistics = {key: given[key] for key in ("image_mean", "image_std")}
     torch.manual_seed(0)
-    config = CamConfig(backbone_config=recipe["cam"]["backbone_config"], id2label=dict(enumerate(names)))
-    return CamClassifier(config).eval(), WsssImageProcessor(size={"shortest_edge": 224, "longest_edge": 448})
+    stride = recipe["cam"]["output_stride"]
+    options = {"id2label": dict(enumerate(names)), "output_stride": stride, **statistics}
+    model = build_on_backbone(CamClassifier, given, {}, **options)
+    processor = build_processor(load_recipe(), "cam", **statistics)  # photographs at the default size
+    return model.to(memory_format=torch.channels_last).eval(), processor
 
 
 @torch.inference_mode()
@@ -99,23 +110,27 @@ def localize_plainly(model, pixel_values: torch.Tensor, tags: torch.Tensor, size
 
 
 def compare_localization(rows: Dataset, model, processor, batch_size: int) -> None:
-    ours = theirs = difference = 0.0
+    ours, differences, theirs = {"float32": 0.0, "bf16": 0.0}, {"float32": 0.0, "bf16": 0.0}, 0.0
     for batch in batches_by_size(rows, processor, batch_size):
-        seconds, (found, _) = timed(
-            lambda batch=batch: localize(model, batch.pixel_values, batch.tags, batch.size, SCALES)
-        )
-        ours += seconds
-        parts = found.split([int(count) for count in batch.tags.sum(dim=1)])
-        for i, part in enumerate(parts):
+        found = {}
+        for name in ours:
+            given = model, batch.pixel_values, batch.tags, batch.size, SCALES
+            seconds, (maps, _) = timed(lambda given=given, bf16=name == "bf16": localize(*given, bf16=bf16))
+            ours[name] += seconds
+            found[name] = maps.split([int(count) for count in batch.tags.sum(dim=1)])
+        for i in range(len(batch.tags)):
             one = batch.pixel_values[i : i + 1], batch.tags[i : i + 1], batch.size
             seconds, wanted = timed(lambda one=one: localize_plainly(model, *one))
             theirs += seconds
-            difference = max(difference, float((part - wanted).abs().max()) if len(part) else 0.0)
-    print(
-        f"localisation: plain loop {len(rows) / theirs:.2f} images/s, batched {len(rows) / ours:.2f} images/s, "
-        f"ratio {theirs / ours:.2f}, largest difference {difference:.1e}",
-        flush=True,
-    )
+            for name, parts in found.items():
+                differences[name] = max(differences[name], float((parts[i] - wanted).abs().max()))
+    for name, seconds in ours.items():
+        print(
+            f"localisation in {name}: plain loop in float32 {len(rows) / theirs:.2f} images/s, batched "
+            f"{len(rows) / seconds:.2f} images/s, ratio {theirs / seconds:.2f}, largest difference "
+            f"{differences[name]:.1e}",
+            flush=True,
+        )
 
 
 def blurred_scores(mask: np.ndarray, threshold: float = 0.4) -> tuple[np.ndarray, np.ndarray]:
@@ -139,22 +154,36 @@ def crf_of_all_classes(scores: np.ndarray, image: np.ndarray) -> np.ndarray:
     return np.argmax(crf.inference(10), axis=0).reshape(height, width)
 
 
-def compare_crf(pairs: list[tuple[np.ndarray, np.ndarray]], num_labels: int) -> None:
-    ours = theirs = 0.0
-    agreement = []
-    for image, mask in pairs:
-        scores, labels = blurred_scores(mask)
-        everything = np.zeros((num_labels, *mask.shape), dtype=np.float32)
-        everything[labels] = scores
-        seconds, found = timed(lambda scores=scores, image=image: dense_crf(scores, image).argmax(axis=0))
-        ours += seconds
-        seconds, wanted = timed(lambda scores=everything, image=image: crf_of_all_classes(scores, image))
-        theirs += seconds
-        agreement.append((labels[found] == wanted).mean())
+def compare_crf(pairs: list[tuple[np.ndarray, np.ndarray]], num_labels: int, workers: int) -> None:
+    scores, labels = zip(*(blurred_scores(mask) for _, mask in pairs), strict=True)
+    images = [image for image, _ in pairs]
+    given = [torch.from_numpy(one) for one in scores], images, [Note() for _ in pairs]
+    wanted, one_by_one, on_the_clock = [], 0.0, 0.0
+    for image, few, present in zip(images, scores, labels, strict=True):
+        everything = np.zeros((num_labels, *few.shape[1:]), dtype=np.float32)
+        everything[present] = few
+        started = time.perf_counter()
+        seconds, found = timed(lambda scores=everything, image=image: crf_of_all_classes(scores, image))
+        on_the_clock += time.perf_counter() - started
+        one_by_one += seconds
+        wanted.append(found)
+    seconds, found = timed(lambda: build_refiner(["crf"]).batch(*given))
+    agreement = [
+        float((present[refined.argmax(dim=0)] == other).mean())
+        for present, refined, other in zip(labels, found, wanted, strict=True)
+    ]
     print(
-        f"dense CRF: {num_labels} channels {theirs / len(pairs):.2f} s, those present {ours / len(pairs):.2f} s, "
-        f"ratio {theirs / ours:.2f}, same labels {100 * np.mean(agreement):.2f} % "
-        f"(least {100 * min(agreement):.2f} %)",
+        f"dense CRF: {num_labels} channels {one_by_one / len(pairs):.2f} s, those present "
+        f"{seconds / len(pairs):.2f} s, ratio {one_by_one / seconds:.2f}, same labels "
+        f"{100 * np.mean(agreement):.2f} % (least {100 * min(agreement):.2f} %)",
+        flush=True,
+    )
+    shared = build_refiner(["crf"], workers=workers)
+    shared.batch(*(part[:workers] for part in given))  # starting the processes does not count
+    seconds, _ = timed(lambda: shared.batch(*given), time.perf_counter)
+    print(
+        f"dense CRF, by the clock: {num_labels} channels {on_the_clock / len(pairs):.2f} s, those present in "
+        f"{workers} processes {seconds / len(pairs):.2f} s, ratio {on_the_clock / seconds:.2f}",
         flush=True,
     )
 
@@ -220,6 +249,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="VOC2012 folder of a devkit; without it the embedded data")
     parser.add_argument("--cam", help="classifier for the localisation")
+    parser.add_argument("--backbone", help="without --cam: directory or Hub id of a pretrained backbone")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that share the CRF")
     parser.add_argument("--bands", type=int, nargs="+", default=[8, 20], help="unknown pixels on either side")
     parser.add_argument("--every", type=int, default=1, help="take every n-th image only")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -227,14 +258,17 @@ def main() -> None:
     arguments = parser.parse_args()
     parts = arguments.parts or ["localization", "crf", "matting"]
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the command line does
     pairs, names = load_pairs(arguments.root, arguments.every)
     if "localization" in parts:
-        model, processor = load_labeler(arguments.cam, "cpu") if arguments.cam else untrained_classifier(names)
+        model, processor = (
+            load_labeler(arguments.cam, "cpu") if arguments.cam else untrained_classifier(names, arguments.backbone)
+        )
         if list(model.config.id2label.values()) != names:
             sys.exit(f"--cam {arguments.cam}: it knows other classes than the data, {', '.join(names)}")
         compare_localization(tagged_rows(pairs, names), model, processor, arguments.batch_size)
     if "crf" in parts:
-        compare_crf(pairs, max(21, len(names) + 1))
+        compare_crf(pairs, max(21, len(names) + 1), arguments.workers)
     if "matting" in parts:
         compare_matting(pairs, arguments.bands)
 

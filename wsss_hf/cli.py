@@ -28,7 +28,7 @@ from .hub.convert import KINDS, convert_checkpoint
 from .hub.export import export_onnx as run_export_onnx
 from .hub.push import METRICS, Pushed, push_dataset, push_model
 from .hub.push import push_metric as run_push_metric
-from .launch import start_missing_processes
+from .launch import keep_freed_memory, start_missing_processes
 from .stages.compare import CompareError, read_plan
 from .stages.compare import compare as run_compare
 from .stages.demo import demo as run_demo
@@ -505,6 +505,7 @@ def export_onnx(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what the user can mend is one line on standard error and exit status 1."""
     start_missing_processes()
+    keep_freed_memory()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()

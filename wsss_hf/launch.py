@@ -1,7 +1,9 @@
-"""`accelerate launch` on CPUs: the processes that it leaves to MPI."""
+"""What a process needs before it works: on CPUs the other processes that `accelerate launch` leaves to MPI, and memory
+that stays."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import sys
 import psutil
 from accelerate.commands.launch import launch_command_parser
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
 
 
@@ -32,3 +35,15 @@ def start_missing_processes() -> None:
         return
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={wanted}"]
     sys.exit(subprocess.run([*launcher, *sys.argv]).returncode)
+
+
+def keep_freed_memory() -> None:
+    """Keep memory that tensors have left for the next ones; glibc gives large pieces back and asks for them again.
+
+    Every step of a network on the CPU needs the same memory, and fresh pages are the slowest there are. Other C
+    libraries stay as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)

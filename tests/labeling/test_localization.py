@@ -138,3 +138,9 @@ def test_the_localizer_agrees_with_the_model_on_one_view(model, images, tags):
     with torch.no_grad():
         scores = model.segmentation_scores(model(images[:1]), SIZE, tags[:1], background_threshold=0.4)
     assert (scores.argmax(dim=1)[0] == labels).float().mean() > 0.99
+
+
+def test_bf16_is_near_and_float32_the_default_on_cpus(model, images, tags):
+    exact, rough = (localize(model, images, tags, SIZE, bf16=bf16)[0] for bf16 in (None, True))
+    assert torch.equal(exact, localize(model, images, tags, SIZE, bf16=False)[0])
+    assert rough.dtype == torch.float32 and 1e-4 < (rough - exact).abs().max() < 0.2

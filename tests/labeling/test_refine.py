@@ -1,6 +1,8 @@
 """Refiners: chains from a recipe, each refiner's part of the interface, counted fallbacks."""
 
 import sys
+from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -118,6 +120,34 @@ def test_a_batch_is_refined_like_each_image_alone(steps, scores, image, monkeypa
         alone = Note()
         torch.testing.assert_close(result, build_refiner(steps)(own, picture, alone), atol=1e-5, rtol=0)
         assert note.fallbacks == alone.fallbacks and note.pictures.keys() == alone.pictures.keys()
+
+
+def test_workers_find_what_one_process_finds(scores, image, monkeypatch):
+    batch = [scores, scores[:1], scores.flip(-1)], [image, image, np.ascontiguousarray(image[:, ::-1])]
+    alone, shared = ([Note() for _ in batch[0]] for _ in range(2))
+    expected = build_refiner(["pamr", "matting"]).batch(*batch, alone)
+    refiner = build_refiner(["pamr", "matting"], workers=1)
+    in_this_process = "_refine", lambda *_: pytest.fail("the work stayed here")
+    monkeypatch.setattr(refine_module.Matting, *in_this_process)
+    found = refiner.batch(*batch, shared)
+    for number, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(one, other)
+        assert shared[number].fallbacks == alone[number].fallbacks
+        assert {k: v.tobytes() for k, v in shared[number].pictures.items()} == {
+            k: v.tobytes() for k, v in alone[number].pictures.items()
+        }
+
+
+def test_a_killed_worker_is_told(scores, image, monkeypatch):
+    class Broken:
+        def map(self, *_):
+            raise BrokenProcessPool
+
+    pools = lru_cache(lambda workers: Broken())
+    monkeypatch.setattr(refine_module, "_pool", pools)
+    with pytest.raises(RefinementError, match="killed"):
+        build_refiner(["matting"], workers=1)(scores, image)
+    assert pools.cache_info().currsize == 0
 
 
 def test_chains_run_in_order(scores, image):

@@ -162,6 +162,14 @@ def test_cells_in_processes_of_their_own_give_the_same(plan, finished, tmp_path)
         assert cell["maps"] == held["maps"]
 
 
+def test_a_row_may_have_seeds_of_its_own(plan, tmp_path):
+    rows = {"plain": None, "drs": {"seeds": [7], "cam.methods": {"drs": {}}}}
+    cells = plan_cells(plan | {"rows": rows}, tmp_path)
+    assert [(cell.row, cell.recipe["seed"]) for cell in cells] == [("plain", 0), ("plain", 1), ("drs", 7)]
+    with pytest.raises(RecipeError, match="seeds: 7"):
+        plan_cells(plan | {"rows": {"plain": {"seeds": 7}}}, tmp_path)
+
+
 def test_recipes_by_name_are_rows_on_several_data_sets(tmp_path):
     cells = plan_cells(
         {"rows": ["toy", "voc_drs"], "data": {"a": {"source": "toy"}, "b": COCO}},

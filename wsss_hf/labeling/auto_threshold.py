@@ -55,7 +55,10 @@ def auto_threshold(
         pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
         counts = [int(count) for count in batch.tags.sum(dim=1)]
         views = [
-            localize(model, pixel_values, tags, size, (scale,), settings["flip"])[0].split(counts) for scale in scales
+            localize(model, pixel_values, tags, size, (scale,), settings["flip"], "mean", settings["bf16"])[0].split(
+                counts
+            )
+            for scale in scales
         ]
         both = [torch.cat(pair) for pair in zip(*views, strict=True)]
         total[:2] += sum(view_statistics(*maps.chunk(2)) for maps in both)

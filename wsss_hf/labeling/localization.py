@@ -25,8 +25,9 @@ def localize(
     scales: Sequence[float] = (1.0,),
     flip: bool = True,
     fusion: str = "mean",
+    bf16: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Normalised maps of images of one size, fused over scales and mirror images; the network runs in bf16 on CUDA.
+    """Normalised maps of images of one size, fused over scales and mirror images.
 
     Args:
         pixel_values: (B, 3, h, w) normalised images at scale 1.
@@ -35,6 +36,7 @@ def localize(
         scales: input sizes relative to `pixel_values`.
         flip: also look at the mirror image.
         fusion: "mean" or "max" over the views.
+        bf16: compute the network in bfloat16; None does so on GPUs only. Maps are normalised and fused in float32.
 
     Returns:
         maps (N, H, W) in [0, 1), one per tagged class of an image, N = number of ones in `tags`, in row-major order of
@@ -47,7 +49,7 @@ def localize(
         raise ValueError(f"fusion={fusion!r}: {' or '.join(map(repr, FUSIONS))} would be right")
     images, classes = tags.nonzero(as_tuple=True)
     fused, logits = None, []
-    for outputs in _views(model, pixel_values, scales, flip):
+    for outputs in _views(model, pixel_values, scales, flip, bf16):
         logits.append(outputs.logits.float())
         maps = normalize_maps(outputs.maps[images, classes][:, None], size=size)[:, 0]
         if fused is None:
@@ -66,18 +68,19 @@ def average_maps(
     size: tuple[int, int],
     scales: Sequence[float] = (1.0,),
     flip: bool = True,
+    bf16: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Maps and CAM logits as the model gives them, not normalised, averaged over scales and mirror images.
 
     Args:
-        pixel_values, tags, size, scales, flip: as of `localize`.
+        pixel_values, tags, size, scales, flip, bf16: as of `localize`.
 
     Returns:
         maps and CAM logits, both (N, H, W) float32, one per tagged class of an image.
     """
     images, classes = tags.nonzero(as_tuple=True)
     total, count = 0, 0
-    for outputs in _views(model, pixel_values, scales, flip):
+    for outputs in _views(model, pixel_values, scales, flip, bf16):
         both = torch.stack([outputs.maps[images, classes], outputs.cams[images, classes]]).float()
         total = total + F.interpolate(both, size=size, mode="bilinear", align_corners=False)
         count += 1
@@ -93,10 +96,13 @@ class _View:
     logits: Tensor
 
 
-def _views(model: CamClassifier, pixel_values: Tensor, scales: Sequence[float], flip: bool) -> Iterator[_View]:
+def _views(
+    model: CamClassifier, pixel_values: Tensor, scales: Sequence[float], flip: bool, bf16: bool | None
+) -> Iterator[_View]:
+    bf16 = pixel_values.is_cuda if bf16 is None else bf16
     for scale in scales:
         scaled = pixel_values if scale == 1 else resize_images(pixel_values, scale)
-        with torch.autocast(scaled.device.type, dtype=torch.bfloat16, enabled=scaled.is_cuda):
+        with torch.autocast(scaled.device.type, dtype=torch.bfloat16, enabled=bf16):
             # Both mirror images in one pass.
             outputs = model(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled)
         whole = (outputs.maps, outputs.cams, outputs.logits)

@@ -58,8 +58,8 @@ def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict)
         DataError: an image does not decode, or the seed rule needs a saliency that is missing; names the row.
         ValueError: refinement or seeds can't be had with this model or installation.
     """
-    views = {key: settings[key] for key in ("scales", "flip")}
-    refine, seeds = build_refiner(settings["refine"]), build_seeds(settings["seeds"])
+    views = {key: settings[key] for key in ("scales", "flip", "bf16")}
+    refine, seeds = build_refiner(settings["refine"], settings["workers"]), build_seeds(settings["seeds"])
     has_saliency = "saliency" in rows.column_names
     reads_saliency = seeds.saliency == "needed" or (seeds.saliency == "optional" and has_saliency)
     for batch in batches_by_size(rows, processor, settings["batch_size"], reads_saliency):

@@ -6,10 +6,14 @@ Scores are (K+1, H, W) in [0, 1], background first, then the image's K tagged cl
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import ClassVar
 
 import numpy as np
@@ -90,10 +94,36 @@ class Refiner(ABC):
 
 
 class OneByOne(Refiner):
-    """A refiner of single images."""
+    """A refiner of single images, which several processes may share.
+
+    Attributes:
+        workers: processes that refine the images of a batch; 0 refines in this one.
+    """
+
+    workers = 0
+
+    @property
+    def can_be_sent(self) -> bool:
+        """Whether other processes can do the work."""
+        return True
 
     def _refine_batch(self, scores: list[Tensor], images: list[np.ndarray], notes: list[Note]) -> list[Tensor]:
-        return [self._refine(*one) for one in zip(scores, images, notes, strict=True)]
+        if not (self.workers and self.can_be_sent):
+            return [self._refine(*one) for one in zip(scores, images, notes, strict=True)]
+        arrays = [score.cpu().numpy() for score in scores]
+        try:
+            found = list(_pool(self.workers).map(self._in_worker, arrays, images))
+        except BrokenProcessPool as error:
+            _pool.cache_clear()
+            raise RefinementError("a process that refines was killed; workers=0 needs least memory") from error
+        for note, (_, made) in zip(notes, found, strict=True):
+            note.fallbacks.update(made.fallbacks)
+            note.pictures |= made.pictures
+        return [torch.from_numpy(array).to(score.device) for (array, _), score in zip(found, scores, strict=True)]
+
+    def _in_worker(self, scores: np.ndarray, image: np.ndarray) -> tuple[np.ndarray, Note]:
+        note = Note()
+        return self._refine(torch.from_numpy(scores), image, note).numpy(), note
 
     @abstractmethod
     def _refine(self, scores: Tensor, image: np.ndarray, note: Note) -> Tensor:
@@ -207,6 +237,10 @@ class Matting(OneByOne):
         )
         self.trimaps(np.zeros((0, 1, 1)))  # reports senseless thresholds now, not at the first image
 
+    @property
+    def can_be_sent(self) -> bool:
+        return self.method != "vitmatte"  # which works on its device
+
     def trimaps(self, maps: np.ndarray) -> np.ndarray:
         """(K, H, W) class scores → (K, H, W) uint8 trimaps that this refiner mattes."""
         return trimaps(maps, self.foreground_threshold, self.background_threshold, self.erosion)
@@ -233,19 +267,31 @@ class Matting(OneByOne):
 REFINERS = {"pamr": Pamr, "crf": Crf, "matting": Matting}
 
 
-def build_refiner(steps: Sequence[str | dict]) -> Chain:
+@lru_cache(maxsize=1)
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """New processes, since a fork of one that has threads may never end; each with a single thread."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def build_refiner(steps: Sequence[str | dict], workers: int = 0) -> Chain:
     """The chain of refiners that a recipe names.
 
     Args:
         steps: names, or one-key mappings of a name to its options: `[]`, `[pamr]`, `[{crf: {iterations: 10}}]`,
             `[pamr, {matting: {method: knn}}]`. The options are the fields of `Pamr`, `Crf` and `Matting`.
+        workers: processes that share the images of a batch in steps that work image by image on the CPU.
 
     Raises:
         RefinementError: an unknown name, option or value, or a library that is not installed.
     """
     if isinstance(steps, str) or not isinstance(steps, Sequence):
         raise RefinementError(f"refinement steps {steps!r}: a list such as [pamr, crf] would be right")
-    return Chain([_build_step(step) for step in steps])
+    refiners = [_build_step(step) for step in steps]
+    for refiner in refiners:
+        if isinstance(refiner, OneByOne):
+            refiner.workers = workers
+    return Chain(refiners)
 
 
 def _build_step(step: str | dict) -> Refiner:

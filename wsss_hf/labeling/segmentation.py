@@ -84,7 +84,7 @@ def segment_images(model, processor: Callable, rows: Dataset, settings: dict) ->
         ValueError: as [`score_images`].
     """
     views = {key: settings[key] for key in ("scales", "flip", "window", "window_stride")}
-    refine = build_refiner(settings["refine"])
+    refine = build_refiner(settings["refine"], settings["workers"])
     ids = rows["image_id"][:]
     for scored in score_images(model, processor, rows, settings["batch_size"], **views):
         scores = refine(scored.scores, np.asarray(scored.image)) if settings["refine"] else scored.scores

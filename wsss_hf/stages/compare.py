@@ -89,10 +89,11 @@ def plan_cells(plan: dict, out: str | os.PathLike) -> list[Cell]:
     """The cells of a plan, every recipe resolved and checked.
 
     Args:
-        plan: `rows`: name -> changes of the recipe (nested or with dotted keys, and `recipe` for another one to start
-            from), or a list of recipes' names; `recipe`: the recipe that all start from; `set`: changes for all, as
-            "key=value" strings or a mapping; `seeds`: whole numbers, default those of the recipe; `data`: name ->
-            arguments of `load_data`, or one such mapping; `segmenter`: train it too, not the CAM classifier only.
+        plan: `rows`: name -> changes of the recipe (nested or with dotted keys, `recipe` for another one to start
+            from, and `seeds` of the row's own), or a list of recipes' names; `recipe`: the recipe that all start from;
+            `set`: changes for all, as "key=value" strings or a mapping; `seeds`: whole numbers, default those of the
+            recipe; `data`: name -> arguments of `load_data`, or one such mapping; `segmenter`: train it too, not the
+            CAM classifier only.
         out: folder of the comparison.
 
     Raises:
@@ -122,8 +123,9 @@ def plan_cells(plan: dict, out: str | os.PathLike) -> list[Cell]:
             _check_name(row, "row")
             _check_name(data_name, "data")
             changes = dict(changes or {})
+            own_seeds = changes.pop("seeds", None)
             recipe = load_recipe(changes.pop("recipe", start), [*common, *_changes(changes, f"row {row}")])
-            seeds = plan.get("seeds", [recipe["seed"]])
+            seeds = own_seeds or plan.get("seeds", [recipe["seed"]])
             if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
                 raise RecipeError(f"seeds: {seeds!r}; a list of whole numbers would be right")
             drawn = {"toy": recipe["toy"]} if source["source"] == "toy" else {}

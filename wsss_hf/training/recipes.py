@@ -76,6 +76,11 @@ def _check(recipe: dict) -> None:
     threshold = recipe["masks"]["background_threshold"]
     if threshold is None or (threshold != _FOUND["masks.background_threshold"] and not 0 <= threshold <= 1):
         raise RecipeError(f"masks.background_threshold is {threshold}; a number in [0, 1] or auto would be right")
+    if recipe["masks"]["bf16"] not in (None, True, False):
+        raise RecipeError(f"masks.bf16 is {recipe['masks']['bf16']!r}; true, false or null would be right")
+    for section in ("masks", "evaluation"):
+        if recipe[section]["workers"] < 0:
+            raise RecipeError(f"{section}.workers is {recipe[section]['workers']}; 0 or more would be right")
     if recipe["self_training"]["rounds"] < 1:
         raise RecipeError(f"self_training.rounds is {recipe['self_training']['rounds']}; 1 or more would be right")
     scales = [(section, "scales") for section in ("masks", "refiner", "self_training", "evaluation")]
