@@ -5,10 +5,10 @@
   classes of the data;
 - closed-form matting: `closed_form_alphas` against pymatting's `estimate_alpha_cf`, per class.
 
-Seconds are processor seconds of one thread, which other programs hardly lengthen; where several processes work they
-are those of the clock, on both sides. Scores, tags and trimaps are made from true masks, for measuring only. Images are
-the embedded ones, or photographs in the layout of a VOC devkit. The classifier knows the classes of the data; it is the
-one of --cam, or an untrained one, on a published backbone with --backbone.
+On one thread seconds are processor seconds, which other programs hardly lengthen; on several they are those of the
+clock. Scores, tags and trimaps are made from true masks, for measuring only. Images are the embedded ones, or
+photographs in the layout of a VOC devkit. The classifier knows the classes of the data; it is the one of --cam, or an
+untrained one, on a published backbone with --backbone.
 
     python scripts/benchmark_labeling.py
     python scripts/benchmark_labeling.py --root VOCdevkit/VOC2012 --backbone google/mobilenet_v2_1.0_224
@@ -53,8 +53,9 @@ from wsss_hf.training.recipes import load_recipe
 SCALES = (0.75, 1.0, 1.25)
 
 
-def timed(function: Callable, clock: Callable[[], float] = time.process_time) -> tuple[float, object]:
+def timed(function: Callable, clock: Callable[[], float] | None = None) -> tuple[float, object]:
     """Seconds that a call takes, and its result."""
+    clock = clock or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
     start = clock()
     result = function()
     return clock() - start, result
@@ -250,6 +251,7 @@ def main() -> None:
     parser.add_argument("--root", help="VOC2012 folder of a devkit; without it the embedded data")
     parser.add_argument("--cam", help="classifier for the localisation")
     parser.add_argument("--backbone", help="without --cam: directory or Hub id of a pretrained backbone")
+    parser.add_argument("--threads", type=int, default=1, help="of the localisation")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that share the CRF")
     parser.add_argument("--bands", type=int, nargs="+", default=[8, 20], help="unknown pixels on either side")
     parser.add_argument("--every", type=int, default=1, help="take every n-th image only")
@@ -261,12 +263,14 @@ def main() -> None:
     keep_freed_memory()  # as the command line does
     pairs, names = load_pairs(arguments.root, arguments.every)
     if "localization" in parts:
+        torch.set_num_threads(arguments.threads)
         model, processor = (
             load_labeler(arguments.cam, "cpu") if arguments.cam else untrained_classifier(names, arguments.backbone)
         )
         if list(model.config.id2label.values()) != names:
             sys.exit(f"--cam {arguments.cam}: it knows other classes than the data, {', '.join(names)}")
         compare_localization(tagged_rows(pairs, names), model, processor, arguments.batch_size)
+        torch.set_num_threads(1)
     if "crf" in parts:
         compare_crf(pairs, max(21, len(names) + 1), arguments.workers)
     if "matting" in parts:

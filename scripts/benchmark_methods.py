@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import logging as transformers_logging
 
 from wsss_hf import CamClassifier
+from wsss_hf.launch import keep_freed_memory
 from wsss_hf.models.methods import METHODS
 from wsss_hf.stages.train_model import build_on_backbone, resolve_backbone
 from wsss_hf.training.optimization import build_optimizer, freeze_batch_norm
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the command line does
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     recipe = load_recipe(arguments.recipe, arguments.set)

@@ -108,6 +108,18 @@ def test_names_are_escaped(page_text):
     assert "<b>cat</b>" in page.texts
 
 
+def test_steps_stand_between_maps_and_masks(tmp_path, examples):
+    trimap = np.repeat(np.array([0, 128, 255], np.uint8), 400).reshape(30, 40)
+    examples[1].steps = {"Trimap": {"dog": trimap}, "Alpha": {"dog": trimap}}
+    text = write_report(tmp_path / "r.html", "Run", [], examples, NAMES).read_text()
+    heads = re.findall("<th>([^<]*)</th>", text)
+    assert heads == ["Image", "Map", "Trimap", "Alpha", "Pseudo mask", "Truth"]
+    cell = text.rsplit("<tr>", 1)[1].split("</td>")[2]
+    shown = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", cell)[1])))
+    np.testing.assert_allclose(np.asarray(shown.convert("L")), trimap, atol=12)
+    assert ">dog<" in cell
+
+
 def test_columns_that_no_example_has_are_left_out(page_text):
     texts = Page(page_text).texts
     assert "Pseudo mask" in texts and "Truth" in texts and "Segmenter's mask" not in texts

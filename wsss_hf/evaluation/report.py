@@ -18,7 +18,8 @@ from .pictures import blend, heatmap, overlay
 from .report_style import STYLE
 from .tables import column_names, format_value, heading, is_figure
 
-HEADINGS = ("Image", "Map", "Pseudo mask", "Segmenter's mask", "Truth")
+IMAGE, MAP, PSEUDO_MASK, PREDICTION, TRUTH = "Image", "Map", "Pseudo mask", "Segmenter's mask", "Truth"
+_ORDER = (IMAGE, MAP, "Trimap", "Alpha", PSEUDO_MASK, PREDICTION)  # then other masks, then the truth
 PICTURE_SIDE = 360  # longest side of an embedded picture
 
 
@@ -31,6 +32,7 @@ class ReportExample:
         image_id: its name.
         tags: names of its classes.
         map: class name -> (h, w) map in [0, 1], or one such map; any resolution.
+        steps: column heading -> class name -> (H, W) uint8 picture of a step to the pseudo mask: trimaps, alphas.
         pseudo_mask, prediction, truth: (H, W) labels of the image's size, 255 = ignore.
         masks: column heading -> further labels, to stand side by side.
     """
@@ -39,6 +41,7 @@ class ReportExample:
     image_id: str
     tags: list[str] = field(default_factory=list)
     map: dict[str, np.ndarray] | np.ndarray | None = None
+    steps: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     pseudo_mask: np.ndarray | None = None
     prediction: np.ndarray | None = None
     truth: np.ndarray | None = None
@@ -137,12 +140,14 @@ def _pictures(example: ReportExample) -> dict[str, dict[str, Image.Image]]:
     """Column heading -> {caption: picture}, for what the example has."""
     image = example.image.convert("RGB")
     maps = {} if example.map is None else example.map if isinstance(example.map, dict) else {"": example.map}
-    masks = {HEADINGS[2]: example.pseudo_mask, HEADINGS[3]: example.prediction, **example.masks}
-    masks[HEADINGS[4]] = example.truth
+    masks = {PSEUDO_MASK: example.pseudo_mask, PREDICTION: example.prediction, **example.masks}
+    masks[TRUTH] = example.truth
     columns = {
-        HEADINGS[0]: {"": image},
-        HEADINGS[1]: {name: blend(image, heatmap(values)) for name, values in maps.items()},
+        IMAGE: {"": image},
+        MAP: {name: blend(image, heatmap(values)) for name, values in maps.items()},
     }
+    for step, pictures in example.steps.items():
+        columns[step] = {name: Image.fromarray(picture) for name, picture in pictures.items()}
     for name, labels in masks.items():
         try:
             columns[name] = {} if labels is None else {"": overlay(image, labels)}
@@ -152,16 +157,16 @@ def _pictures(example: ReportExample) -> dict[str, dict[str, Image.Image]]:
 
 
 def _one_map(example: ReportExample) -> ReportExample:
-    """The example with its highest class map at each position."""
+    """The example with its highest class map at each position, and without steps."""
     if not isinstance(example.map, dict):
-        return example
-    return replace(example, map=np.max(list(example.map.values()), axis=0) if example.map else None)
+        return replace(example, steps={})
+    return replace(example, map=np.max(list(example.map.values()), axis=0) if example.map else None, steps={})
 
 
 def _columns(rows: Sequence[dict]) -> list[str]:
-    """Headings in the order in which the examples have them, the truth last."""
+    """Headings from the image to the truth."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return sorted(names, key=lambda name: (name == HEADINGS[4], HEADINGS.index(name) if name in HEADINGS else 2.5))
+    return sorted(names, key=lambda name: (name == TRUTH, _ORDER.index(name) if name in _ORDER else len(_ORDER)))
 
 
 def _fit(picture: Image.Image, side: int, enlarge: bool = False) -> Image.Image:
@@ -316,7 +321,7 @@ def _example_table(examples: Sequence[ReportExample], class_names: Sequence[str]
     ]
     if any(mask is not None and (np.asarray(mask) == 255).any() for mask in masks):
         legend += f'<span class="chip">{_swatch(255)}ignore</span>'
-    if HEADINGS[1] in columns:
+    if MAP in columns:
         legend += '<span class="chip">map: 0<span class="ramp"></span>1</span>'
     head = "".join(f"<th>{_text(column)}</th>" for column in columns)
     body = "".join(
@@ -338,7 +343,7 @@ def _example_cell(example: ReportExample, row: dict, column: str, class_names: S
     )
     kind = "many" if len(row.get(column, {})) > 1 else ""
     words = ""
-    if column == HEADINGS[0]:
+    if column == IMAGE:
         labels = {name: label for label, name in enumerate(class_names)}
         chips = "".join(
             f'<span class="chip">{_swatch(labels[tag]) if tag in labels else ""}{_text(tag)}</span>'

@@ -215,6 +215,10 @@ def report_examples(data: DatasetDict, cam: Path, segmenter: Path, recipe: dict)
             image_id=row["image_id"],
             tags=[names[c] for c in row["tags"]],
             map={names[c]: m for c, m in zip(labelled.classes, labelled.maps, strict=True)},
+            steps={
+                step.capitalize(): {names[c]: picture for c, picture in zip(labelled.classes, pictures, strict=True)}
+                for step, pictures in labelled.note.pictures.items()
+            },
             pseudo_mask=labelled.pseudo_mask,
             prediction=predictions[labelled.index],
             truth=None if truth is None else decode_mask(truth, f"row {row['image_id']!r}, column mask"),
