@@ -13,13 +13,13 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from loopback_hub import TOKEN
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemanticSegmentation, pipeline
 
-from wsss_hf import CamClassifier, Segmenter, SegmenterConfig, WsssImageProcessor
+from wsss_hf import CamClassifier, MapRefiner, MapRefinerConfig, Segmenter, SegmenterConfig, WsssImageProcessor
 from wsss_hf.cli import main
 from wsss_hf.hub.push import HubError, push_folder, push_model
 from wsss_hf.labeling.prediction import load_segmenter
@@ -159,13 +159,31 @@ def test_a_branch_leaves_main_as_it_is(hub, wsss, run_folder):
 
 def test_a_model_pushes_itself_too(hub, run_folder, tmp_path):
     model = Segmenter.from_pretrained(run_folder / "segmenter")
-    processor = AutoImageProcessor.from_pretrained(run_folder / "segmenter")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("transformers.utils.hub._hf_api", HfApi(endpoint=hub.url, token=TOKEN))
-        model.push_to_hub("tester/own", token=TOKEN)
-        processor.push_to_hub("tester/own", token=TOKEN)
+    model.push_to_hub("tester/own", tags=["pets"])
+    repository = hub.repositories["model", "tester/own"]
+    assert len(repository.commits) == 2  # the first one is the Hub's
     files = hub.files("tester/own")
-    assert needed_code(files) == {name for name in files if name.endswith(".py")}
+    code_files = {name for name in files if name.endswith(".py")}
+    data = {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", ".gitattributes"}
+    assert set(files) == data | code_files and code_files == needed_code(files)
+    assert json.loads(files["preprocessor_config.json"])["size"] == {"shortest_edge": 32, "longest_edge": 64}
+    assert not any(b"somebody" in content or str(tmp_path).encode() in content for content in files.values())
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.pipeline_tag == "image-segmentation" and "pets" in card.data.tags and not card.data.eval_results
+    for words in ("`Segmenter`", "`resnet`", "2 classes: cat, dog;", 'model="tester/own"', "is not recorded here"):
+        assert words in card.text
+
+    sent = len(hub.uploads)
+    model.push_to_hub("tester/own")
+    assert len(hub.uploads) == sent and len(repository.commits) == 2
+    files["README.md"] = b"---\nlicense: mit\n---\nmy own words\n"
+    model.save_pretrained(tmp_path / "own", push_to_hub=True, private=True)
+    model.config.note = "changed"
+    model.save_pretrained(tmp_path / "elsewhere", push_to_hub=True, repo_id="tester/own", commit_message="Note it")
+    assert hub.uploads[sent:] == ["config.json"] and repository.messages[-1] == "Note it"
+    assert hub.files("tester/own")["README.md"].endswith(b"my own words\n")
+    model.push_to_hub("tester/own", revision="v2", private=True)
+    assert hub.files("tester/own", "v2") == hub.files("tester/own")
 
 
 def test_of_several_rounds_the_last_is_pushed(hub, run_folder):
@@ -379,6 +397,7 @@ if not offline:
     result["wrong revision"] = attempt(lambda: load("tester/pets", revision="v9", trust_remote_code=True))
     result["private"] = attempt(lambda: load("tester/secret", trust_remote_code=True))
     result["untrusted"] = attempt(lambda: load("tester/pets", trust_remote_code=False))
+    load("tester/own", trust_remote_code=True).save_pretrained(folder / "saved by a stranger")
 save_file(tensors, folder / "outputs.safetensors")
 (folder / "result.json").write_text(json.dumps(result))
 """
@@ -427,24 +446,33 @@ def test_a_stranger_gets_the_owners_outputs_bit_for_bit(hub, client_environment,
     push_model(tmp_path / "segformer", "tester/segformer")
     sources = {"pets": (Segmenter, run_folder / "segmenter"), "cam": (CamClassifier, run_folder / "cam")}
     sources["segformer"] = (SegformerForSemanticSegmentation, tmp_path / "segformer")
+    # Models that push themselves; they must be found as well as those of `wsss push`.
+    Segmenter.from_pretrained(run_folder / "segmenter").push_to_hub("tester/own")
+    refiner = MapRefiner(MapRefinerConfig(backbone_config=TINY, id2label={0: "cat", 1: "dog"}))
+    refiner.save_pretrained(tmp_path / "refiner")
+    refiner.push_to_hub("tester/refiner")
+    sources |= {"own": (Segmenter, run_folder / "segmenter"), "refiner": (MapRefiner, tmp_path / "refiner")}
     expected |= {name: logits(kind, folder, tmp_path) for name, (kind, folder) in sources.items()}
     masks = {name: weak_histogram(folder, tmp_path) for name, (_, folder) in sources.items() if name != "segformer"}
     assert not [name for name in hub.files("tester/segformer") if name.endswith(".py")]
     assert b"trust_remote_code" not in hub.files("tester/segformer")["README.md"]
 
-    wanted = {"pets": True, "cam": True, "segformer": False}
+    wanted = {name: name != "segformer" for name in sources}
     result, outputs = stranger(tmp_path, client_environment, wanted, first_commit, "online")
     assert outputs.keys() == expected.keys()
     for name in expected:
         assert torch.equal(outputs[name], expected[name]), name
     assert not torch.equal(outputs["pets of old"], outputs["pets"])
     assert {name: result[name].pop() for name in masks} == masks
+    assert result["own"] == result["pets"]
     for name in ("pets", "segformer"):
         assert {label for label, _ in result[name]} <= set(NAMES.values())
         assert sum(pixels for _, pixels in result[name]) == 70 * 50
     assert "v9 is not a valid git identifier" in result["wrong revision"]
     assert "private" in result["private"] and "token" in result["private"]
     assert "trust_remote_code=True" in result["untrusted"]
+    passed_on = {path.name for path in (tmp_path / "saved by a stranger").iterdir()}
+    assert passed_on == set(hub.files("tester/own")) - {"README.md", ".gitattributes"}
 
     asked = len(hub.requests)
     offline = client_environment | {"HF_HUB_OFFLINE": "1"}

@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, MobileNetV2Config, ResNetConfig, SegformerImageProcessor, ViTConfig
+from transformers import (
+    AutoImageProcessor,
+    MobileNetV2Config,
+    ResNetConfig,
+    ResNetModel,
+    SegformerImageProcessor,
+    ViTConfig,
+)
 
-from wsss_hf import SegmenterConfig, WsssImageProcessor
+from wsss_hf import CamClassifier, CamConfig, MapRefiner, Segmenter, SegmenterConfig, WsssImageProcessor
 from wsss_hf.models.image_processing_wsss import backbone_normalization
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -121,3 +128,47 @@ def test_a_type_has_a_normalization_without_any_directory(config):
 
 def test_imagenet_is_the_last_resort():
     assert backbone_normalization(None, object()) == IMAGENET
+
+
+# the processor of a model
+
+TINY = {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8, "layer_type": "basic"}
+OWN = WsssImageProcessor(size={"shortest_edge": 40, "longest_edge": 80}, image_mean=[0.1, 0.2, 0.3])
+
+
+def values_beside(folder):
+    processor = AutoImageProcessor.from_pretrained(folder)
+    return processor.size["shortest_edge"], list(processor.image_mean), list(processor.image_std)
+
+
+@pytest.mark.parametrize("model_class", [CamClassifier, MapRefiner, Segmenter])
+def test_a_model_takes_its_processor_along(model_class, tmp_path):
+    model = model_class(model_class.config_class(backbone_config=ResNetConfig(**TINY)))
+    model.image_processor = OWN
+    model.save_pretrained(tmp_path / "first")
+    again, _ = model_class.from_pretrained(tmp_path / "first", output_loading_info=True)
+    again.save_pretrained(tmp_path / "second")
+    assert values_beside(tmp_path / "second") == (40, [0.1, 0.2, 0.3], IMAGENET[1])
+
+
+def test_a_model_that_has_no_processor_gets_the_one_of_its_configuration(tmp_path):
+    statistics = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    model = CamClassifier(CamConfig(backbone_config=ResNetConfig(**TINY), **statistics))
+    model.save_pretrained(tmp_path / "new")
+    assert values_beside(tmp_path / "new") == (224, *statistics.values())
+    OWN.save_pretrained(tmp_path / "held")
+    model.save_pretrained(tmp_path / "held")
+    assert values_beside(tmp_path / "held")[0] == 40
+
+
+@pytest.mark.parametrize("model_class", [CamClassifier, Segmenter])
+def test_a_model_on_a_published_backbone_keeps_its_normalization(model_class, tmp_path):
+    ResNetModel(ResNetConfig(**TINY)).save_pretrained(tmp_path)
+    SegformerImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    model = model_class.from_backbone(str(tmp_path))
+    model.save_pretrained(tmp_path / "model")
+    assert values_beside(tmp_path / "model") == (224, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    if model_class is CamClassifier:
+        assert model.config.image_mean == [0.1, 0.2, 0.3]
+        told = model_class.from_backbone(str(tmp_path), image_mean=[0.5] * 3)
+        assert list(told.image_processor.image_mean) == told.config.image_mean == [0.5] * 3
