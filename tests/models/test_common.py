@@ -286,6 +286,85 @@ def test_another_number_of_labels_needs_permission_and_a_new_head_only(model, tm
         assert torch.equal(loaded.backbone.state_dict()[name], value), name
 
 
+# gradient checkpointing
+
+CHECKPOINTED = BACKBONES | {
+    "resnet": BACKBONES["resnet"] | {"depths": [3, 2]},
+    "convnext": BACKBONES["convnext"] | {"drop_path_rate": 0.3},
+    "vit": BACKBONES["vit"] | {"hidden_dropout_prob": 0.2},
+    "vgg": {"model_type": "wsss_vgg16", "widths": [4, 4, 8, 8, 8], "extra_channels": [8]},
+    "wide_resnet": {"model_type": "wsss_wide_resnet38", "widths": [4, 4, 8, 8, 8, 8, 16]},
+}
+ALL_METHODS = {
+    "drs": {},
+    "icd": {"hidden_channels": 8},
+    "plda": {"hidden": [8], "pamr_iterations": 1, "pamr_dilations": [1]},
+    "d2cam": {"embedding_channels": 8},
+    "seam": {"stages": [-1], "projections": [8], "embedding": 8, "scale": 0.5},
+}
+TARGETS = {
+    "cam": {"tags": torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])},
+    "map_refiner": {"targets": torch.linspace(0, 1, 2 * 3 * 8 * 8).view(2, 3, 8, 8)},
+    "segmenter": {"labels": torch.arange(2 * SIZE[0] * SIZE[1]).view(2, *SIZE) % 3},
+}
+
+
+def train_step(model, **targets):
+    """Loss, gradients and buffers of one step; the numbers kept for the backward pass; the layers that it ran anew."""
+    kept, calls = [], []
+    for module in model.backbone.modules():
+        if not list(module.children()):
+            module.register_forward_hook(lambda *_: calls.append(None))
+    torch.manual_seed(1)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        loss = model(images(), **targets).loss
+    numbers, run = sum(kept), len(calls)
+    loss.backward()
+    state = {name: p.grad for name, p in model.named_parameters() if p.grad is not None} | dict(model.named_buffers())
+    return {"loss": loss.detach()} | state, numbers, len(calls) - run
+
+
+def assert_close(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=lambda words, name=name: f"{name}: {words}")
+
+
+@pytest.mark.parametrize("backbone", CHECKPOINTED)
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradient_checkpointing_computes_anew_instead_of_keeping_and_changes_nothing_else(kind, backbone):
+    torch.manual_seed(0)
+    model_class, config = MODELS[kind]
+    plain = model_class(config(CHECKPOINTED[backbone], **(ALL_METHODS if kind == "cam" else {}))).train()
+    if kind == "cam":
+        plain.progress = 0.5
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.activation_checkpointing_enable()
+    assert checkpointed.is_activation_checkpointing and not plain.is_activation_checkpointing
+    again, off = copy.deepcopy(checkpointed), copy.deepcopy(checkpointed)
+    off.activation_checkpointing_disable()
+
+    expected, numbers, anew = train_step(plain, **TARGETS[kind])
+    assert anew == 0
+    for model in (checkpointed, again):
+        actual, fewer, anew = train_step(model, **TARGETS[kind])
+        assert_close(actual, expected)
+        assert fewer < (0.8 if kind == "cam" else 1) * numbers and anew > 0
+    assert train_step(off, **TARGETS[kind])[1:] == (numbers, 0)
+
+
+def test_checkpointing_leaves_frozen_batch_norms_and_evaluation_alone(resnet_model):
+    plain = resnet_model.train()
+    for module in plain.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.activation_checkpointing_enable()
+    (kind,) = [kind for kind, (model_class, _) in MODELS.items() if model_class is type(plain)]
+    assert_close(train_step(checkpointed, **TARGETS[kind])[0], train_step(plain, **TARGETS[kind])[0])
+    assert_equal(outputs(checkpointed.eval()), outputs(plain.eval()))
+
+
 # compilation
 
 
