@@ -454,7 +454,11 @@ def push(
         str | None, typer.Option("--branch", "--revision", help="Branch to push to; main without it.")
     ] = None,
     licence: Annotated[
-        str | None, typer.Option("--license", help="Its licence as the Hub knows it: apache-2.0, cc-by-4.0 …")
+        str | None,
+        typer.Option(
+            "--license",
+            help="Its licence as the Hub knows it: apache-2.0, cc-by-4.0 …; without it, that of the card there.",
+        ),
     ] = None,
     pictures: Annotated[
         bool, typer.Option("--pictures/--no-pictures", help="Show the run's example images on a model's card.")

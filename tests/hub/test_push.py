@@ -136,8 +136,10 @@ def test_a_second_push_sends_what_is_new(hub, wsss, run_folder):
     changed = json.loads(json.dumps(RESULTS))
     changed["results"][1]["mean_iou"] = 0.25
     (run_folder / "results.json").write_text(json.dumps(changed))
-    assert push_model(run_folder, "tester/pets").changed
+    assert push_model(run_folder, "tester/pets", licence="mit").changed
     assert hub.uploads[sent:] == ["README.md", "results.json"]
+    assert not push_model(run_folder, "tester/pets").changed  # its licence stays
+    assert ModelCard(hub.files("tester/pets")["README.md"].decode()).data.license == "mit"
 
 
 def test_code_and_weights_that_are_no_longer_needed_go_and_foreign_files_stay(hub, run_folder):
@@ -312,6 +314,17 @@ def test_the_card_says_what_was_measured(hub, run_folder):
         command.split()
         == ("wsss run --data voc --root VOC2012 --classes cat,dog --recipe recipe.yaml --out runs/again").split()
     )
+
+
+def test_several_figures_of_one_data_set_keep_their_names(hub, run_folder):
+    results = json.loads(json.dumps(RESULTS))
+    results["results"].insert(0, RESULTS["results"][0] | {"result": "masks, plain", "mean_iou": 0.25, "of": "cam"})
+    (run_folder / "results.json").write_text(json.dumps(results))
+    push_model(run_folder / "cam", "tester/cam")
+    card = ModelCard(hub.files("tester/cam")["README.md"].decode())
+    figures = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert figures["Mean IoU (masks, plain)"] == 0.25 and figures["Mean IoU (pseudo masks)"] == 0.5
+    assert {result.dataset_name for result in card.data.eval_results} == {"PASCAL VOC 2012"}
 
 
 def test_the_upper_bound_does_not_pass_for_weakly_supervised(hub, run_folder):

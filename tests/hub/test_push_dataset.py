@@ -79,7 +79,7 @@ def test_the_card_feeds_the_viewer_and_names_its_limits(hub, run_folder, toy_dat
 
 
 def test_a_second_push_sends_nothing(hub, run_folder, capsys):
-    push_dataset(run_folder / "masks", "tester/masks")
+    push_dataset(run_folder / "masks", "tester/masks", licence="mit")
     sent = len(hub.uploads)
     with pytest.raises(SystemExit) as stopped:
         main(["push", "--dataset", str(run_folder), "tester/masks", "--private"])

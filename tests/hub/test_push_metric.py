@@ -29,6 +29,7 @@ def test_evaluate_finds_the_metric_on_the_hub(hub, name, metric_class, tmp_path)
     card = SpaceCard(files["README.md"].decode())
     assert card.data.sdk == "static" and "evaluate" in card.data.tags
     assert f"evaluate.load(&quot;tester/our_{name}&quot;".encode() in files["index.html"]
+    assert f'evaluate.load("tester/our_{name}"' in card.text and f"{name}: mean of " in card.text
 
     options = DownloadConfig(cache_dir=tmp_path / "cache")
     loaded = evaluate.load(

@@ -163,7 +163,7 @@ def dataset_card(subject: CardSubject, rows: DatasetDict, made: dict) -> Dataset
         f"({_listed(subject.classes)}), made from image tags only by wsss_hf, "
         f"from {_data_name(data)}. The masks were made by a machine: they are wrong in places, mostly at borders and "
         "where classes always occur together; do not measure a model on them.",
-        f"```python\nfrom datasets import load_dataset\n\nrows = load_dataset({subject.repo_id!r})\n```\n\n"
+        f'```python\nfrom datasets import load_dataset\n\nrows = load_dataset("{subject.repo_id}")\n```\n\n'
         f"Train a segmenter on them: `wsss train-segmenter --data {subject.repo_id} --out runs/segmenter`.",
         "## Columns\n\n" + "".join(f"- `{name}`: {text}\n" for name, text in present.items()),
         _results(subject, results, _own_rows(subject.folder, results)),
@@ -218,12 +218,12 @@ def _eval_results(row: dict, data: dict) -> list[EvalResult]:
         "task_type": "image-segmentation",
         "task_name": "Semantic segmentation",
         "dataset_type": source,
-        "dataset_name": f"{_DATA_NAMES.get(source, source)} ({row['result']})",
+        "dataset_name": _DATA_NAMES.get(source, source),
         "dataset_split": row["split"],
     }
     figures = {"mean_iou": "Mean IoU", "pixel_accuracy": "Pixel accuracy"}
     return [
-        EvalResult(metric_type=key, metric_name=name, metric_value=round(row[key], 4), **common)
+        EvalResult(metric_type=key, metric_name=f"{name} ({row['result']})", metric_value=round(row[key], 4), **common)
         for key, name in figures.items()
         if row.get(key) is not None
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import html
 import json
 import os
@@ -31,8 +30,9 @@ from transformers import (
     SegformerImageProcessorPil,
 )
 
-from .. import evaluation, models
+from .. import models
 from ..data.tagged import class_names
+from ..evaluation import boundary_f, mean_iou
 from ..models.backbone import from_safetensors
 from ..models.hub_mixins import PortableModelMixin
 from ..models.image_processing_wsss import WsssImageProcessor
@@ -41,7 +41,7 @@ from .portable import portable_values
 
 SEGMENTER_FOLDER, MASKS_FOLDER = "segmenter", "masks"  # inside a run's folder
 RESULTS_FILE, GALLERY_FILE, SETTINGS_FILE = "results.json", "gallery.png", "recipe.yaml"
-METRICS = ("mean_iou", "boundary_f")
+METRICS = {"mean_iou": mean_iou, "boundary_f": boundary_f}
 SHARD_BYTES = 500 * 2**20  # of a data set's Parquet files
 _KINDS = (".safetensors", ".json", ".yaml", ".md", ".py", ".png", ".parquet", ".html")
 _OWN_CODE = {path.name for path in Path(models.__file__).parent.glob("*.py")} - {"__init__.py"}
@@ -85,7 +85,8 @@ def push_model(
         private: nobody else may see a repository that is made now.
         revision: branch to push to, made from main where it does not exist; None is main.
         token: a token with write access; None takes the one you are logged in with.
-        licence: identifier of the weights' licence, as the Hub knows it ("apache-2.0").
+        licence: identifier of the weights' licence, as the Hub knows it ("apache-2.0"); None keeps the one that the
+            repository's card names.
         pictures: show the run's examples on the card: photographs of the data go to the Hub with it.
 
     Raises:
@@ -106,7 +107,7 @@ def push_model(
             needs_code=isinstance(model, PortableModelMixin),
             on_true_masks=settings.get("mask_column") == "mask",
             architecture=getattr(model.config, "backbone_config", model.config).model_type,
-            licence=licence,
+            licence=licence or _licence_there(repo_id, "model", token),
             picture=GALLERY_FILE if (staged / GALLERY_FILE).is_file() else None,
         )
         model_card(subject, made).save(staged / "README.md")
@@ -141,6 +142,7 @@ def push_dataset(
             for index in range(shards):
                 name = f"{split}-{index:05d}-of-{shards:05d}.parquet"
                 part.shard(shards, index, contiguous=True).to_parquet(staged / "data" / name)
+        licence = licence or _licence_there(repo_id, "dataset", token)
         subject = CardSubject(repo_id=repo_id, folder=folder.name, classes=class_names(rows), licence=licence)
         dataset_card(subject, rows, made).save(staged / "README.md")
         return push_folder(staged, repo_id, "dataset", "Push pseudo masks", private, revision, token)
@@ -160,20 +162,22 @@ def push_metric(
     if name not in METRICS:
         raise HubError(f"{name}: no such metric; there are {', '.join(METRICS)}")
     repo_id = _checked_target(repo_id, revision, token)
-    folder = Path(evaluation.__file__).parent
-    script = (folder / f"{name}.py").read_text()
+    metric = METRICS[name]
+    folder, script = Path(metric.__file__).parent, Path(metric.__file__).read_text()
     title = repo_id.rpartition("/")[2]
-    words = f"{ast.get_docstring(ast.parse(script))}\n\n{_usage_of_metric(repo_id)}"
+    description, usage, inputs = metric.DESCRIPTION.strip(), _usage_of_metric(repo_id), metric.INPUTS.strip()
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging)
         (staged / f"{title}.py").write_text(script)  # evaluate looks for a script of the repository's name
         for sibling in re.findall(r"^from \.(\w+) import", script, re.MULTILINE):
             (staged / f"{sibling}.py").write_text((folder / f"{sibling}.py").read_text())
-        (staged / "index.html").write_text(f"<!DOCTYPE html>\n<pre>{html.escape(words)}</pre>\n")
+        words = html.escape(f"{description}\n\n{usage}\n\n{inputs}")
+        (staged / "index.html").write_text(f"<!DOCTYPE html>\n<pre>{words}</pre>\n")
         metadata = SpaceCardData(
             title=title, sdk="static", license="apache-2.0", tags=["evaluate", "metric", "wsss_hf"]
         )
-        SpaceCard(f"---\n{metadata.to_yaml()}\n---\n\n# {title}\n\n```text\n{words}\n```\n").save(staged / "README.md")
+        body = f"# {title}\n\n{description}\n\n```python\n{usage}\n```\n\n```text\n{inputs}\n```"
+        SpaceCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n").save(staged / "README.md")
         return push_folder(staged, repo_id, "space", f"Push {name}", private, revision, token, space_sdk="static")
 
 
@@ -200,6 +204,16 @@ def _checked_target(repo_id: str, revision: str | None, token: str | None) -> st
         return repo_id
     with _naming(repo_id):
         return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def _licence_there(repo_id: str, repo_type: str, token: str | None) -> str | None:
+    """The licence that the repository's card names, if there are both."""
+    with _naming(repo_id):
+        try:
+            card = HfApi(token=token).repo_info(repo_id, repo_type=repo_type).card_data
+        except RepositoryNotFoundError:
+            return None
+    return card.get("license") if card else None
 
 
 def _part_of(source: Path, part: str, mark: str) -> Path:
