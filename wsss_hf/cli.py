@@ -94,7 +94,8 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", help="Change a setting: cam.train.epochs=3.", rich_help_panel="Recipe")
 ]
 BackboneName = Annotated[
-    str | None, typer.Option("--backbone", help="Directory or Hub id of the backbone.", rich_help_panel="Recipe")
+    str | None,
+    typer.Option("--backbone", help="Directory or Hub id (ID@REVISION) of the backbone.", rich_help_panel="Recipe"),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the recipe.", rich_help_panel="Recipe")]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write; must not hold something else.")]
@@ -236,7 +237,7 @@ def train_cam(inputs: Inputs, out: Out, quiet: Quiet = False):
 @_with_inputs
 def train_refiner(
     inputs: Inputs,
-    cam: Annotated[str, typer.Argument(help="A trained CAM classifier, directory or Hub id.")],
+    cam: Annotated[str, typer.Argument(help="A trained CAM classifier, directory or Hub id (ID@REVISION).")],
     out: Out,
     quiet: Quiet = False,
 ):
@@ -248,7 +249,7 @@ def train_refiner(
 @_with_inputs
 def make_masks(
     inputs: Inputs,
-    cam: Annotated[str, typer.Option(help="A trained CAM classifier, directory or Hub id.")],
+    cam: Annotated[str, typer.Option(help="A trained CAM classifier, directory or Hub id (ID@REVISION).")],
     out: Out,
     export_voc: Annotated[
         Path | None, typer.Option(help="Folder: also write palette PNGs in the layout of a VOC devkit.")

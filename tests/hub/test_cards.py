@@ -35,6 +35,13 @@ def test_other_results_make_another_card(made):
     assert figures["mean_iou"] == 0.123
 
 
+def test_a_backbone_at_a_revision_is_known_by_its_id(made):
+    changed = json.loads(json.dumps(made))
+    changed["recipe"]["cam"] |= {"backbone": "owner/body@v2", "backbone_config": None}
+    card = recipe_cards("demo", changed, "apache-2.0")["cam"]
+    assert card.data.base_model == "owner/body" and "owner/body@v2" in card.text
+
+
 def test_a_card_names_files_that_are_there_and_a_recipe_that_loads(made):
     for folder in ("cam", "segmenter"):
         text = (CARDS / f"demo-{folder}.md").read_text()

@@ -83,7 +83,7 @@ def model_card(subject: CardSubject, made: dict) -> ModelCard:
         pipeline_tag="image-segmentation",
         license=subject.licence,
         tags=_TAGS,
-        base_model=base if base and "/" in base else None,
+        base_model=base.partition("@")[0] if base and "/" in base else None,
         datasets=_hub_data(data),
         model_name=_name(subject),
         eval_results=[result for row in own for result in _eval_results(row, data)] or None,

@@ -12,7 +12,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
 
 from ..data.writing import whole_folder
-from ..models.backbone import from_safetensors
+from ..models.backbone import from_safetensors, pinned
 
 ONNX_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
 _SMALLEST_SIDE, _LARGEST_SIDE, _LARGEST_BATCH = 64, 4096, 1024
@@ -97,6 +97,7 @@ def export_onnx(
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"--to {out}: it exists already; take another folder")
+    source, hub_kwargs = pinned(source, hub_kwargs)
     model = from_safetensors(AutoModelForSemanticSegmentation.from_pretrained, source, **hub_kwargs).float()
     program, names = export_program(model, size)
     with whole_folder(out) as result:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, VitMatteForImageMatting
 
-from ..models.backbone import from_safetensors
+from ..models.backbone import from_safetensors, pinned
 from ..models.maps import IGNORE_INDEX
 from .trimap import BACKGROUND, FOREGROUND
 
@@ -70,6 +70,7 @@ class VitMatte:
     """
 
     def __init__(self, model: str, device: torch.device | str = "cpu", **hub_kwargs):
+        model, hub_kwargs = pinned(model, hub_kwargs)
         self.model = from_safetensors(VitMatteForImageMatting.from_pretrained, model, **hub_kwargs).to(device).eval()
         self.processor = AutoImageProcessor.from_pretrained(model, **hub_kwargs)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
 
-from ..models.backbone import from_safetensors
+from ..models.backbone import from_safetensors, pinned
 
 
 @torch.inference_mode()
@@ -82,6 +82,7 @@ def load_segmenter(
     Raises:
         OSError, ValueError: there is none, or its weights are pickled.
     """
+    directory, hub_kwargs = pinned(directory, hub_kwargs)
     model = from_safetensors(AutoModelForSemanticSegmentation.from_pretrained, directory, **hub_kwargs)
     model = model.to(device, memory_format=torch.channels_last).eval()
     return model, AutoImageProcessor.from_pretrained(directory, **hub_kwargs)

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
 from ..data.batches import batches_by_size
+from ..models.backbone import pinned
 from ..models.configuration_cam import CamConfig
 from ..models.maps import IGNORE_INDEX, add_background
 from ..models.modeling_cam import CamClassifier
@@ -99,6 +100,7 @@ def load_labeler(directory: str, device: torch.device | str, **hub_kwargs) -> tu
     Raises:
         ValueError: it is another kind of model.
     """
+    directory, hub_kwargs = pinned(directory, hub_kwargs)
     config = AutoConfig.from_pretrained(directory, **hub_kwargs)
     model_class = MapRefiner if isinstance(config, MapRefinerConfig) else CamClassifier
     if not isinstance(config, CamConfig):

@@ -19,6 +19,17 @@ from .vgg import Vgg16Config  # noqa: F401
 from .wide_resnet import WideResNet38Config  # noqa: F401
 
 
+def pinned(name: str | os.PathLike | None, hub_kwargs: dict) -> tuple[str | os.PathLike | None, dict]:
+    """A model's name and the options of its download: `owner/name@revision` is the id, at that revision.
+
+    Directories, plain ids and None come back as they are.
+    """
+    repo_id, _, revision = str(name).partition("@")
+    if not revision or os.path.exists(name):
+        return name, hub_kwargs
+    return repo_id, hub_kwargs | {"revision": revision}
+
+
 def resolve_backbone_config(backbone: str | None, backbone_config: PreTrainedConfig | dict | None, **hub_kwargs):
     """The configuration of a backbone from a directory, a Hub id, a dict with `model_type`, or a configuration.
 
@@ -27,6 +38,7 @@ def resolve_backbone_config(backbone: str | None, backbone_config: PreTrainedCon
     if backbone_config is None:
         if backbone is None:
             raise ValueError("no backbone: give `backbone` (a directory or Hub id) or `backbone_config`")
+        backbone, hub_kwargs = pinned(backbone, hub_kwargs)
         backbone_config = AutoConfig.from_pretrained(backbone, **hub_kwargs)
     elif isinstance(backbone_config, dict):
         values = dict(backbone_config)

@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from .backbone import from_safetensors, pretrained_body, resolve_backbone_config
+from .backbone import from_safetensors, pinned, pretrained_body, resolve_backbone_config
 from .image_processing_wsss import WsssImageProcessor, backbone_normalization
 from .pipeline_weak_segmentation import WeakSegmentationPipeline
 from .pipeline_wsss import MaskPipeline, TagPipeline
@@ -90,11 +90,11 @@ class PortableModelMixin:
         """A model with a new head on the published weights of a backbone.
 
         Args:
-            backbone: directory or Hub id.
+            backbone: directory, or Hub id (`owner/name@revision`).
             hub_kwargs: `revision`, `token`, `cache_dir` … for the download.
             config_kwargs: arguments of the model's configuration.
         """
-        hub_kwargs = hub_kwargs or {}
+        backbone, hub_kwargs = pinned(backbone, hub_kwargs or {})
         backbone_config = resolve_backbone_config(backbone, config_kwargs.pop("backbone_config", None), **hub_kwargs)
         config = cls.config_class(backbone_config=backbone_config, **config_kwargs)
         mean, std = backbone_normalization(backbone, backbone_config, **hub_kwargs)

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from ..models.backbone import freeze_idle_parameters, from_safetensors
+from ..models.backbone import freeze_idle_parameters, from_safetensors, pinned
 from ..training.recipes import RecipeError
 
 # What an image processor may do beside resizing and normalising; none of it suits a label map of the whole image.
@@ -47,6 +47,7 @@ def build_library_segmenter(
         RecipeError: there is no such model, its weights are pickled, it is none for semantic segmentation, or takes no
             images of this size.
     """
+    name, hub_kwargs = pinned(name, hub_kwargs)
     try:
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
     except (OSError, ValueError) as error:

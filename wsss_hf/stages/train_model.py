@@ -15,7 +15,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from ..data.examples import MAPS, TaggedExamples
 from ..data.superpixels import superpixel_column
 from ..data.transforms import TrainTransform
-from ..models.backbone import resolve_backbone_config
+from ..models.backbone import pinned, resolve_backbone_config
 from ..models.image_processing_wsss import WsssImageProcessor, backbone_normalization
 from ..training.loop import build_accelerator, fit
 from ..training.progress import Progress
@@ -36,10 +36,11 @@ def resolve_backbone(recipe: dict, section: str, hub_kwargs: dict) -> dict:
         raise RecipeError(f"{section}.backbone is empty; --backbone with a directory or Hub id would be right")
     if backbone is not None:
         config = None  # a pretrained backbone brings its own
-    config = resolve_backbone_config(backbone, config, **hub_kwargs)
+    name, options = pinned(backbone, hub_kwargs)
+    config = resolve_backbone_config(name, config, **options)
     mean, std = recipe["image"]["mean"], recipe["image"]["std"]
     if mean is None or std is None:
-        known_mean, known_std = backbone_normalization(backbone, config, **hub_kwargs)
+        known_mean, known_std = backbone_normalization(name, config, **options)
         mean, std = mean or known_mean, std or known_std
     return {"backbone": backbone, "backbone_config": config, "image_mean": mean, "image_std": std}
 

@@ -16,6 +16,7 @@ from ..data.batches import batches_by_size
 from ..data.tagged import class_names, encode_png
 from ..labeling.localization import localize
 from ..labeling.pseudo_masks import load_labeler
+from ..models.backbone import pinned
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
 from .outputs import StageOutput
@@ -70,7 +71,8 @@ def train_refiner(
             statistics = {key: given[key] for key in ("image_mean", "image_std")}
             model = build_on_backbone(MapRefiner, given, hub_kwargs, **options, **statistics)
             return model, build_processor(recipe, "refiner", **statistics)
-        teacher = CamClassifier.from_pretrained(cam, **hub_kwargs)
+        name, there = pinned(cam, hub_kwargs)
+        teacher = CamClassifier.from_pretrained(name, **there)
         statistics = {key: getattr(teacher.config, key) for key in ("image_mean", "image_std")}
         options |= {"output_stride": teacher.config.output_stride, "backbone_config": teacher.config.backbone_config}
         model = MapRefiner(MapRefinerConfig(**options, **statistics))

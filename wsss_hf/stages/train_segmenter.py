@@ -8,6 +8,7 @@ from pathlib import Path
 from datasets import DatasetDict
 
 from ..data.tagged import class_names
+from ..models.backbone import pinned
 from ..models.configuration_segmenter import SegmenterConfig
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_segmenter import Segmenter
@@ -65,7 +66,8 @@ def train_segmenter(
         options = {key: section[key] for key in ("output_stride", "head", "rates", "input_scales")}
         options["id2label"] = dict(enumerate(names))
         if section["from_cam"] and cam is not None:
-            classifier = CamClassifier.from_pretrained(cam, **hub_kwargs)
+            name, there = pinned(cam, hub_kwargs)
+            classifier = CamClassifier.from_pretrained(name, **there)
             model = Segmenter(SegmenterConfig(backbone_config=classifier.config.backbone_config, **options))
             model.backbone.load_state_dict(classifier.backbone.state_dict())
             mean, std = classifier.config.image_mean, classifier.config.image_std
