@@ -368,7 +368,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, logging, pipeline
+from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, logging, pipeline
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -405,12 +405,17 @@ for name, trust in wanted.items():
         result[name].append(weak["mask"].histogram())
 old = AutoModelForSemanticSegmentation.from_pretrained("tester/pets", revision=first_commit, trust_remote_code=True)
 tensors["pets of old"] = outputs(old, AutoImageProcessor.from_pretrained("tester/pets", trust_remote_code=True))
+pinned = pipeline(model="tester/pets", revision=first_commit, trust_remote_code=True)
+tensors["pinned pipeline"] = outputs(pinned.model, pinned.image_processor)
 if not offline:
     load = AutoModelForSemanticSegmentation.from_pretrained
     result["wrong revision"] = attempt(lambda: load("tester/pets", revision="v9", trust_remote_code=True))
     result["private"] = attempt(lambda: load("tester/secret", trust_remote_code=True))
     result["untrusted"] = attempt(lambda: load("tester/pets", trust_remote_code=False))
     load("tester/own", trust_remote_code=True).save_pretrained(folder / "saved by a stranger")
+    result["plain"] = type(AutoModel.from_pretrained("tester/own", trust_remote_code=True)).__name__
+    tagger = pipeline("image-classification", model="tester/cam", trust_remote_code=True)
+    result["tags"] = [entry["label"] for entry in tagger(photograph)]
 save_file(tensors, folder / "outputs.safetensors")
 (folder / "result.json").write_text(json.dumps(result))
 """
@@ -472,6 +477,7 @@ def test_a_stranger_gets_the_owners_outputs_bit_for_bit(hub, client_environment,
 
     wanted = {name: name != "segformer" for name in sources}
     result, outputs = stranger(tmp_path, client_environment, wanted, first_commit, "online")
+    expected["pinned pipeline"] = expected["pets of old"]
     assert outputs.keys() == expected.keys()
     for name in expected:
         assert torch.equal(outputs[name], expected[name]), name
@@ -484,6 +490,11 @@ def test_a_stranger_gets_the_owners_outputs_bit_for_bit(hub, client_environment,
     assert "v9 is not a valid git identifier" in result["wrong revision"]
     assert "private" in result["private"] and "token" in result["private"]
     assert "trust_remote_code=True" in result["untrusted"]
+    photograph = str(tmp_path / "photograph.png")
+    assert result["plain"] == "Segmenter"
+    assert result["tags"] == [
+        e["label"] for e in pipeline("image-classification", str(run_folder / "cam"))(photograph)
+    ]
     passed_on = {path.name for path in (tmp_path / "saved by a stranger").iterdir()}
     assert passed_on == set(hub.files("tester/own")) - {"README.md", ".gitattributes"}
 

@@ -8,7 +8,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from datasets import load_from_disk
-from loopback_hub import Repository
+from loopback_hub import TOKEN, Repository
 from safetensors.torch import load_file
 from transformers import (
     ResNetConfig,
@@ -105,14 +105,18 @@ def wsss(tiny_settings, capsys):
     def call(command, *arguments):
         AcceleratorState._reset_state()
         with pytest.raises(SystemExit) as stopped:
-            main([command, *map(str, arguments), *settings, "--quiet"])
-        assert not stopped.value.code, capsys.readouterr().err
+            main([command, *map(str, arguments), *settings, "--token", TOKEN, "--quiet"])
+        printed = "".join(capsys.readouterr())
+        assert not stopped.value.code and TOKEN not in printed, printed
 
     return call
 
 
-def test_the_commands_take_and_record_revisions(hub, wsss, cam_folder, tmp_path):
+def test_the_commands_take_and_record_revisions_but_no_token(hub, wsss, cam_folder, tmp_path, monkeypatch):
     """All of them train at rate 0: what they start from is what they end with."""
+    monkeypatch.delenv("HF_TOKEN")
+    for repo_id in ("tester/cam", "tester/body"):
+        hub.repositories["model", repo_id] = Repository(private=True)
     publish(hub, "tester/cam", cam_folder)
     other = CamClassifier.from_pretrained(cam_folder)
     with torch.no_grad():
@@ -144,3 +148,5 @@ def test_the_commands_take_and_record_revisions(hub, wsss, cam_folder, tmp_path)
             expected = {f"backbone.body.{name}": parameter for name, parameter in body}
         assert all(torch.equal(weights[name], parameter) for name, parameter in expected.items()), folder
         assert "@v2" in json.dumps(yaml.safe_load((tmp_path / folder / "recipe.yaml").read_text()))
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) > 50 and not [path for path in written if TOKEN.encode() in path.read_bytes()]

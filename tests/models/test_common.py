@@ -108,6 +108,8 @@ def test_a_saved_model_gives_the_same_outputs_in_one_file_and_in_shards(model, t
     loaded, report = AutoModelForSemanticSegmentation.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is type(model) and not loaded.training
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    places = {value.data_ptr() for value in loaded.parameters()}
+    assert len(places) == len(list(loaded.named_parameters(remove_duplicate=False)))  # nothing is tied
     assert_equal(outputs(loaded), outputs(model))
 
 

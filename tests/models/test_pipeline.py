@@ -164,6 +164,26 @@ def test_a_batch_gives_each_image_its_result(segmentation, kind):
         assert np.array_equal(label_map(result, names), label_map(expected, names))
 
 
+@pytest.mark.parametrize("kind", ["cam", "segmenter"])
+def test_images_of_any_mode_may_come_one_after_the_other(segmentation, kind):
+    images = [photograph(seed).convert(mode) for seed, mode in enumerate(("RGB", "RGBA", "L", "LA", "P"))]
+    names = ["background", *CLASSES]
+    for batch_size in (1, 2):
+        results = list(segmentation[kind]((image for image in images), batch_size=batch_size))
+        for image, result in zip(images, results, strict=True):
+            expected = segmentation[kind](image.convert("RGB"))
+            assert np.array_equal(label_map(result, names), label_map(expected, names))
+
+
+@pytest.mark.parametrize(("task", "kind"), [("image-segmentation", "segmenter"), ("image-classification", "cam")])
+def test_a_pipeline_is_saved_and_loaded(models, task, kind, tmp_path):
+    pipe = pipeline(task, str(models / kind))
+    pipe.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (models / kind).iterdir()}
+    again = pipeline(task, str(tmp_path))
+    assert type(again) is type(pipe) and again(photograph()) == pipe(photograph())
+
+
 def test_paths_are_images_too(segmentation, models):
     expected = segmentation["segmenter"](photograph())
     assert found(segmentation["segmenter"](str(models / "photograph.png"))) == found(expected)

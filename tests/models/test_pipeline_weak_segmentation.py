@@ -1,3 +1,7 @@
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
 import numpy as np
 import pytest
 import torch
@@ -72,11 +76,23 @@ def test_masks_are_those_of_image_segmentation(pipes, toy_data, image, kind):
         assert all(np.array_equal(a["mask"], e["mask"]) for a, e in zip(actual, expected, strict=True))
 
 
+@pytest.fixture
+def web_folder(tmp_path):
+    """A folder and the address of the server that shows it."""
+    handler_class = type("Silent", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler_class, directory=tmp_path)) as server:
+        Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield tmp_path, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @KINDS
-def test_every_way_to_give_an_image_gives_the_same(pipes, image, tmp_path, kind):
-    image.save(tmp_path / "image.png")
+def test_every_way_to_give_an_image_gives_the_same(pipes, image, web_folder, kind):
+    folder, address = web_folder
+    image.save(folder / "image.png")
     expected = pipes[kind](image)
-    for given in (str(tmp_path / "image.png"), np.asarray(image), {"image": image}, {"image": np.asarray(image)}):
+    places = [str(folder / "image.png"), f"{address}/image.png"]
+    for given in (*places, np.asarray(image), {"image": image}, {"image": np.asarray(image)}):
         assert_same(pipes[kind](given), expected)
     (listed,) = pipes[kind]([image])
     assert_same(listed, expected)
