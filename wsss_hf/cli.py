@@ -1,33 +1,42 @@
 """The command line: `wsss STAGE …`."""
 
-import functools
-import inspect
 import json
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from datasets import DatasetDict
 from datasets import logging as datasets_logging
 from datasets.utils import disable_progress_bars as disable_datasets_progress
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoConfig
 from transformers import logging as transformers_logging
 
-from .data.sources import load_data
+from .cli_hub import convert, export_onnx, push, push_metric
+from .cli_options import (
+    BackboneName,
+    CacheDir,
+    Classes,
+    Columns,
+    Inputs,
+    Limit,
+    Out,
+    Quiet,
+    RecipeName,
+    Revision,
+    Root,
+    Set,
+    Token,
+    data_settings,
+    integers,
+    load_inputs,
+    with_inputs,
+)
 from .evaluation.comparison import print_comparison
 from .evaluation.evaluate import evaluate_files
 from .evaluation.tables import print_table
-from .hub.convert import KINDS, convert_checkpoint
-from .hub.export import export_onnx as run_export_onnx
-from .hub.push import METRICS, Pushed, push_dataset, push_model
-from .hub.push import push_metric as run_push_metric
 from .launch import keep_freed_memory, start_missing_processes
 from .stages.compare import CompareError, read_plan
 from .stages.compare import compare as run_compare
@@ -42,7 +51,7 @@ from .stages.train_cam import train_cam as run_train_cam
 from .stages.train_refiner import train_refiner as run_train_refiner
 from .stages.train_segmenter import train_segmenter as run_train_segmenter
 from .training.loop import TrainingError
-from .training.recipes import RecipeError, load_recipe, recipe_names
+from .training.recipes import RecipeError
 
 DETAILS = ["result", "boundary_f", "mean_precision", "mean_recall", "false_positive_share", "false_negative_share"]
 
@@ -54,160 +63,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Source = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="toy | voc | coco | a folder of tagged images | a saved data set | a Hub id.",
-        rich_help_panel="Data",
-    ),
-]
-Root = Annotated[
-    Path | None,
-    typer.Option(
-        help="For --data voc, the VOC2012 folder of a devkit; for --data coco, the one above train2017.",
-        rich_help_panel="Data",
-    ),
-]
-Classes = Annotated[
-    str | None, typer.Option(help="Class names a,b,c: restrict to these, in this order.", rich_help_panel="Data")
-]
-Columns = Annotated[
-    str | None,
-    typer.Option(help="Names of our columns in your data: image=img,tags=labels.", rich_help_panel="Data"),
-]
-Limit = Annotated[int | None, typer.Option(help="At most so many images per split.", rich_help_panel="Data")]
-Revision = Annotated[str | None, typer.Option(help="Revision of data from the Hub.", rich_help_panel="Data")]
-Token = Annotated[
-    str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN", show_envvar=True, rich_help_panel="Data")
-]
-CacheDir = Annotated[
-    Path | None, typer.Option(help="Where Hub downloads and COCO's masks are kept.", rich_help_panel="Data")
-]
-RecipeName = Annotated[
-    str | None,
-    typer.Option(
-        "--recipe", help=f"{' | '.join(recipe_names())} | a YAML file; several as a+b.", rich_help_panel="Recipe"
-    ),
-]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Change a setting: cam.train.epochs=3.", rich_help_panel="Recipe")
-]
-BackboneName = Annotated[
-    str | None,
-    typer.Option("--backbone", help="Directory or Hub id (ID@REVISION) of the backbone.", rich_help_panel="Recipe"),
-]
-Seed = Annotated[int | None, typer.Option(help="Seed of the recipe.", rich_help_panel="Recipe")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write; must not hold something else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, for logs.")]
-
-
-@dataclass
-class Inputs:
-    """Data and recipe as the options of a command name them.
-
-    Attributes:
-        data: the checked data set.
-        recipe: the resolved recipe.
-        settings: what `data` is, for the record; no token is in it.
-        hub_kwargs: `token` and `cache_dir` for models from the Hub (a revision speaks of the data).
-    """
-
-    data: DatasetDict
-    recipe: dict
-    settings: dict
-    hub_kwargs: dict
-
-
-def _load_inputs(
-    source: Source,
-    root: Root = None,
-    classes: Classes = None,
-    columns: Columns = None,
-    limit: Limit = None,
-    revision: Revision = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-    recipe: RecipeName = None,
-    changes: Set = None,
-    backbone: BackboneName = None,
-    seed: Seed = None,
-    masks: str = "evaluation",
-    quiet: bool = False,
-) -> Inputs:
-    resolved = load_recipe(recipe or ("toy" if source == "toy" else "default"), changes or [])
-    if backbone is not None:
-        resolved["cam"]["backbone"] = resolved["segmenter"]["backbone"] = backbone
-    if seed is not None:
-        resolved["seed"] = seed
-    settings = _data_settings(source, root, classes, columns, limit, revision)
-    hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
-    toy = resolved["toy"] if source == "toy" else None
-    data = load_data(**settings, **hub_kwargs, seed=resolved["seed"], masks=masks, toy=toy, quiet=quiet)
-    if toy is not None:
-        settings["toy"] = toy
-    return Inputs(
-        data=data,
-        recipe=resolved,
-        settings={key: value for key, value in settings.items() if value is not None},
-        hub_kwargs={key: value for key, value in hub_kwargs.items() if value is not None},
-    )
-
-
-def _data_settings(source, root, classes, columns, limit, revision) -> dict:
-    """The options that name data as arguments of `load_data`."""
-    return {
-        "source": source,
-        "root": None if root is None else str(root),
-        "classes": None if classes is None else [name.strip() for name in classes.split(",")],
-        "columns": None if columns is None else _pairs(columns),
-        "limit": limit,
-        "revision": revision,
-    }
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",")]
-    if not all(ours and equals and theirs for ours, equals, theirs in pairs):
-        raise RecipeError(f"--columns {text}: ours=theirs pairs would be right, for example image=img,tags=labels")
-    return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
-
-
-def _integers(option: str, text: str) -> list[int]:
-    if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise RecipeError(f"{option} {text}: whole numbers a,b,c would be right")
-    return [int(part) for part in text.split(",")]
-
-
-def _with_inputs(command: Callable) -> Callable:
-    """A command whose first parameter, `inputs`, becomes the options of `_load_inputs`."""
-    shared = [p for p in inspect.signature(_load_inputs).parameters.values() if p.name not in ("masks", "quiet")]
-    own = list(inspect.signature(command).parameters.values())[1:]
-    names = [parameter.name for parameter in shared]
-
-    @functools.wraps(command)
-    def wrapper(**options):
-        shared_options = {name: options.pop(name) for name in names}
-        # Only the supervised upper bound and, if asked to, the evaluation may see the masks of all training images.
-        masks = "all" if options.get("supervised") or options.get("all_masks") else "evaluation"
-        quiet = options["quiet"] or not PartialState().is_main_process
-        command(_load_inputs(**shared_options, masks=masks, quiet=quiet), **options)
-
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
-    wrapper.__signature__ = inspect.Signature(parameters)
-    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return wrapper
-
 
 @app.command()
 def demo(out: Out = Path("runs/demo"), recipe: RecipeName = "toy", changes: Set = None, quiet: Quiet = False):
     """The whole way on generated images, in minutes, with plain CAM and full supervision for scale."""
-    inputs = _load_inputs("toy", recipe=recipe, changes=changes)
+    inputs = load_inputs("toy", recipe=recipe, changes=changes)
     run_demo(inputs.data, inputs.recipe, out, inputs.settings, quiet)
 
 
 @app.command()
-@_with_inputs
+@with_inputs
 def run(
     inputs: Inputs,
     out: Out,
@@ -227,14 +92,14 @@ def run(
 
 
 @app.command()
-@_with_inputs
+@with_inputs
 def train_cam(inputs: Inputs, out: Out, quiet: Quiet = False):
     """Tagged images → CAM classifier."""
     run_train_cam(inputs.data, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
 
 
 @app.command()
-@_with_inputs
+@with_inputs
 def train_refiner(
     inputs: Inputs,
     cam: Annotated[str, typer.Argument(help="A trained CAM classifier, directory or Hub id (ID@REVISION).")],
@@ -246,7 +111,7 @@ def train_refiner(
 
 
 @app.command()
-@_with_inputs
+@with_inputs
 def make_masks(
     inputs: Inputs,
     cam: Annotated[str, typer.Option(help="A trained CAM classifier, directory or Hub id (ID@REVISION).")],
@@ -264,7 +129,7 @@ def make_masks(
 
 
 @app.command()
-@_with_inputs
+@with_inputs
 def train_segmenter(
     inputs: Inputs,
     out: Out,
@@ -278,7 +143,7 @@ def train_segmenter(
 
 
 @app.command()
-@_with_inputs
+@with_inputs
 def evaluate(
     inputs: Inputs,
     model: Annotated[str | None, typer.Option(help="A segmenter, held against split val.")] = None,
@@ -401,11 +266,11 @@ def compare(
     if recipes is not None:
         wanted["rows"] = [name.strip() for name in recipes.split(",")]
     if seeds is not None:
-        wanted["seeds"] = _integers("--seeds", seeds)
+        wanted["seeds"] = integers("--seeds", seeds)
     if segmenter:
         wanted["segmenter"] = True
     if source is not None:
-        named = _data_settings(source, root, classes, columns, limit, revision)
+        named = data_settings(source, root, classes, columns, limit, revision)
         wanted["data"] = {key: value for key, value in named.items() if value is not None}
     if recipe is not None:
         wanted["recipe"] = recipe
@@ -422,89 +287,8 @@ def compare(
         print(f"tables, plots and pictures: {out}/comparison.md, {out}/comparison*.html, {out}/results.json")
 
 
-@app.command()
-def convert(
-    file: Annotated[Path, typer.Argument(help="A released checkpoint: .safetensors, .pth, .pt or .bin.")],
-    out: Annotated[Path, typer.Option("--to", help="Folder to write; must not hold anything.")],
-    classes: Annotated[str | None, typer.Option(help="Names a,b,c of its classes; those of VOC without it.")] = None,
-    drs_delta: Annotated[float | None, typer.Option(help="Fixed DRS that a classifier was trained with.")] = None,
-    extra_channels: Annotated[
-        str | None, typer.Option(help="New 3x3 convolutions on an ImageNet VGG-16: 512,512,512.")
-    ] = None,
-    kind: Annotated[
-        str | None,
-        typer.Option(
-            "--as", help=f"{' | '.join(KINDS)}: what a DRS file without controllers is; the first without it."
-        ),
-    ] = None,
-):
-    """ImageNet VGG-16 and Wide ResNet-38, and what DRS, SEAM and PLDA released → our models."""
-    names = None if classes is None else [name.strip() for name in classes.split(",")]
-    widths = None if extra_channels is None else _integers("--extra-channels", extra_channels)
-    converted = convert_checkpoint(file, out, names, drs_delta, widths, kind)
-    print(f"{converted}: {AutoConfig.from_pretrained(converted).converted_from}")
-
-
-@app.command()
-def push(
-    source: Annotated[Path, typer.Argument(help="A run's folder (its segmenter is meant), or that of a model.")],
-    repo_id: Annotated[str, typer.Argument(metavar="ID", help="Where to: owner/name, or a name of your own.")],
-    dataset: Annotated[bool, typer.Option("--dataset", help="Push the pseudo masks with their images.")] = False,
-    private: Annotated[bool, typer.Option("--private", help="Nobody else may see the new repository.")] = False,
-    branch: Annotated[
-        str | None, typer.Option("--branch", "--revision", help="Branch to push to; main without it.")
-    ] = None,
-    licence: Annotated[
-        str | None,
-        typer.Option(
-            "--license",
-            help="Its licence as the Hub knows it: apache-2.0, cc-by-4.0 …; without it, that of the card there.",
-        ),
-    ] = None,
-    pictures: Annotated[
-        bool, typer.Option("--pictures/--no-pictures", help="Show the run's example images on a model's card.")
-    ] = True,
-    token: Token = None,
-):
-    """A trained model, or pseudo masks → the Hub, with a card, in one commit."""
-    if dataset:
-        pushed = push_dataset(source, repo_id, private, branch, token, licence)
-    else:
-        pushed = push_model(source, repo_id, private, branch, token, licence, pictures)
-    _print_pushed(pushed)
-
-
-@app.command()
-def push_metric(
-    name: Annotated[str, typer.Argument(help=" | ".join(METRICS))],
-    repo_id: Annotated[str, typer.Argument(metavar="ID", help="Where to: owner/name, or a name of your own.")],
-    private: Annotated[bool, typer.Option("--private", help="Nobody else may see the new repository.")] = False,
-    token: Token = None,
-):
-    """A metric → the Hub, as a Space that evaluate.load finds."""
-    _print_pushed(run_push_metric(name, repo_id, private, token=token))
-
-
-def _print_pushed(pushed: Pushed) -> None:
-    print(f"{pushed.url} {'is now at' if pushed.changed else 'holds all of it already,'} commit {pushed.commit[:12]}")
-
-
-@app.command()
-def export_onnx(
-    model: Annotated[str, typer.Argument(help="A model's folder or Hub id.")],
-    out: Annotated[Path, typer.Option("--to", help="Folder to write; must not hold anything.")],
-    size: Annotated[int | None, typer.Option(help="Only for squares of so many pixels.")] = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Also with its weights as 8-bit integers.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of the model, if it comes from the Hub.")] = None,
-    token: Token = None,
-    cache_dir: CacheDir = None,
-):
-    """A trained model → ONNX, for any number of images of any size."""
-    hub_kwargs = {"revision": revision, "token": token, "cache_dir": cache_dir}
-    given = {key: value for key, value in hub_kwargs.items() if value is not None}
-    print(
-        f"{run_export_onnx(model, out, size, int8, **given)}: {', '.join(path.name for path in sorted(out.iterdir()))}"
-    )
+for _command in (convert, push, push_metric, export_onnx):
+    app.command()(_command)
 
 
 def main(arguments: list[str] | None = None) -> None:
