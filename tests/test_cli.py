@@ -24,6 +24,7 @@ from wsss_hf.models.configuration_segmenter import SegmenterConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
+from wsss_hf.stages.compare import plan_cells
 
 TINY_BACKBONE = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16]}
 TINY_BACKBONE |= {"depths": [1, 1]}
@@ -125,6 +126,35 @@ def test_compare_takes_a_plan_or_options(wsss, tiny, tmp_path):
     assert trained == {"cells/toy/plain/seed0", "cells/toy/drs/seed0"}
     assert_one_line(wsss("compare", "--data", "toy", "--out", tmp_path / "new"), "the plan has no rows")
     assert_one_line(wsss("compare", "--recipes", "toy", "--out", tmp_path / "new"), "the plan has no data")
+
+
+def test_options_that_name_data_change_the_data_of_a_plan(wsss, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("wsss_hf.cli.run_compare", lambda plan, *_: asked.append(plan) or {"rows": []})
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("rows: {plain: {}}\ndata: {a: {source: voc, limit: 9}, b: {source: coco, masks: all}}\n")
+    options = ["--root", "kit", "--classes", "cat,dog", "--columns", "image=img", "--limit", 3, "--revision", "v1"]
+    assert wsss("compare", plan, "--out", tmp_path / "out", "--quiet", *options)[0] == 0
+    given = {"root": "kit", "classes": ["cat", "dog"], "columns": {"image": "img"}, "limit": 3, "revision": "v1"}
+    assert [cell.source for cell in plan_cells(asked[0], tmp_path)] == [
+        {"source": "voc"} | given,
+        {"source": "coco", "masks": "all"} | given,
+    ]
+    plan.write_text("rows: {plain: {}}\n")
+    assert_one_line(wsss("compare", plan, "--out", tmp_path / "out", "--limit", 3), "the plan has no data")
+
+
+@pytest.mark.parametrize("plan", sorted(SCRIPTS.glob("plans/*.yaml")), ids=lambda plan: plan.stem)
+def test_plans_run_by_the_command_that_they_begin_with(wsss, tmp_path, monkeypatch, plan):
+    asked = []
+    monkeypatch.setattr("wsss_hf.cli.run_compare", lambda *call: asked.append(call) or {"rows": []})
+    monkeypatch.chdir(SCRIPTS.parent)
+    command = plan.read_text().splitlines()[0].removeprefix("# wsss ").split()
+    assert wsss(*command, "--quiet")[0] == 0
+    [(wanted, out, *_)] = asked
+    cells = plan_cells(wanted, out)
+    assert cells and all("root" in cell.source for cell in cells if cell.source["source"] != "toy")
+    assert all(cell.recipe["cam"]["backbone"] or cell.recipe["cam"]["backbone_config"] for cell in cells)
 
 
 def test_rounds_are_an_option_of_a_run(wsss, tiny, tmp_path, photos):

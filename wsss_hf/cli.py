@@ -29,7 +29,7 @@ from .hub.export import export_onnx as run_export_onnx
 from .hub.push import METRICS, Pushed, push_dataset, push_model
 from .hub.push import push_metric as run_push_metric
 from .launch import keep_freed_memory, start_missing_processes
-from .stages.compare import CompareError, read_plan
+from .stages.compare import CompareError, read_plan, with_data_options
 from .stages.compare import compare as run_compare
 from .stages.demo import demo as run_demo
 from .stages.make_masks import check_exports, export_masks
@@ -381,7 +381,10 @@ def compare(
         int | None, typer.Option(help="So many at the same time; without it, one per GPU.", show_default=False)
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--data", help="As for the other commands.", rich_help_panel="Data")
+        str | None,
+        typer.Option(
+            "--data", help="Instead of the plan's data; without it, what follows changes them.", rich_help_panel="Data"
+        ),
     ] = None,
     root: Root = None,
     classes: Classes = None,
@@ -403,9 +406,12 @@ def compare(
         wanted["seeds"] = _integers("--seeds", seeds)
     if segmenter:
         wanted["segmenter"] = True
+    named = _data_settings(source, root, classes, columns, limit, revision)
+    named = {key: value for key, value in named.items() if value is not None}
     if source is not None:
-        named = _data_settings(source, root, classes, columns, limit, revision)
-        wanted["data"] = {key: value for key, value in named.items() if value is not None}
+        wanted["data"] = named
+    elif named:
+        wanted = with_data_options(wanted, named)
     if recipe is not None:
         wanted["recipe"] = recipe
     bodies = [f"{part}.backbone={json.dumps(backbone)}" for part in ("cam", "segmenter")] if backbone else []

@@ -102,20 +102,15 @@ def plan_cells(plan: dict, out: str | os.PathLike) -> list[Cell]:
     unknown = [key for key in plan if key not in PLAN_KEYS]
     if unknown:
         raise RecipeError(f"the plan has {unknown[0]!r}; right are {', '.join(PLAN_KEYS)}")
-    rows, data = plan.get("rows") or {}, plan.get("data") or {}
+    rows = plan.get("rows") or {}
     if isinstance(rows, list):
         rows = {str(name): {"recipe": name} for name in rows}
-    if "source" in data:
-        data = {Path(str(data["source"])).name: data}
     if not isinstance(rows, dict) or not rows:
         raise RecipeError("the plan has no rows; name: {changes}, or a list of recipes, would be right")
-    if not isinstance(data, dict) or not data:
-        raise RecipeError("the plan has no data; data: {source: toy} would be right")
+    data = _data_sets(plan)
     common = _changes(plan.get("set") or {}, "set")
     cells = []
     for data_name, source in data.items():
-        if not isinstance(source, dict) or "source" not in source or not set(source) <= set(_DATA_KEYS):
-            raise RecipeError(f"data {data_name}: {source}; source and some of {', '.join(_DATA_KEYS[1:])} are right")
         start = plan.get("recipe") or ("toy" if source["source"] == "toy" else "default")
         for row, changes in rows.items():
             if changes is not None and not isinstance(changes, dict):
@@ -143,6 +138,28 @@ def plan_cells(plan: dict, out: str | os.PathLike) -> list[Cell]:
                     )
                 )
     return cells
+
+
+def with_data_options(plan: dict, options: dict) -> dict:
+    """The plan with `options`, arguments of `load_data`, over those of each of its data sets.
+
+    Raises:
+        RecipeError: it has no data.
+    """
+    return plan | {"data": {name: source | options for name, source in _data_sets(plan).items()}}
+
+
+def _data_sets(plan: dict) -> dict[str, dict]:
+    """name -> arguments of `load_data`."""
+    data = plan.get("data") or {}
+    if isinstance(data, dict) and "source" in data:
+        data = {Path(str(data["source"])).name: data}
+    if not isinstance(data, dict) or not data:
+        raise RecipeError("the plan has no data; data: {source: toy} would be right")
+    for name, source in data.items():
+        if not isinstance(source, dict) or "source" not in source or not set(source) <= set(_DATA_KEYS):
+            raise RecipeError(f"data {name}: {source}; source and some of {', '.join(_DATA_KEYS[1:])} are right")
+    return data
 
 
 def _changes(changes: dict | list, where: str) -> list[str]:
