@@ -101,13 +101,16 @@ class MeanIoU(StreamingMetric):
         self.image_counts: list[np.ndarray] = []
         classes = len(self.class_names)
         # Row and column of a label; the ignore index comes after the classes, and last what is neither.
-        self._index = np.full(256, classes + 1)
+        self._index = np.full(256, classes + 1, dtype=np.int32)
         self._index[:classes] = np.arange(classes)
         self._index[self.ignore_index] = classes
+        self._scratch = np.empty((2, 0), dtype=bool)
 
     def _count(self, prediction, reference, who: str) -> np.ndarray:
         prediction, reference = label_maps(prediction, reference, who)
-        pairs = _count_pairs(self._index, reference, prediction)
+        if self._scratch.shape[1] < reference.size:  # fresh memory would cost more than what is computed in it
+            self._scratch = np.empty((2, reference.size), dtype=bool)
+        pairs = _count_pairs(self._index, reference.ravel(), prediction.ravel(), self._scratch[:, : reference.size])
         if pairs[-1].any() or pairs[:, -1].any():
             self._check_labels(np.bincount(prediction.ravel(), minlength=256) > 0, f"{who}prediction")
             self._check_labels(np.bincount(reference.ravel(), minlength=256) > 0, f"{who}reference")
@@ -153,25 +156,30 @@ class MeanIoU(StreamingMetric):
         }
 
 
-def _count_pairs(index: np.ndarray, reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """(N, N) int64: how often each pair of `index` values, 0..N-1, occurs in two uint8 maps of one size.
+def _count_pairs(index: np.ndarray, reference: np.ndarray, prediction: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    """(M, M) int64: how often each pair of `index` values, 0..M-1, occurs in two flat uint8 maps of N pixels.
 
     Label maps are patches: the runs along their rows are counted instead of their pixels, as long as they are few.
+
+    Args:
+        index: (256,) int32.
+        scratch: (2, N) bool, overwritten.
     """
-    reference, prediction = reference.ravel(), prediction.ravel()
-    changed = reference[1:] != reference[:-1]
-    changed |= prediction[1:] != prediction[:-1]
-    changes = np.flatnonzero(changed)
+    last, other = scratch  # whether a pixel is the last of its run, in either map
+    last[-1:] = True
+    np.not_equal(reference[1:], reference[:-1], out=last[:-1])
+    np.not_equal(prediction[1:], prediction[:-1], out=other[:-1])
+    last[:-1] |= other[:-1]
     lengths = None
-    if changes.size < reference.size // 8:
-        ends = np.append(changes, reference.size - 1)
+    if np.count_nonzero(last) < last.size // 8:
+        (ends,) = last.nonzero()
         lengths = ends + 1
-        lengths[1:] -= lengths[:-1].copy()
+        lengths[1:] -= ends[:-1] + 1
         reference, prediction = reference[ends], prediction[ends]
     size = index.max() + 1
-    codes = index[reference]
+    codes = index.take(reference, mode="clip")  # which spares the check that there are 256 labels
     codes *= size
-    codes += index[prediction]
+    codes += index.take(prediction, mode="clip")
     pairs = np.bincount(codes, weights=lengths, minlength=size * size)
     # Weighted counts are sums of whole numbers below 2**53 in float64, and so exact.
     return pairs.astype(np.int64).reshape(size, size)
