@@ -130,13 +130,16 @@ def test_compare_takes_a_plan_or_options(wsss, tiny, tmp_path):
 
 def test_options_that_name_data_change_the_data_of_a_plan(wsss, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr("wsss_hf.cli.run_compare", lambda plan, *_: asked.append(plan) or {"rows": []})
+    monkeypatch.setattr("wsss_hf.cli.run_compare", lambda *call: asked.append(call) or {"rows": []})
     plan = tmp_path / "plan.yaml"
     plan.write_text("rows: {plain: {}}\ndata: {a: {source: voc, limit: 9}, b: {source: coco, masks: all}}\n")
     options = ["--root", "kit", "--classes", "cat,dog", "--columns", "image=img", "--limit", 3, "--revision", "v1"]
+    options += ["--cams", "one", "--cams", "two"]
     assert wsss("compare", plan, "--out", tmp_path / "out", "--quiet", *options)[0] == 0
     given = {"root": "kit", "classes": ["cat", "dog"], "columns": {"image": "img"}, "limit": 3, "revision": "v1"}
-    assert [cell.source for cell in plan_cells(asked[0], tmp_path)] == [
+    [(wanted, *_, cams)] = asked
+    assert cams == [Path("one"), Path("two")]
+    assert [cell.source for cell in plan_cells(wanted, tmp_path)] == [
         {"source": "voc"} | given,
         {"source": "coco", "masks": "all"} | given,
     ]

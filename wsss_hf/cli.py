@@ -377,6 +377,10 @@ def compare(
     segmenter: Annotated[
         bool, typer.Option("--segmenter", help="Whole runs, not only CAM classifiers and their maps.")
     ] = False,
+    cams: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another comparison (or several): its CAM classifiers of the same recipe, seed and data."),
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option(help="So many at the same time; without it, one per GPU.", show_default=False)
     ] = None,
@@ -421,7 +425,7 @@ def compare(
         wanted["set"] = [*held, *bodies, *(changes or [])]
     hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
     given = {key: value for key, value in hub_kwargs.items() if value is not None}
-    results = run_compare(wanted, out, given, jobs, quiet)
+    results = run_compare(wanted, out, given, jobs, quiet, cams or [])
     print_comparison(results["rows"])
     if not quiet:
         print(f"tables, plots and pictures: {out}/comparison.md, {out}/comparison*.html, {out}/results.json")
