@@ -484,6 +484,33 @@ def test_a_segmenter_is_evaluated_and_its_label_maps_written(wsss, tmp_path, seg
     assert_one_line(wsss("evaluate", *segmented, "--save-masks", masks), f"--save-masks {masks}: exists already")
 
 
+def test_the_published_test_protocol_ends_in_the_crf(wsss, segmented, tmp_path):
+    pytest.importorskip("pydensecrf", reason="the extra crf is not installed")
+    ways = {
+        "plain": ["--recipe", "voc_deeplab_v2", "--set", "evaluation.refine=[]"],
+        "recipe": ["--recipe", "voc_deeplab_v2"],
+        "both": ["--recipe", "voc_deeplab_v2", "--crf"],
+        "option": ["--crf", "--scales", "1.17", "--set", "evaluation.flip=false"],
+    }
+    maps = {}
+    for way, options in ways.items():
+        code, _, err = wsss("evaluate", *segmented, *options, "--save-masks", tmp_path / way)
+        assert code == 0, err
+        maps[way] = [np.array(Image.open(file)).tolist() for file in sorted((tmp_path / way).glob("*.png"))]
+    assert len(maps["plain"]) == 6 and maps["recipe"] == maps["both"]  # the recipe's CRF is not run twice
+    assert len({str(found) for found in maps.values()}) == 3
+
+
+def test_a_missing_crf_is_one_line_before_any_work(wsss, tiny, segmented, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    line = "the CRF needs pydensecrf2: pip install wsss_hf[crf]"
+    assert_one_line(wsss("evaluate", *segmented, "--crf"), line)
+    run = ["run", "--data", "toy", "--out", tmp_path / "run", "--quiet", *tiny]
+    for section in ("masks", "evaluation"):
+        assert_one_line(wsss(*run, "--set", f"{section}.refine=[crf]"), line)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "culprit"),
     [

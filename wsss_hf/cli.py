@@ -361,7 +361,7 @@ def _test_protocol(settings: dict, scales: str | None, window: int | None, crf: 
         if window < 0:
             raise RecipeError(f"--window {window}: pixels, or 0, would be right")
         changed["window"] = window
-    if crf:
+    if crf and not any("crf" in step for step in settings["refine"]):
         changed["refine"] = [*settings["refine"], "crf"]
     return changed
 

@@ -21,6 +21,7 @@ from ..evaluation.tables import print_table
 from ..labeling.auto_threshold import with_threshold
 from ..labeling.prediction import load_segmenter
 from ..labeling.pseudo_masks import label_images, load_labeler
+from ..labeling.refine import build_refiner
 from ..labeling.segmentation import segment_images
 from .make_masks import make_masks, read_summary
 from .outputs import OutputError, write_atomically
@@ -52,8 +53,14 @@ def run(
 
     Returns:
         the rows of the results table.
+
+    Raises:
+        OutputError: `out` holds something else.
+        RefinementError: a step of refinement can't be built, or its library is missing.
     """
     out = check_run_folder(out)
+    for section in ("masks", "evaluation"):
+        build_refiner(recipe[section]["refine"])  # what is wrong with it is said before hours of training
     common = {"data_settings": data_settings, "hub_kwargs": hub_kwargs, "quiet": quiet}
     started = time.perf_counter()
     cam = train_cam(data, recipe, out / "cam", **common)
