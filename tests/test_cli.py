@@ -511,9 +511,26 @@ def test_a_missing_crf_is_one_line_before_any_work(wsss, tiny, segmented, tmp_pa
     assert not (tmp_path / "run").exists()
 
 
+def test_two_segmenters_are_held_against_each_other(wsss, segmented, tmp_path):
+    model = Segmenter.from_pretrained(segmented[3])
+    torch.nn.init.normal_(model.head[0].bias)
+    model.save_pretrained(tmp_path / "other")
+    WsssImageProcessor(size={"shortest_edge": 32, "longest_edge": 128}).save_pretrained(tmp_path / "other")
+    figures = tmp_path / "gap.json"
+    code, out, err = wsss("evaluate", *segmented, "--against", tmp_path / "other", "--json", figures)
+    assert code == 0 and "| objects missed" in out, err
+    gap = json.loads(figures.read_text())["gap"]
+    for name, folder in (("model", segmented[3]), ("other", tmp_path / "other")):
+        assert wsss("evaluate", *segmented[:2], "--model", folder, "--quiet", "--json", tmp_path / "one.json")[0] == 0
+        alone = json.loads((tmp_path / "one.json").read_text())["results"][0]
+        assert gap[name]["mean_iou"] == pytest.approx(alone["mean_iou"]) and gap[name]["iou"] == alone["iou"]
+    assert gap["ratio"] != 1 and gap["ratio_interval"][0] <= gap["ratio"] <= gap["ratio_interval"][1]
+
+
 @pytest.mark.parametrize(
     ("options", "culprit"),
     [
+        (["--against", "new", "--save-masks", "new"], "--against goes with --model, without files to write but"),
         (["--scales", "1,big"], "--scales 1,big: positive numbers a,b,c would be right"),
         (["--window", "-3"], "--window -3: pixels, or 0, would be right"),
         (["--voc-archive", "r.tgz"], "--voc-archive and --export-coco go with --model and --save-masks"),

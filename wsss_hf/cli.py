@@ -23,6 +23,7 @@ from transformers import logging as transformers_logging
 from .data.sources import load_data
 from .evaluation.comparison import print_comparison
 from .evaluation.evaluate import evaluate_files
+from .evaluation.gap import gap_markdown
 from .evaluation.tables import print_table
 from .hub.convert import KINDS, convert_checkpoint
 from .hub.export import export_onnx as run_export_onnx
@@ -36,7 +37,7 @@ from .stages.make_masks import check_exports, export_masks
 from .stages.make_masks import make_masks as run_make_masks
 from .stages.outputs import write_atomically
 from .stages.predict_masks import predict_masks
-from .stages.run import COLUMNS, has_masks, maps_row, masks_row, needs_masks, segmenter_row
+from .stages.run import COLUMNS, has_masks, maps_row, masks_row, needs_masks, segmenter_gap, segmenter_row
 from .stages.run import run as run_all
 from .stages.train_cam import train_cam as run_train_cam
 from .stages.train_refiner import train_refiner as run_train_refiner
@@ -282,6 +283,9 @@ def evaluate(
     inputs: Inputs,
     model: Annotated[str | None, typer.Option(help="A segmenter, held against split val.")] = None,
     cam: Annotated[str | None, typer.Option(help="A CAM classifier, its masks held against split train.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A second segmenter: what lies between it and --model, by kinds of errors.")
+    ] = None,
     masks: Annotated[
         Path | None, typer.Option(help="A folder of label maps IMAGE_ID.png, held against split val (or --split).")
     ] = None,
@@ -315,7 +319,9 @@ def evaluate(
         common["hub_kwargs"] = inputs.hub_kwargs | {"revision": model_revision}
     if exports and (model is None or save_masks is None):
         raise RecipeError("--voc-archive and --export-coco go with --model and --save-masks, the folder of the PNGs")
-    rows = []
+    if against is not None and (model is None or exports):
+        raise RecipeError("--against goes with --model, without files to write but --json")
+    rows, gap = [], None
     if cam is not None:
         needs_masks(inputs.data, "train")
         rows.append(maps_row(f"masks of {cam}", cam, inputs.data, inputs.recipe, **common))
@@ -326,6 +332,9 @@ def evaluate(
         if has_masks(inputs.data, split):
             figures = evaluate_files(save_masks, inputs.data[split], quiet)
             rows.append({"result": f"segmenter {model}", "split": split, "of": Path(model).name} | figures)
+    elif against is not None:
+        needs_masks(inputs.data, split)
+        gap = segmenter_gap(model, against, inputs.data[split], settings, **common)
     elif model is not None:
         needs_masks(inputs.data, split)
         recipe = inputs.recipe | {"evaluation": settings}
@@ -343,8 +352,11 @@ def evaluate(
             print_table(rows, "Boundaries, over- and under-activation (percent)", columns=DETAILS)
             per_class = [{"class": n} | {r["result"]: r["iou"].get(n) for r in rows} for n in rows[0]["iou"]]
             print_table(per_class, "IoU per class (percent)")
+        if gap is not None:
+            print(gap_markdown(gap, model, against))
         if json_file is not None:
-            write_atomically(json_file, json.dumps({"data": inputs.settings, "results": rows}, indent=1))
+            written = {"data": inputs.settings, "results": rows} | ({} if gap is None else {"gap": gap})
+            write_atomically(json_file, json.dumps(written, indent=1))
 
 
 def _test_protocol(settings: dict, scales: str | None, window: int | None, crf: bool) -> dict:

@@ -106,19 +106,22 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quie
     }
 
 
-def evaluate_segmenter(model, processor: Callable, rows: Dataset, settings: dict, quiet: bool = False) -> dict:
-    """Figures of a segmenter on the rows of `rows` that have a mask, at the images' own size; see [`Figures`].
+def evaluate_segmenter(
+    model, processor: Callable, rows: Dataset, settings: dict, quiet: bool = False, metric: type = Figures
+) -> dict:
+    """Figures of a segmenter on the rows of `rows` that have a mask, at the images' own size.
 
     Args:
         model: any model with `logits` (B, C+1, h, w), in eval mode, on the device to work on.
         processor: its image processor.
         settings: a recipe's `evaluation` section.
+        metric: what counts, [`Figures`] or [`Errors`].
 
     Raises:
         DataError: no row has a mask, or the model has other classes than the data.
     """
     rows = rows_with(rows, "mask")
-    metric = Figures(check_classes(model, rows))
+    metric = metric(check_classes(model, rows))
     mine = _share(rows)
     truths = undecoded(mine.select_columns(["image_id", "mask"]))
     with _progress("evaluating segmenter", mine, quiet) as progress:

@@ -53,18 +53,21 @@ def bootstrap_interval(
         resamples: number of resampled data sets.
         seed: seed of the draws; the order of the images does not matter.
     """
-    images, _, classes = counts.shape
-    rows = counts.reshape(images, -1).astype(np.float64)
-    rows = rows[np.lexsort(rows.T)]
-    rng = np.random.default_rng(seed)
-    sums = np.stack(
-        [np.bincount(rng.integers(images, size=images), minlength=images) @ rows for _ in range(resamples)]
-    )
-    means = mean_over_present(iou_from_counts(*sums.reshape(resamples, 3, classes).swapaxes(0, 1)))
+    means = mean_over_present(iou_from_counts(*resampled_sums(counts, resamples, seed).swapaxes(0, 1)))
     if np.isnan(means).all():
         return None, None
     low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def resampled_sums(counts: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """(resamples, ...) sums of counts (N, ...) over N images drawn with replacement, whatever their order."""
+    images, *shape = counts.shape
+    rows = counts.reshape(images, -1).astype(np.float64)
+    rows = rows[np.lexsort(rows.T)]
+    rng = np.random.default_rng(seed)
+    sums = [np.bincount(rng.integers(images, size=images), minlength=images) @ rows for _ in range(resamples)]
+    return np.stack(sums).reshape(resamples, *shape)
 
 
 class MeanIoU(StreamingMetric):
@@ -116,7 +119,7 @@ class MeanIoU(StreamingMetric):
             self._check_labels(np.bincount(reference.ravel(), minlength=256) > 0, f"{who}reference")
         matrix = pairs[:-2, :-1]
         if self.intervals:
-            self.image_counts.append(np.stack(_hits_truth_predicted(matrix)).astype(np.int32))
+            self.image_counts.append(np.stack(hits_truth_predicted(matrix)).astype(np.int32))
         return matrix
 
     def merge(self, other: MeanIoU) -> MeanIoU:
@@ -137,7 +140,7 @@ class MeanIoU(StreamingMetric):
         return self
 
     def _figures(self) -> dict:
-        hits, truth, predicted = _hits_truth_predicted(self.counts)
+        hits, truth, predicted = hits_truth_predicted(self.counts)
         union = truth + predicted - hits
         iou, precision, recall = iou_from_counts(hits, truth, predicted), ratio(hits, predicted), ratio(hits, truth)
         figures = {"mean_iou": number(mean_over_present(iou))}
@@ -185,5 +188,6 @@ def _count_pairs(index: np.ndarray, reference: np.ndarray, prediction: np.ndarra
     return pairs.astype(np.int64).reshape(size, size)
 
 
-def _hits_truth_predicted(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def hits_truth_predicted(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Right, true and predicted pixels of each class, (K,) each, from a (K, K + 1) confusion matrix."""
     return np.diagonal(matrix), matrix.sum(axis=1), matrix[:, :-1].sum(axis=0)

@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from .. import __version__
 from ..data.tagged import DataError, class_names, decode_mask, has_value, undecoded
 from ..evaluation.evaluate import evaluate_cam, evaluate_masks, evaluate_segmenter
+from ..evaluation.gap import Errors, compare_errors
 from ..evaluation.report import ReportExample, write_gallery, write_report
 from ..evaluation.tables import print_table
 from ..labeling.auto_threshold import with_threshold
@@ -164,6 +165,30 @@ def segmenter_row(
         return row
     model, processor = load_segmenter(str(segmenter), PartialState().device, **(hub_kwargs or {}))
     return row | evaluate_segmenter(model, processor, data[split], recipe["evaluation"], quiet)
+
+
+def segmenter_gap(
+    segmenter: str | os.PathLike,
+    other: str | os.PathLike,
+    rows: Dataset,
+    settings: dict,
+    quiet: bool = False,
+    hub_kwargs: dict | None = None,
+) -> dict:
+    """What lies between two segmenters, directories or Hub ids, on rows with true masks; see [`compare_errors`].
+
+    Args:
+        settings: a recipe's `evaluation` section.
+        hub_kwargs: `token` and `cache_dir` for both; `revision` for the first.
+    """
+    common = {key: value for key, value in (hub_kwargs or {}).items() if key != "revision"}
+    device = PartialState().device
+    return compare_errors(
+        *(
+            evaluate_segmenter(*load_segmenter(str(name), device, **kwargs), rows, settings, quiet, Errors)
+            for name, kwargs in ((segmenter, hub_kwargs or {}), (other, common))
+        )
+    )
 
 
 def finish_run(
