@@ -37,6 +37,7 @@ def wsss(capsys, monkeypatch):
     monkeypatch.delenv("WSSS_TRACEBACK", raising=False)
 
     def call(*arguments):
+        capsys.readouterr()  # what fixtures have printed
         AcceleratorState._reset_state()
         with pytest.raises(SystemExit) as stopped:
             main([str(argument) for argument in arguments])
@@ -531,6 +532,7 @@ def test_two_segmenters_are_held_against_each_other(wsss, segmented, tmp_path):
     ("options", "culprit"),
     [
         (["--against", "new", "--save-masks", "new"], "--against goes with --model, without files to write but"),
+        (["--against", "nowhere"], "error: nowhere: "),
         (["--scales", "1,big"], "--scales 1,big: positive numbers a,b,c would be right"),
         (["--window", "-3"], "--window -3: pixels, or 0, would be right"),
         (["--voc-archive", "r.tgz"], "--voc-archive and --export-coco go with --model and --save-masks"),
@@ -555,6 +557,24 @@ def test_nothing_to_evaluate_on_is_said(wsss, segmented):
     (photos / "train").unlink()
     (photos / "val").rename(photos / "train")
     assert_one_line(wsss("evaluate", *segmented), "the data have no split 'val' to evaluate on, only train")
+
+
+def test_an_empty_split_is_nothing_to_evaluate_on(wsss, segmented):
+    photos = segmented[1]
+    (photos / "train").unlink()
+    (photos / "val").rename(photos / "train")
+    (photos / "val").mkdir()
+    (photos / "val" / "metadata.csv").write_text("file_name,tags,mask\n")
+    for what in (["--model", segmented[3]], ["--masks", photos]):
+        assert_one_line(wsss("evaluate", "--data", photos, *what, "--quiet"), "split 'val' is empty")
+
+
+def test_a_classifier_of_other_classes_makes_no_masks(wsss, segmented, cam_folder, tmp_path):
+    for command in (["evaluate"], ["make-masks", "--out", tmp_path / "masks"]):
+        result = wsss(*command, *segmented[:2], "--cam", cam_folder, "--quiet")
+        assert_one_line(result, "the classifier knows vixel, bramby, finnet, ")
+        assert "; the data have cat, dog" in result[2]
+    assert not (tmp_path / "masks").exists()
 
 
 def test_logits_that_are_no_numbers_are_one_line(wsss, segmented):

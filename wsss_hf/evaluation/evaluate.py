@@ -78,9 +78,13 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quie
     Returns:
         the figures of [`Figures`] at the fixed background threshold; `threshold_curve` and `best_threshold`, which
         read true masks and are for analysis only; `mean_average_precision` of the tags.
+
+    Raises:
+        DataError: no row has a mask, or the classifier has other classes than the data.
     """
     rows = rows_with(rows, "mask")
     names = class_names(rows)
+    check_names(model, names, "classifier")
     metric = Figures(["background", *names])
     curve = ThresholdCurve(["background", *names])
     mine = _share(rows)
@@ -169,10 +173,19 @@ def check_classes(model, rows: Dataset) -> list[str]:
         DataError: they have not.
     """
     names = ["background", *class_names(rows)]
+    check_names(model, names, "segmenter")
+    return names
+
+
+def check_names(model, names: list[str], what: str) -> None:
+    """That the classes of a model, `what` it is, are `names`.
+
+    Raises:
+        DataError: they are others.
+    """
     known = [model.config.id2label[i] for i in sorted(model.config.id2label)]
     if known != names:
-        raise DataError(f"the segmenter knows {', '.join(known)}; the data have {', '.join(names)}")
-    return names
+        raise DataError(f"the {what} knows {', '.join(known)}; the data have {', '.join(names)}")
 
 
 def _truth(row: dict) -> np.ndarray:
