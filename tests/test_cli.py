@@ -24,6 +24,7 @@ from wsss_hf.models.configuration_segmenter import SegmenterConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
+from wsss_hf.stages.compare import plan_cells
 
 TINY_BACKBONE = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16]}
 TINY_BACKBONE |= {"depths": [1, 1]}
@@ -36,6 +37,7 @@ def wsss(capsys, monkeypatch):
     monkeypatch.delenv("WSSS_TRACEBACK", raising=False)
 
     def call(*arguments):
+        capsys.readouterr()  # what fixtures have printed
         AcceleratorState._reset_state()
         with pytest.raises(SystemExit) as stopped:
             main([str(argument) for argument in arguments])
@@ -125,6 +127,38 @@ def test_compare_takes_a_plan_or_options(wsss, tiny, tmp_path):
     assert trained == {"cells/toy/plain/seed0", "cells/toy/drs/seed0"}
     assert_one_line(wsss("compare", "--data", "toy", "--out", tmp_path / "new"), "the plan has no rows")
     assert_one_line(wsss("compare", "--recipes", "toy", "--out", tmp_path / "new"), "the plan has no data")
+
+
+def test_options_that_name_data_change_the_data_of_a_plan(wsss, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr("wsss_hf.cli.run_compare", lambda *call: asked.append(call) or {"rows": []})
+    plan = tmp_path / "plan.yaml"
+    plan.write_text("rows: {plain: {}}\ndata: {a: {source: voc, limit: 9}, b: {source: coco, masks: all}}\n")
+    options = ["--root", "kit", "--classes", "cat,dog", "--columns", "image=img", "--limit", 3, "--revision", "v1"]
+    options += ["--cams", "one", "--cams", "two"]
+    assert wsss("compare", plan, "--out", tmp_path / "out", "--quiet", *options)[0] == 0
+    given = {"root": "kit", "classes": ["cat", "dog"], "columns": {"image": "img"}, "limit": 3, "revision": "v1"}
+    [(wanted, *_, cams)] = asked
+    assert cams == [Path("one"), Path("two")]
+    assert [cell.source for cell in plan_cells(wanted, tmp_path)] == [
+        {"source": "voc"} | given,
+        {"source": "coco", "masks": "all"} | given,
+    ]
+    plan.write_text("rows: {plain: {}}\n")
+    assert_one_line(wsss("compare", plan, "--out", tmp_path / "out", "--limit", 3), "the plan has no data")
+
+
+@pytest.mark.parametrize("plan", sorted(SCRIPTS.glob("plans/*.yaml")), ids=lambda plan: plan.stem)
+def test_plans_run_by_the_command_that_they_begin_with(wsss, tmp_path, monkeypatch, plan):
+    asked = []
+    monkeypatch.setattr("wsss_hf.cli.run_compare", lambda *call: asked.append(call) or {"rows": []})
+    monkeypatch.chdir(SCRIPTS.parent)
+    command = plan.read_text().splitlines()[0].removeprefix("# wsss ").split()
+    assert wsss(*command, "--quiet")[0] == 0
+    [(wanted, out, *_)] = asked
+    cells = plan_cells(wanted, out)
+    assert cells and all("root" in cell.source for cell in cells if cell.source["source"] != "toy")
+    assert all(cell.recipe["cam"]["backbone"] or cell.recipe["cam"]["backbone_config"] for cell in cells)
 
 
 def test_rounds_are_an_option_of_a_run(wsss, tiny, tmp_path, photos):
@@ -451,9 +485,54 @@ def test_a_segmenter_is_evaluated_and_its_label_maps_written(wsss, tmp_path, seg
     assert_one_line(wsss("evaluate", *segmented, "--save-masks", masks), f"--save-masks {masks}: exists already")
 
 
+def test_the_published_test_protocol_ends_in_the_crf(wsss, segmented, tmp_path):
+    pytest.importorskip("pydensecrf", reason="the extra crf is not installed")
+    ways = {
+        "plain": ["--recipe", "voc_deeplab_v2", "--set", "evaluation.refine=[]"],
+        "recipe": ["--recipe", "voc_deeplab_v2"],
+        "both": ["--recipe", "voc_deeplab_v2", "--crf"],
+        "option": ["--crf", "--scales", "1.17", "--set", "evaluation.flip=false"],
+    }
+    maps = {}
+    for way, options in ways.items():
+        code, _, err = wsss("evaluate", *segmented, *options, "--save-masks", tmp_path / way)
+        assert code == 0, err
+        maps[way] = [np.array(Image.open(file)).tolist() for file in sorted((tmp_path / way).glob("*.png"))]
+    assert len(maps["plain"]) == 6 and maps["recipe"] == maps["both"]  # the recipe's CRF is not run twice
+    assert len({str(found) for found in maps.values()}) == 3
+
+
+def test_a_missing_crf_is_one_line_before_any_work(wsss, tiny, segmented, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    line = "the CRF needs pydensecrf2: pip install wsss_hf[crf]"
+    assert_one_line(wsss("evaluate", *segmented, "--crf"), line)
+    run = ["run", "--data", "toy", "--out", tmp_path / "run", "--quiet", *tiny]
+    for section in ("masks", "evaluation"):
+        assert_one_line(wsss(*run, "--set", f"{section}.refine=[crf]"), line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_segmenters_are_held_against_each_other(wsss, segmented, tmp_path):
+    model = Segmenter.from_pretrained(segmented[3])
+    torch.nn.init.normal_(model.head[0].bias)
+    model.save_pretrained(tmp_path / "other")
+    WsssImageProcessor(size={"shortest_edge": 32, "longest_edge": 128}).save_pretrained(tmp_path / "other")
+    figures = tmp_path / "gap.json"
+    code, out, err = wsss("evaluate", *segmented, "--against", tmp_path / "other", "--json", figures)
+    assert code == 0 and "| objects missed" in out, err
+    gap = json.loads(figures.read_text())["gap"]
+    for name, folder in (("model", segmented[3]), ("other", tmp_path / "other")):
+        assert wsss("evaluate", *segmented[:2], "--model", folder, "--quiet", "--json", tmp_path / "one.json")[0] == 0
+        alone = json.loads((tmp_path / "one.json").read_text())["results"][0]
+        assert gap[name]["mean_iou"] == pytest.approx(alone["mean_iou"]) and gap[name]["iou"] == alone["iou"]
+    assert gap["ratio"] != 1 and gap["ratio_interval"][0] <= gap["ratio"] <= gap["ratio_interval"][1]
+
+
 @pytest.mark.parametrize(
     ("options", "culprit"),
     [
+        (["--against", "new", "--save-masks", "new"], "--against goes with --model, without files to write but"),
+        (["--against", "nowhere"], "error: nowhere: "),
         (["--scales", "1,big"], "--scales 1,big: positive numbers a,b,c would be right"),
         (["--window", "-3"], "--window -3: pixels, or 0, would be right"),
         (["--voc-archive", "r.tgz"], "--voc-archive and --export-coco go with --model and --save-masks"),
@@ -478,6 +557,24 @@ def test_nothing_to_evaluate_on_is_said(wsss, segmented):
     (photos / "train").unlink()
     (photos / "val").rename(photos / "train")
     assert_one_line(wsss("evaluate", *segmented), "the data have no split 'val' to evaluate on, only train")
+
+
+def test_an_empty_split_is_nothing_to_evaluate_on(wsss, segmented):
+    photos = segmented[1]
+    (photos / "train").unlink()
+    (photos / "val").rename(photos / "train")
+    (photos / "val").mkdir()
+    (photos / "val" / "metadata.csv").write_text("file_name,tags,mask\n")
+    for what in (["--model", segmented[3]], ["--masks", photos]):
+        assert_one_line(wsss("evaluate", "--data", photos, *what, "--quiet"), "split 'val' is empty")
+
+
+def test_a_classifier_of_other_classes_makes_no_masks(wsss, segmented, cam_folder, tmp_path):
+    for command in (["evaluate"], ["make-masks", "--out", tmp_path / "masks"]):
+        result = wsss(*command, *segmented[:2], "--cam", cam_folder, "--quiet")
+        assert_one_line(result, "the classifier knows vixel, bramby, finnet, ")
+        assert "; the data have cat, dog" in result[2]
+    assert not (tmp_path / "masks").exists()
 
 
 def test_logits_that_are_no_numbers_are_one_line(wsss, segmented):

@@ -36,16 +36,17 @@ from .cli_options import (
 )
 from .evaluation.comparison import print_comparison
 from .evaluation.evaluate import evaluate_files
+from .evaluation.gap import gap_markdown
 from .evaluation.tables import print_table
 from .launch import keep_freed_memory, start_missing_processes
-from .stages.compare import CompareError, read_plan
+from .stages.compare import CompareError, read_plan, with_data_options
 from .stages.compare import compare as run_compare
 from .stages.demo import demo as run_demo
 from .stages.make_masks import check_exports, export_masks
 from .stages.make_masks import make_masks as run_make_masks
 from .stages.outputs import write_atomically
 from .stages.predict_masks import predict_masks
-from .stages.run import COLUMNS, has_masks, maps_row, masks_row, needs_masks, segmenter_row
+from .stages.run import COLUMNS, has_masks, maps_row, masks_row, needs_masks, segmenter_gap, segmenter_row
 from .stages.run import run as run_all
 from .stages.train_cam import train_cam as run_train_cam
 from .stages.train_refiner import train_refiner as run_train_refiner
@@ -148,6 +149,9 @@ def evaluate(
     inputs: Inputs,
     model: Annotated[str | None, typer.Option(help="A segmenter, held against split val.")] = None,
     cam: Annotated[str | None, typer.Option(help="A CAM classifier, its masks held against split train.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A second segmenter: what lies between it and --model, by kinds of errors.")
+    ] = None,
     masks: Annotated[
         Path | None, typer.Option(help="A folder of label maps IMAGE_ID.png, held against split val (or --split).")
     ] = None,
@@ -181,7 +185,9 @@ def evaluate(
         common["hub_kwargs"] = inputs.hub_kwargs | {"revision": model_revision}
     if exports and (model is None or save_masks is None):
         raise RecipeError("--voc-archive and --export-coco go with --model and --save-masks, the folder of the PNGs")
-    rows = []
+    if against is not None and (model is None or exports):
+        raise RecipeError("--against goes with --model, without files to write but --json")
+    rows, gap = [], None
     if cam is not None:
         needs_masks(inputs.data, "train")
         rows.append(maps_row(f"masks of {cam}", cam, inputs.data, inputs.recipe, **common))
@@ -192,6 +198,9 @@ def evaluate(
         if has_masks(inputs.data, split):
             figures = evaluate_files(save_masks, inputs.data[split], quiet)
             rows.append({"result": f"segmenter {model}", "split": split, "of": Path(model).name} | figures)
+    elif against is not None:
+        needs_masks(inputs.data, split)
+        gap = segmenter_gap(model, against, inputs.data[split], settings, **common)
     elif model is not None:
         needs_masks(inputs.data, split)
         recipe = inputs.recipe | {"evaluation": settings}
@@ -209,8 +218,11 @@ def evaluate(
             print_table(rows, "Boundaries, over- and under-activation (percent)", columns=DETAILS)
             per_class = [{"class": n} | {r["result"]: r["iou"].get(n) for r in rows} for n in rows[0]["iou"]]
             print_table(per_class, "IoU per class (percent)")
+        if gap is not None:
+            print(gap_markdown(gap, model, against))
         if json_file is not None:
-            write_atomically(json_file, json.dumps({"data": inputs.settings, "results": rows}, indent=1))
+            written = {"data": inputs.settings, "results": rows} | ({} if gap is None else {"gap": gap})
+            write_atomically(json_file, json.dumps(written, indent=1))
 
 
 def _test_protocol(settings: dict, scales: str | None, window: int | None, crf: bool) -> dict:
@@ -227,7 +239,7 @@ def _test_protocol(settings: dict, scales: str | None, window: int | None, crf: 
         if window < 0:
             raise RecipeError(f"--window {window}: pixels, or 0, would be right")
         changed["window"] = window
-    if crf:
+    if crf and not any("crf" in step for step in settings["refine"]):
         changed["refine"] = [*settings["refine"], "crf"]
     return changed
 
@@ -243,11 +255,18 @@ def compare(
     segmenter: Annotated[
         bool, typer.Option("--segmenter", help="Whole runs, not only CAM classifiers and their maps.")
     ] = False,
+    cams: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another comparison (or several): its CAM classifiers of the same recipe, seed and data."),
+    ] = None,
     jobs: Annotated[
         int | None, typer.Option(help="So many at the same time; without it, one per GPU.", show_default=False)
     ] = None,
     source: Annotated[
-        str | None, typer.Option("--data", help="As for the other commands.", rich_help_panel="Data")
+        str | None,
+        typer.Option(
+            "--data", help="Instead of the plan's data; without it, what follows changes them.", rich_help_panel="Data"
+        ),
     ] = None,
     root: Root = None,
     classes: Classes = None,
@@ -269,9 +288,12 @@ def compare(
         wanted["seeds"] = integers("--seeds", seeds)
     if segmenter:
         wanted["segmenter"] = True
+    named = data_settings(source, root, classes, columns, limit, revision)
+    named = {key: value for key, value in named.items() if value is not None}
     if source is not None:
-        named = data_settings(source, root, classes, columns, limit, revision)
-        wanted["data"] = {key: value for key, value in named.items() if value is not None}
+        wanted["data"] = named
+    elif named:
+        wanted = with_data_options(wanted, named)
     if recipe is not None:
         wanted["recipe"] = recipe
     bodies = [f"{part}.backbone={json.dumps(backbone)}" for part in ("cam", "segmenter")] if backbone else []
@@ -281,7 +303,7 @@ def compare(
         wanted["set"] = [*held, *bodies, *(changes or [])]
     hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
     given = {key: value for key, value in hub_kwargs.items() if value is not None}
-    results = run_compare(wanted, out, given, jobs, quiet)
+    results = run_compare(wanted, out, given, jobs, quiet, cams or [])
     print_comparison(results["rows"])
     if not quiet:
         print(f"tables, plots and pictures: {out}/comparison.md, {out}/comparison*.html, {out}/results.json")

@@ -118,6 +118,19 @@ def test_agrees_with_scikit_learn(images):
     assert figures["absent_classes"] == ["owl"]
 
 
+def test_patches_noise_and_single_pixels_of_any_size_are_counted_pixel_by_pixel():
+    rng = np.random.default_rng(0)
+    metric, pairs = MeanIoU(num_classes=21), np.zeros((21, 22), dtype=np.int64)
+    for height, width, patch in ((60, 80, 20), (90, 70, 1), (1, 1, 1), (64, 64, 64), (33, 1, 3)):
+        shape = (-(-height // patch), -(-width // patch))
+        pair = [rng.choice([*range(21), 255], size=shape).repeat(patch, 0).repeat(patch, 1) for _ in range(2)]
+        prediction, truth = (labels[:height, :width].astype(np.uint8) for labels in pair)
+        metric.add(prediction, truth)
+        known = truth != 255
+        np.add.at(pairs, (truth[known], np.minimum(prediction[known], 21)), 1)
+    assert np.array_equal(metric.counts, pairs)
+
+
 def test_one_shot_streaming_and_merged_halves_agree():
     images = list(random_images(4))
     predictions, references = zip(*images, strict=True)

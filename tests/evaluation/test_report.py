@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from wsss_hf.evaluation.report import ReportExample, write_gallery, write_report
+from wsss_hf.evaluation.report_style import STYLE
 
 NAMES = ["background", "<b>cat</b>", "dog"]
-VOID = {"meta", "link", "img", "path", "circle", "polyline"}
+VOID = {"meta", "link", "img", "path", "polyline"}
 
 
 class Page(HTMLParser):
@@ -136,6 +137,21 @@ def test_a_wrong_size_names_the_image_and_leaves_no_file(tmp_path, write):
     with pytest.raises(ValueError, match="img_4, truth: a label map of 3x2 pixels does not fit an image of 40x30"):
         write(tmp_path / "out", [example(4, truth=np.zeros((2, 3), np.uint8))])
     assert not list(tmp_path.iterdir())
+
+
+def test_eighteen_series_of_a_plot_look_different(tmp_path):
+    names = [f"row {number}" for number in range(18)]
+    curves = {name: [(0.0, 0.2), (1.0, 0.3)] for name in names}
+    costs = {name: (1.0, 0.3) for name in names}
+    page = write_report(
+        tmp_path / "page.html", "Plots", [], [], ["background"], curves=curves, costs=costs
+    ).read_text()
+    lines = re.findall(r'<polyline points="[^"]*" ([^/]*)/>', page)
+    keys = re.findall(r'<svg class="key" viewBox="[^"]*">(.*?)</svg>row', page)
+    assert len(set(lines)) == len(lines) == 18
+    assert len(set(keys[:18])) == len(set(keys[18:])) == 18 and len(keys) == 36
+    colors = set(re.findall(r"stroke:(var\(--series-\d\))", page))
+    assert len(colors) == 6 and all(STYLE.count(f"{color[4:-1]}: #") == 2 for color in colors)  # light and dark
 
 
 def test_gallery_is_one_sheet_with_a_column_per_kind(tmp_path, examples):

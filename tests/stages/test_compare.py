@@ -8,7 +8,7 @@ from PIL import Image
 from wsss_hf.data.sources import load_data
 from wsss_hf.evaluation.evaluate import evaluate_cam
 from wsss_hf.labeling.pseudo_masks import load_labeler
-from wsss_hf.stages.compare import CompareError, compare, plan_cells, read_plan
+from wsss_hf.stages.compare import CompareError, compare, plan_cells, read_plan, training_cost
 from wsss_hf.stages.outputs import OutputError
 from wsss_hf.training.recipes import RecipeError
 
@@ -75,7 +75,7 @@ def test_tables_and_page_show_every_row(finished):
         spread = row["maps"]["mean_iou"]
         assert f"{100 * spread['mean']:.1f} ± {100 * spread['sd']:.1f}" in text
         assert row["row"] in page
-    assert page.count("<polyline") == 2 and page.count("<svg") == 2
+    assert page.count("<polyline") == 2 and page.count('role="img"') == 2
     assert page.count("data:image/jpeg") == 3 * 4  # examples: image, two rows, truth
 
 
@@ -91,17 +91,44 @@ def test_a_second_call_trains_nothing_and_a_longer_plan_only_what_is_new(plan, f
     assert {path: after[path] for path in before} == before and len(after) > len(before)
 
 
-def test_rows_that_differ_in_their_masks_only_share_the_classifier(plan, finished, monkeypatch):
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_rows_that_differ_in_their_masks_only_share_the_classifier(plan, finished, monkeypatch, tmp_path, elsewhere):
     rows = {"pamr": {"masks.refine": ["pamr"]}, "drs pamr": {"cam.methods": {"drs": {}}, "masks.refine": ["pamr"]}}
     monkeypatch.setattr("wsss_hf.stages.train_cam.train_and_save", None)  # whoever trains fails
     out, results = finished
-    pamr = compare(plan | {"rows": rows}, out, quiet=True)
+    if elsewhere:
+        pamr = compare(plan | {"rows": rows, "seeds": [1]}, tmp_path / "out", quiet=True, cams=[out])
+    else:
+        pamr = compare(plan | {"rows": rows}, out, quiet=True)
     plain = {(cell["settings"]["row"], cell["settings"]["seed"]): cell for cell in results["cells"]}
     for cell in pamr["cells"]:
         row, seed = cell["settings"]["row"], cell["settings"]["seed"]
         origin = plain["drs" if "drs" in row else "plain", seed]
         assert cell["maps"]["threshold_curve"] == origin["maps"]["threshold_curve"]
-        assert cell["maps"]["mean_iou"] != origin["maps"]["mean_iou"] and cell["cost"]["cam"] == origin["cost"]["cam"]
+        for figure in ("mean_iou", "boundary_f"):  # of the masks after refinement
+            assert cell["maps"][figure] != origin["maps"][figure]
+        assert cell["cost"]["cam"] == origin["cost"]["cam"]
+
+
+def test_classifiers_of_another_seed_recipe_or_data_are_not_taken(plan, finished, monkeypatch, tmp_path):
+    monkeypatch.setattr("wsss_hf.stages.train_cam.train_and_save", None)
+    others = [{"seeds": [7]}, {"set": [*plan["set"], "cam.train.lr=1"]}, {"set": [*plan["set"], "toy.num_train=8"]}]
+    for number, other in enumerate(others):
+        with pytest.raises(CompareError, match=f"{2 * len(other.get('seeds', [0, 1]))} of . cells failed"):
+            compare(plan | other, tmp_path / str(number), quiet=True, cams=[finished[0]])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RecipeError, match="--cams .*empty: no CAM classifier is there; another comparison"):
+        compare(plan, tmp_path / "new", quiet=True, cams=[tmp_path / "empty"])
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_folder_of_the_data_may_be_named_in_two_ways(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for root, options in (("kit", {}), (str(tmp_path / "kit"), {"cams": ["kit"]})):
+        rooted = plan | {"data": {"source": "toy", "root": root}, "rows": {"plain": {}}, "seeds": [0]}
+        compare(rooted, "other" if options else "kit", quiet=True, **options)
+        monkeypatch.setattr("wsss_hf.stages.train_cam.train_and_save", None)
+    assert len({path.read_bytes() for path in tmp_path.rglob("model.safetensors")}) == 1
 
 
 def test_a_cell_of_other_settings_is_refused(plan, finished):
@@ -150,6 +177,17 @@ def test_a_failed_cell_does_not_stop_the_others(plan, tmp_path):
         compare(spoiled, tmp_path / "out", quiet=True)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [row["row"] for row in results["rows"]] == ["plain"]
+
+
+def test_cost_counts_the_steps_that_were_taken(tmp_path):
+    rates = [{"images_per_second": 8.0}, {"images_per_second": 4.0}]
+    (tmp_path / "training_log.json").write_text(json.dumps(rates))
+    settings = {"epochs": 9, "steps": 0, "batch_size": 4}
+    whole = training_cost(tmp_path, settings, num_images=14)  # 3 steps of 4 in 1.5 s, then in 3 s
+    assert whole == pytest.approx({"seconds_per_step": 4.5 / 6, "minutes": 4.5 / 60})
+    part = training_cost(tmp_path, settings | {"steps": 4}, num_images=14)  # one step of 4 in the second epoch
+    assert part == pytest.approx({"seconds_per_step": 2.5 / 4, "minutes": 2.5 / 60})
+    assert training_cost(tmp_path / "nowhere", settings, num_images=14) == {}
 
 
 @pytest.mark.slow

@@ -58,6 +58,8 @@ def test_a_segmenters_recipe_goes_with_any_methods(recipe_file):
     assert both["segmenter"]["model"] == segmenter["segmenter"]["model"]
     trainings = [recipe["segmenter"]["train"] | {"nesterov": None} for recipe in (both, segmenter)]
     assert trainings[0] == trainings[1]  # nothing of the method's own segmenter that AdamW would heed
+    for name in ("segformer", "dpt", "upernet", "voc_deeplab_v3_plus"):  # each is tested by its own protocol
+        assert load_recipe(f"voc_icd+{name}")["evaluation"] == load_recipe(name)["evaluation"]
     mine = recipe_file("segmenter: {train: {steps: 7}}")
     assert load_recipe(f"segformer+{mine}")["segmenter"]["train"]["steps"] == 7
     with pytest.raises(RecipeError, match="recipe segfromer: no such file, and the package has .*segformer"):
@@ -66,8 +68,8 @@ def test_a_segmenters_recipe_goes_with_any_methods(recipe_file):
 
 @pytest.mark.parametrize("name", ["voc_drs", "voc_icd", "voc_plda"])
 def test_published_methods_end_in_the_published_segmenter(name):
-    section, published = load_recipe(name)["segmenter"], load_recipe("voc_deeplab_v2")["segmenter"]
-    assert section == published
+    recipe, published = load_recipe(name), load_recipe("voc_deeplab_v2")
+    assert recipe["segmenter"] == published["segmenter"] and recipe["evaluation"] == published["evaluation"]
 
 
 def test_two_recipes_share_nothing():

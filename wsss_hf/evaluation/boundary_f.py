@@ -114,15 +114,20 @@ class BoundaryF(StreamingMetric):
         }
 
 
-def _boundary_points(labels: np.ndarray, classes: int) -> np.ndarray:
-    """(N, 3) integers: row, column and label of the boundary pixels of the labels 0..classes-1."""
+def edges(labels: np.ndarray) -> np.ndarray:
+    """(H, W) bool: the pixels of a label map (H, W) one of whose four neighbours has another label."""
     edge = np.zeros(labels.shape, dtype=bool)
     down, across = labels[1:] != labels[:-1], labels[:, 1:] != labels[:, :-1]
     edge[1:] |= down
     edge[:-1] |= down
     edge[:, 1:] |= across
     edge[:, :-1] |= across
-    rows, columns = np.nonzero(edge & (labels < classes))
+    return edge
+
+
+def _boundary_points(labels: np.ndarray, classes: int) -> np.ndarray:
+    """(N, 3) integers: row, column and label of the boundary pixels of the labels 0..classes-1."""
+    rows, columns = np.nonzero(edges(labels) & (labels < classes))
     return np.stack([rows, columns, labels[rows, columns].astype(np.int64)], axis=1)
 
 

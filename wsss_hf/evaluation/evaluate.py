@@ -78,9 +78,13 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quie
     Returns:
         the figures of [`Figures`] at the fixed background threshold; `threshold_curve` and `best_threshold`, which
         read true masks and are for analysis only; `mean_average_precision` of the tags.
+
+    Raises:
+        DataError: no row has a mask, or the classifier has other classes than the data.
     """
     rows = rows_with(rows, "mask")
     names = class_names(rows)
+    check_names(model, names, "classifier")
     metric = Figures(["background", *names])
     curve = ThresholdCurve(["background", *names])
     mine = _share(rows)
@@ -106,19 +110,22 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quie
     }
 
 
-def evaluate_segmenter(model, processor: Callable, rows: Dataset, settings: dict, quiet: bool = False) -> dict:
-    """Figures of a segmenter on the rows of `rows` that have a mask, at the images' own size; see [`Figures`].
+def evaluate_segmenter(
+    model, processor: Callable, rows: Dataset, settings: dict, quiet: bool = False, metric: type = Figures
+) -> dict:
+    """Figures of a segmenter on the rows of `rows` that have a mask, at the images' own size.
 
     Args:
         model: any model with `logits` (B, C+1, h, w), in eval mode, on the device to work on.
         processor: its image processor.
         settings: a recipe's `evaluation` section.
+        metric: what counts, [`Figures`] or [`Errors`].
 
     Raises:
         DataError: no row has a mask, or the model has other classes than the data.
     """
     rows = rows_with(rows, "mask")
-    metric = Figures(check_classes(model, rows))
+    metric = metric(check_classes(model, rows))
     mine = _share(rows)
     truths = undecoded(mine.select_columns(["image_id", "mask"]))
     with _progress("evaluating segmenter", mine, quiet) as progress:
@@ -166,10 +173,19 @@ def check_classes(model, rows: Dataset) -> list[str]:
         DataError: they have not.
     """
     names = ["background", *class_names(rows)]
+    check_names(model, names, "segmenter")
+    return names
+
+
+def check_names(model, names: list[str], what: str) -> None:
+    """That the classes of a model, `what` it is, are `names`.
+
+    Raises:
+        DataError: they are others.
+    """
     known = [model.config.id2label[i] for i in sorted(model.config.id2label)]
     if known != names:
-        raise DataError(f"the segmenter knows {', '.join(known)}; the data have {', '.join(names)}")
-    return names
+        raise DataError(f"the {what} knows {', '.join(known)}; the data have {', '.join(names)}")
 
 
 def _truth(row: dict) -> np.ndarray:

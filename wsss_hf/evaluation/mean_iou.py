@@ -53,18 +53,21 @@ def bootstrap_interval(
         resamples: number of resampled data sets.
         seed: seed of the draws; the order of the images does not matter.
     """
-    images, _, classes = counts.shape
-    rows = counts.reshape(images, -1).astype(np.float64)
-    rows = rows[np.lexsort(rows.T)]
-    rng = np.random.default_rng(seed)
-    sums = np.stack(
-        [np.bincount(rng.integers(images, size=images), minlength=images) @ rows for _ in range(resamples)]
-    )
-    means = mean_over_present(iou_from_counts(*sums.reshape(resamples, 3, classes).swapaxes(0, 1)))
+    means = mean_over_present(iou_from_counts(*resampled_sums(counts, resamples, seed).swapaxes(0, 1)))
     if np.isnan(means).all():
         return None, None
     low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def resampled_sums(counts: np.ndarray, resamples: int = 1000, seed: int = 0) -> np.ndarray:
+    """(resamples, ...) sums of counts (N, ...) over N images drawn with replacement, whatever their order."""
+    images, *shape = counts.shape
+    rows = counts.reshape(images, -1).astype(np.float64)
+    rows = rows[np.lexsort(rows.T)]
+    rng = np.random.default_rng(seed)
+    sums = [np.bincount(rng.integers(images, size=images), minlength=images) @ rows for _ in range(resamples)]
+    return np.stack(sums).reshape(resamples, *shape)
 
 
 class MeanIoU(StreamingMetric):
@@ -101,19 +104,22 @@ class MeanIoU(StreamingMetric):
         self.image_counts: list[np.ndarray] = []
         classes = len(self.class_names)
         # Row and column of a label; the ignore index comes after the classes, and last what is neither.
-        self._index = np.full(256, classes + 1)
+        self._index = np.full(256, classes + 1, dtype=np.int32)
         self._index[:classes] = np.arange(classes)
         self._index[self.ignore_index] = classes
+        self._scratch = np.empty((2, 0), dtype=bool)
 
     def _count(self, prediction, reference, who: str) -> np.ndarray:
         prediction, reference = label_maps(prediction, reference, who)
-        pairs = _count_pairs(self._index, reference, prediction)
+        if self._scratch.shape[1] < reference.size:  # fresh memory would cost more than what is computed in it
+            self._scratch = np.empty((2, reference.size), dtype=bool)
+        pairs = _count_pairs(self._index, reference.ravel(), prediction.ravel(), self._scratch[:, : reference.size])
         if pairs[-1].any() or pairs[:, -1].any():
             self._check_labels(np.bincount(prediction.ravel(), minlength=256) > 0, f"{who}prediction")
             self._check_labels(np.bincount(reference.ravel(), minlength=256) > 0, f"{who}reference")
         matrix = pairs[:-2, :-1]
         if self.intervals:
-            self.image_counts.append(np.stack(_hits_truth_predicted(matrix)).astype(np.int32))
+            self.image_counts.append(np.stack(hits_truth_predicted(matrix)).astype(np.int32))
         return matrix
 
     def merge(self, other: MeanIoU) -> MeanIoU:
@@ -134,7 +140,7 @@ class MeanIoU(StreamingMetric):
         return self
 
     def _figures(self) -> dict:
-        hits, truth, predicted = _hits_truth_predicted(self.counts)
+        hits, truth, predicted = hits_truth_predicted(self.counts)
         union = truth + predicted - hits
         iou, precision, recall = iou_from_counts(hits, truth, predicted), ratio(hits, predicted), ratio(hits, truth)
         figures = {"mean_iou": number(mean_over_present(iou))}
@@ -153,29 +159,35 @@ class MeanIoU(StreamingMetric):
         }
 
 
-def _count_pairs(index: np.ndarray, reference: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """(N, N) int64: how often each pair of `index` values, 0..N-1, occurs in two uint8 maps of one size.
+def _count_pairs(index: np.ndarray, reference: np.ndarray, prediction: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    """(M, M) int64: how often each pair of `index` values, 0..M-1, occurs in two flat uint8 maps of N pixels.
 
     Label maps are patches: the runs along their rows are counted instead of their pixels, as long as they are few.
+
+    Args:
+        index: (256,) int32.
+        scratch: (2, N) bool, overwritten.
     """
-    reference, prediction = reference.ravel(), prediction.ravel()
-    changed = reference[1:] != reference[:-1]
-    changed |= prediction[1:] != prediction[:-1]
-    changes = np.flatnonzero(changed)
+    last, other = scratch  # whether a pixel is the last of its run, in either map
+    last[-1:] = True
+    np.not_equal(reference[1:], reference[:-1], out=last[:-1])
+    np.not_equal(prediction[1:], prediction[:-1], out=other[:-1])
+    last[:-1] |= other[:-1]
     lengths = None
-    if changes.size < reference.size // 8:
-        ends = np.append(changes, reference.size - 1)
+    if np.count_nonzero(last) < last.size // 8:
+        (ends,) = last.nonzero()
         lengths = ends + 1
-        lengths[1:] -= lengths[:-1].copy()
+        lengths[1:] -= ends[:-1] + 1
         reference, prediction = reference[ends], prediction[ends]
     size = index.max() + 1
-    codes = index[reference]
+    codes = index.take(reference, mode="clip")  # which spares the check that there are 256 labels
     codes *= size
-    codes += index[prediction]
+    codes += index.take(prediction, mode="clip")
     pairs = np.bincount(codes, weights=lengths, minlength=size * size)
     # Weighted counts are sums of whole numbers below 2**53 in float64, and so exact.
     return pairs.astype(np.int64).reshape(size, size)
 
 
-def _hits_truth_predicted(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def hits_truth_predicted(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Right, true and predicted pixels of each class, (K,) each, from a (K, K + 1) confusion matrix."""
     return np.diagonal(matrix), matrix.sum(axis=1), matrix[:, :-1].sum(axis=0)

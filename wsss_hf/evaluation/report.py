@@ -243,9 +243,15 @@ def _swatch(label: int) -> str:
 
 
 class _Plot:
-    """Inline SVG, 640 x 300, axes from 0; shares upwards, to the next tenth above the highest."""
+    """Inline SVG, 640 x 300, axes from 0; shares upwards, to the next tenth above the highest.
+
+    Its series have six colours; from the seventh on lines are dashed and marks have another shape.
+    """
 
     left, right, top, bottom = 48, 620, 14, 256
+    colors = 6
+    dashes = ("", "7 4", "2 3")
+    marks = ("M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0 -9 0Z", "M-4 -4H4V4H-4Z", "M0 -5.5L5.5 4.5H-5.5Z")
 
     def __init__(self, points: Sequence[tuple[float, float]], axis: str, label: str):
         self.limit_x = max(x for x, _ in points) or 1.0
@@ -270,14 +276,18 @@ class _Plot:
 
     def add(self, name: str, note: str, mark: tuple[float, float], line: Sequence[tuple[float, float]] = ()) -> None:
         """A series in the next colour: a line, if it has one, and its mark."""
-        color = f"var(--series-{len(self.legend) % 6})"
+        turn, color = divmod(len(self.legend), self.colors)
+        color, dash = f"var(--series-{color})", self.dashes[turn % len(self.dashes)]
+        stroke = f'style="stroke:{color}"' + (f' stroke-dasharray="{dash}"' if dash else "")
+        shape = f'<path d="{self.marks[turn % len(self.marks)]}" style="fill:{color}"'
         if line:
             points = " ".join("{:.1f},{:.1f}".format(*self.place(*point)) for point in line)
-            self.parts.append(f'<polyline points="{points}" style="stroke:{color}"/>')
+            self.parts.append(f'<polyline points="{points}" {stroke}/>')
         x, y = self.place(*mark)
-        self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" style="fill:{color}"/>')
+        self.parts.append(f'{shape} transform="translate({x:.1f} {y:.1f})"/>')
+        key = (f'<path class="line" d="M-15 0H15" {stroke}/>' if line else "") + f"{shape}/>"
         self.legend.append(
-            f'<span class="chip"><span class="swatch" style="background:{color}"></span>{_text(name)}'
+            f'<span class="chip"><svg class="key" viewBox="-15 -6 30 12">{key}</svg>{_text(name)}'
             f"<small>{_text(note)}</small></span>"
         )
 

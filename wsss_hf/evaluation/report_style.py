@@ -5,10 +5,10 @@ from .pictures import RAMP
 STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1c2430; --soft: #5b6676; --line: #e2e6ec;
   --accent: #3566d6; --track: #e9edf3; --series-0: #3566d6; --series-1: #d9632a; --series-2: #2a9d6f;
-  --series-3: #a44ec2; --series-4: #c0392f; --series-5: #7a6a1f; }
+  --series-3: #c04fc0; --series-4: #8c1d2f; --series-5: #b08a00; }
 @media (prefers-color-scheme: dark) { :root { --page: #12161c; --card: #1a2029; --ink: #e6eaf0; --soft: #98a3b3;
-  --line: #2b3340; --accent: #7aa2ff; --track: #262e3a; --series-0: #7aa2ff; --series-1: #ff9a63; --series-2: #58d3a0;
-  --series-3: #d493ef; --series-4: #ff8178; --series-5: #d8c35a; } }
+  --line: #2b3340; --accent: #7aa2ff; --track: #262e3a; --series-0: #6f9bff; --series-1: #ff9a4d; --series-2: #4fd6a0;
+  --series-3: #d77bf0; --series-4: #ff4f6d; --series-5: #f0e36a; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
   Inter, Roboto, "DejaVu Sans", sans-serif; font-variant-numeric: tabular-nums; }
@@ -41,7 +41,8 @@ th { color: var(--soft); font-size: 12.5px; font-weight: 600; }
 .plot { padding: 18px; } .plot svg { display: block; width: 100%; max-width: 760px; margin: 0 auto; }
 .plot .chips { justify-content: center; margin-top: 14px; }
 svg text { fill: var(--soft); font-size: 12px; } svg .grid { stroke: var(--line); }
-svg polyline { fill: none; stroke-width: 2.2; stroke-linejoin: round; }
+svg polyline, svg .line { fill: none; stroke-width: 2.2; stroke-linejoin: round; }
+.plot .key { display: inline; width: 30px; height: 12px; margin: 0 7px 0 0; }
 .examples { margin-top: 14px; table-layout: fixed; border-collapse: separate; border-spacing: 0; }
 .examples th { position: sticky; top: 0; z-index: 1; padding: 10px 6px; text-align: left; background: var(--page);
   border-bottom: 1px solid var(--line); font-size: 13.5px; color: var(--ink); }

@@ -76,6 +76,8 @@ def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kw
     except OSError as error:
         if ".safetensors" in str(error):
             raise ValueError(refusal) from error
+        if str(name) not in str(error):  # transformers does not name what it looked for in vain offline
+            raise OSError(f"{name}: {error}") from error
         raise
 
 

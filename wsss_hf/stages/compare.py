@@ -102,20 +102,15 @@ def plan_cells(plan: dict, out: str | os.PathLike) -> list[Cell]:
     unknown = [key for key in plan if key not in PLAN_KEYS]
     if unknown:
         raise RecipeError(f"the plan has {unknown[0]!r}; right are {', '.join(PLAN_KEYS)}")
-    rows, data = plan.get("rows") or {}, plan.get("data") or {}
+    rows = plan.get("rows") or {}
     if isinstance(rows, list):
         rows = {str(name): {"recipe": name} for name in rows}
-    if "source" in data:
-        data = {Path(str(data["source"])).name: data}
     if not isinstance(rows, dict) or not rows:
         raise RecipeError("the plan has no rows; name: {changes}, or a list of recipes, would be right")
-    if not isinstance(data, dict) or not data:
-        raise RecipeError("the plan has no data; data: {source: toy} would be right")
+    data = _data_sets(plan)
     common = _changes(plan.get("set") or {}, "set")
     cells = []
     for data_name, source in data.items():
-        if not isinstance(source, dict) or "source" not in source or not set(source) <= set(_DATA_KEYS):
-            raise RecipeError(f"data {data_name}: {source}; source and some of {', '.join(_DATA_KEYS[1:])} are right")
         start = plan.get("recipe") or ("toy" if source["source"] == "toy" else "default")
         for row, changes in rows.items():
             if changes is not None and not isinstance(changes, dict):
@@ -145,6 +140,28 @@ def plan_cells(plan: dict, out: str | os.PathLike) -> list[Cell]:
     return cells
 
 
+def with_data_options(plan: dict, options: dict) -> dict:
+    """The plan with `options`, arguments of `load_data`, over those of each of its data sets.
+
+    Raises:
+        RecipeError: it has no data.
+    """
+    return plan | {"data": {name: source | options for name, source in _data_sets(plan).items()}}
+
+
+def _data_sets(plan: dict) -> dict[str, dict]:
+    """name -> arguments of `load_data`."""
+    data = plan.get("data") or {}
+    if isinstance(data, dict) and "source" in data:
+        data = {Path(str(data["source"])).name: data}
+    if not isinstance(data, dict) or not data:
+        raise RecipeError("the plan has no data; data: {source: toy} would be right")
+    for name, source in data.items():
+        if not isinstance(source, dict) or "source" not in source or not set(source) <= set(_DATA_KEYS):
+            raise RecipeError(f"data {name}: {source}; source and some of {', '.join(_DATA_KEYS[1:])} are right")
+    return data
+
+
 def _changes(changes: dict | list, where: str) -> list[str]:
     """Changes of a recipe as "dotted.key=value" strings."""
     if isinstance(changes, dict):
@@ -166,6 +183,7 @@ def compare(
     hub_kwargs: dict | None = None,
     jobs: int | None = None,
     quiet: bool = False,
+    cams: Sequence[str | os.PathLike] = (),
 ) -> dict:
     """Train and evaluate every cell of a plan; write the table, the plots and the pictures.
 
@@ -178,12 +196,14 @@ def compare(
         out: gets `cells/<data>/<row>/seed<k>/`, `results.json`, `comparison.md` and `comparison.html`.
         hub_kwargs: `token`, `cache_dir`.
         jobs: cells at the same time, each in a process with a device of its own; default: one per GPU.
+        cams: folders of other comparisons, or of runs; their CAM classifiers of the same recipe up to there, seed and
+            data are taken over.
 
     Returns:
         what `results.json` holds: `cells`, one record each, and `rows`, see [`summarize`].
 
     Raises:
-        RecipeError: see [`plan_cells`]; or several processes were launched.
+        RecipeError: see [`plan_cells`]; several processes were launched; or one of `cams` holds no CAM classifier.
         OutputError: `out` holds something else, or a cell of other settings.
         CompareError: cells failed; all others are in the results.
     """
@@ -195,11 +215,18 @@ def compare(
         raise RecipeError(f"--jobs {jobs}: 1 or more would be right")
     if PartialState().num_processes > 1:
         raise RecipeError("compare starts its own processes: --jobs without accelerate launch would be right")
+    cams = [Path(folder) for folder in cams]
+    for folder in cams:
+        if next(_held_cams(folder), None) is None:
+            raise RecipeError(f"--cams {folder}: no CAM classifier is there; another comparison would be right")
     jobs = min(jobs or max(1, torch.cuda.device_count()), len(cells))
     console = Console(stderr=True, quiet=quiet)
     started, failures = time.monotonic(), []
     todo = [cell for cell in cells if not _finished(cell)]  # raises before hours of work where a folder is another's
-    for done, (cell, outcome) in enumerate(_outcomes(todo, hub_kwargs, jobs, quiet), start=1):
+    if cams:
+        found = sum(_finished_cam(cell, cams) is not None for cell in todo)
+        console.print(f"{found} of {len(todo)} CAM classifiers are there already", highlight=False)
+    for done, (cell, outcome) in enumerate(_outcomes(todo, hub_kwargs, jobs, quiet, cams), start=1):
         failed = isinstance(outcome, Exception)
         if failed:
             message = " ".join(str(outcome).split()) or type(outcome).__name__
@@ -220,19 +247,19 @@ def _words(record: dict) -> str:
 
 
 def _outcomes(
-    cells: Sequence[Cell], hub_kwargs: dict, jobs: int, quiet: bool
+    cells: Sequence[Cell], hub_kwargs: dict, jobs: int, quiet: bool, cams: Sequence[Path]
 ) -> Iterator[tuple[Cell, dict | Exception]]:
     """Every cell with its record, or with the error that it ended in, as they come."""
     if jobs == 1:
         for cell in cells:
-            yield cell, _attempt(lambda cell=cell: run_cell(cell, hub_kwargs, quiet))
+            yield cell, _attempt(lambda cell=cell: run_cell(cell, hub_kwargs, quiet, cams))
         return
     spawn = multiprocessing.get_context("spawn")
     devices = spawn.Queue()
     for job in range(jobs):
         devices.put(job % max(1, torch.cuda.device_count()))
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_take_device, initargs=(devices,)) as pool:
-        futures = {pool.submit(run_cell, cell, hub_kwargs, True): cell for cell in cells}
+        futures = {pool.submit(run_cell, cell, hub_kwargs, True, cams): cell for cell in cells}
         for future in as_completed(futures):
             yield futures[future], _attempt(future.result)
 
@@ -251,13 +278,13 @@ def _take_device(devices) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(devices.get())
 
 
-def run_cell(cell: Cell, hub_kwargs: dict, quiet: bool) -> dict:
+def run_cell(cell: Cell, hub_kwargs: dict, quiet: bool, cams: Sequence[Path] = ()) -> dict:
     """Train and evaluate one cell; returns its record, which `cell.json` keeps."""
     folder = Path(cell.folder)
     data = _load(json.dumps(cell.source), json.dumps(hub_kwargs), quiet)
     common = {"data_settings": cell.source, "hub_kwargs": hub_kwargs, "quiet": quiet}
     results = []
-    _borrow_cam(cell)
+    _borrow_cam(cell, cams)
     labeler = folder / ("refiner" if cell.recipe["refiner"]["use"] else "cam")
     if cell.segmenter:
         results = run(data, cell.recipe, folder, **common)
@@ -291,20 +318,44 @@ def _segmenters(cell: Cell) -> list[str]:
     return ["segmenter", *(f"segmenter-{number}" for number in range(2, rounds + 1))][:rounds]
 
 
-def _borrow_cam(cell: Cell) -> None:
-    """Copy the classifier of a row that differs in later stages only; its seed and data are the same."""
+def _borrow_cam(cell: Cell, cams: Sequence[Path]) -> None:
+    """Copy the classifier of a cell that differs in later stages only, from here or from other comparisons."""
     folder = Path(cell.folder)
-    if (folder / "cam").exists() or (folder / "cam.partial").exists():
+    finished = None if (folder / "cam.partial").exists() else _finished_cam(cell, cams)
+    if finished is None or finished == folder / "cam":
         return
-    wanted = json.loads(json.dumps(cell.recipe | {"stage": "train-cam", "data": cell.source}))
-    for other in sorted(folder.parent.parent.glob(f"*/{folder.name}/cam")):
-        held = yaml.safe_load((other / SETTINGS_FILE).read_text())
-        if all(key in wanted and wanted[key] == value for key, value in held.items()):
-            fresh = folder / "cam.copied"
-            shutil.rmtree(fresh, ignore_errors=True)
-            shutil.copytree(other, fresh)
-            os.replace(fresh, folder / "cam")
-            return
+    fresh = folder / "cam.copied"
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(finished, fresh)
+    settings = yaml.safe_load((fresh / SETTINGS_FILE).read_text()) | {"data": cell.source}  # its root as named here
+    (fresh / SETTINGS_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
+    os.replace(fresh, folder / "cam")
+
+
+def _finished_cam(cell: Cell, cams: Sequence[Path]) -> Path | None:
+    """The cell's own classifier, or one whose recipe, seed and data are the same."""
+    own = Path(cell.folder) / "cam"
+    if own.exists():
+        return own
+    wanted = _with_full_root(json.loads(json.dumps(cell.recipe | {"stage": "train-cam", "data": cell.source})))
+    for folder in (own.parents[3], *cams):
+        for other in _held_cams(folder):
+            held = _with_full_root(yaml.safe_load((other / SETTINGS_FILE).read_text()))
+            if all(key in wanted and wanted[key] == value for key, value in held.items()):
+                return other
+    return None
+
+
+def _held_cams(folder: Path) -> Iterator[Path]:
+    """The CAM classifiers below `folder` whose training was finished."""
+    return (file.parent for file in sorted(folder.glob(f"**/cam/{SETTINGS_FILE}")))
+
+
+def _with_full_root(settings: dict) -> dict:
+    """A stage's settings, the folder of the data as an absolute path: the same folder may be named in two ways."""
+    data = settings["data"]
+    root = {"root": str(Path(data["root"]).resolve())} if data and "root" in data else {}
+    return settings | {"data": data and data | root}
 
 
 def training_cost(model: Path, settings: dict, num_images: int) -> dict:
@@ -319,9 +370,11 @@ def training_cost(model: Path, settings: dict, num_images: int) -> dict:
         return {}
     rates = [record["images_per_second"] for record in json.loads(log.read_text())]
     batch = min(settings["batch_size"], num_images)
-    steps = num_images // batch
-    seconds = [steps * batch / rate for rate in rates]
-    return {"seconds_per_step": float(np.sum(seconds)) / (steps * len(rates)), "minutes": float(np.sum(seconds)) / 60}
+    per_epoch = num_images // batch
+    total = settings["steps"] or per_epoch * len(rates)
+    steps = [min(per_epoch, total - per_epoch * epoch) for epoch in range(len(rates))]  # the last may be a part
+    seconds = sum(count * batch / rate for count, rate in zip(steps, rates, strict=True))
+    return {"seconds_per_step": seconds / sum(steps), "minutes": seconds / 60}
 
 
 def _settings(cell: Cell) -> dict:

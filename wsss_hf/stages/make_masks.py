@@ -20,6 +20,7 @@ from PIL import Image
 from ..data.export import check_free, export_coco, export_voc, require_pycocotools
 from ..data.palette import mask_image
 from ..data.tagged import class_names, decode_mask, encode_png, undecoded
+from ..evaluation.evaluate import check_names
 from ..labeling.auto_threshold import with_threshold
 from ..labeling.pseudo_masks import Labelled, label_images, load_labeler
 from ..models.modeling_cam import CamClassifier
@@ -56,6 +57,9 @@ def make_masks(
         `out`, loadable by `datasets.load_from_disk`; masks are palette PNGs, 0 = background, 255 = ignore. Confidence
         is 0..255 for 0..1, see [`Labelled`]. `summary.json` is read by `read_summary`; `steps/` has the maps, trimaps
         and alphas of the first `masks.keep` rows, by row and class index.
+
+    Raises:
+        DataError: the classifier has other classes than the data.
     """
     settings = {"stage": "make-masks", "data": data_settings, "seed": recipe["seed"]}
     settings |= {"cam": str(cam), "masks": recipe["masks"]}
@@ -66,6 +70,7 @@ def make_masks(
     state, rows, steps = PartialState(), data["train"], output.partial / "steps"
     with output.nothing_left_behind():
         model, processor = load_labeler(str(cam), state.device, **(hub_kwargs or {}))
+        check_names(model, class_names(rows), "classifier")
         masks = with_threshold(model, processor, rows, recipe["masks"])
         columns = _COLUMNS if masks["confidence"] else _COLUMNS[:1]
         features = Features({name: ImageFeature() for name in columns} | {"fallbacks": Value("string")})  # as JSON

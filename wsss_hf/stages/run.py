@@ -16,11 +16,13 @@ from datasets import Dataset, DatasetDict, load_from_disk
 from .. import __version__
 from ..data.tagged import DataError, class_names, decode_mask, has_value, undecoded
 from ..evaluation.evaluate import evaluate_cam, evaluate_masks, evaluate_segmenter
+from ..evaluation.gap import Errors, compare_errors
 from ..evaluation.report import ReportExample, write_gallery, write_report
 from ..evaluation.tables import print_table
 from ..labeling.auto_threshold import with_threshold
 from ..labeling.prediction import load_segmenter
 from ..labeling.pseudo_masks import label_images, load_labeler
+from ..labeling.refine import build_refiner
 from ..labeling.segmentation import segment_images
 from .make_masks import make_masks, read_summary
 from .outputs import OutputError, write_atomically
@@ -52,8 +54,14 @@ def run(
 
     Returns:
         the rows of the results table.
+
+    Raises:
+        OutputError: `out` holds something else.
+        RefinementError: a step of refinement can't be built, or its library is missing.
     """
     out = check_run_folder(out)
+    for section in ("masks", "evaluation"):
+        build_refiner(recipe[section]["refine"])  # what is wrong with it is said before hours of training
     common = {"data_settings": data_settings, "hub_kwargs": hub_kwargs, "quiet": quiet}
     started = time.perf_counter()
     cam = train_cam(data, recipe, out / "cam", **common)
@@ -157,6 +165,30 @@ def segmenter_row(
         return row
     model, processor = load_segmenter(str(segmenter), PartialState().device, **(hub_kwargs or {}))
     return row | evaluate_segmenter(model, processor, data[split], recipe["evaluation"], quiet)
+
+
+def segmenter_gap(
+    segmenter: str | os.PathLike,
+    other: str | os.PathLike,
+    rows: Dataset,
+    settings: dict,
+    quiet: bool = False,
+    hub_kwargs: dict | None = None,
+) -> dict:
+    """What lies between two segmenters, directories or Hub ids, on rows with true masks; see [`compare_errors`].
+
+    Args:
+        settings: a recipe's `evaluation` section.
+        hub_kwargs: `token` and `cache_dir` for both; `revision` for the first.
+    """
+    common = {key: value for key, value in (hub_kwargs or {}).items() if key != "revision"}
+    device = PartialState().device
+    return compare_errors(
+        *(
+            evaluate_segmenter(*load_segmenter(str(name), device, **kwargs), rows, settings, quiet, Errors)
+            for name, kwargs in ((segmenter, hub_kwargs or {}), (other, common))
+        )
+    )
 
 
 def finish_run(
