@@ -7,13 +7,13 @@ import pytest
 import torch
 from datasets import ClassLabel, List
 from PIL import Image
-from sklearn.metrics import cohen_kappa_score
 from transformers import AutoModelForSemanticSegmentation, SegformerConfig, pipeline
 
 from wsss_hf import Segmenter, SegmenterConfig, WeakSegmentationPipeline, WsssImageProcessor
 from wsss_hf.data.tagged import class_names
 from wsss_hf.models.colors import overlay
 from wsss_hf.models.pamr import pamr
+from wsss_hf.models.separation import THRESHOLDS, choose_threshold, value_histogram
 
 TINY = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 
@@ -206,26 +206,19 @@ def test_models_of_the_library_have_their_own_pipeline(pipes):
         pipeline("weak-segmentation", model=segformer, image_processor=pipes["cam"].image_processor)
 
 
-@pytest.mark.parametrize("refiner", [None, "pamr"])
-def test_auto_takes_the_threshold_at_which_two_sizes_agree(pipes, toy_data, image, refiner):
-    pipe, names = pipes["cam"], class_names(toy_data)
-    found = pipe(image, tags=names[:2], threshold="auto", scales=[1.0, 1.5], refiner=refiner)
+def test_auto_takes_the_threshold_that_separates_best_and_keeps_it_in_refinement(pipes, toy_data, image):
+    pipe, names = pipes["cam"], class_names(toy_data)[:2]
+    own, refined = (pipe(image, tags=names, threshold="auto", refiner=refiner) for refiner in (None, "pamr"))
+    maps = torch.tensor(np.stack([own["maps"][name] for name in names]))
+    chosen = choose_threshold(value_histogram(maps))
+    assert np.array_equal(own["mask"], pipe(image, tags=names, threshold=chosen)["mask"])
 
-    views = [pipe(image, tags=names[:2], scales=[scale])["maps"] for scale in (1.0, 1.5)]
-    first, second = (torch.tensor(np.stack([maps[name] for name in names[:2]])) for maps in views)
-    at = {
-        limit: ((first.amax(0) > limit).numpy().ravel(), (second.amax(0) > limit).numpy().ravel())
-        for limit in (step / 20 for step in range(1, 20))
-    }
-    masks = {
-        limit: pipe(image, tags=names[:2], threshold=limit, scales=[1.0, 1.5], refiner=refiner)["mask"] for limit in at
-    }
-    (chosen,) = [limit for limit, mask in masks.items() if np.array_equal(mask, found["mask"])][:1]
-    if refiner is None:  # Cohen's kappa by scikit-learn; the prior moves the choice by little
-        kappas = {limit: cohen_kappa_score(*pair) for limit, pair in at.items()}
-        assert kappas[chosen] > max(value for value in kappas.values() if value == value) - 0.1
-    else:
-        assert 0 < (np.asarray(found["mask"]) > 0).mean() < 1
+    def area(found):
+        return (np.asarray(found["mask"]) > 0).mean()
+
+    areas = [area(pipe(image, tags=names, threshold=limit, refiner="pamr")) for limit in THRESHOLDS]
+    nearest = min(abs(one - area(own)) for one in areas)
+    assert area(refined) in areas and abs(area(refined) - area(own)) == pytest.approx(nearest, abs=0.01)
 
 
 def test_a_threshold_is_a_number_or_auto(pipes, image):

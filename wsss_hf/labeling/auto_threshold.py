@@ -1,23 +1,25 @@
-"""The background threshold of a data set without any mask; `models.agreement` says by which rule."""
+"""The background threshold of a data set without any mask; `models.separation` says by which rule."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from ..data.batches import batches_by_size
-from ..models.agreement import THRESHOLDS, choose_threshold, refined_threshold, two_scales, view_statistics
+from ..models.maps import add_background
 from ..models.methods import all_reduce_sum
 from ..models.modeling_cam import CamClassifier
+from ..models.separation import BINS, THRESHOLDS, choose_threshold, object_areas, value_histogram
 from .localization import localize
-from .refine import Chain, Note, build_refiner
+from .refine import Chain, Matting, Note, build_refiner
 
 AUTO = "auto"
-_LONGEST_SIDE = 96  # pixels of the maps that are compared: they are smooth, and this keeps it quick
 
 
 def auto_threshold(
@@ -25,10 +27,10 @@ def auto_threshold(
 ) -> float:
     """The background threshold for the maps of `rows`, found without any mask.
 
-    Looks at `num_images` tagged images, evenly spaced, at the smallest and the largest of the recipe's scales (where
-    it has one only, at that and at 1.25 times it). Where the recipe begins with steps of refinement that work channel
-    by channel (PAMR), the threshold is that of the maps after them. The processes of torch.distributed share the
-    images and get one number.
+    Looks at `num_images` tagged images, evenly spaced. Where the recipe refines, the threshold is the one at which the
+    refined masks cover as much as the plain ones do at theirs: refinement moves borders, but makes the objects on the
+    whole neither larger nor smaller. (Matting cuts its trimaps itself; what follows it does not count.) The processes
+    of torch.distributed share the images and get one number.
 
     Args:
         model: in eval mode, on the device to work on.
@@ -45,28 +47,29 @@ def auto_threshold(
     rank, world = 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    scales = two_scales(settings["scales"])
-    refine = Chain(itertools.takewhile(lambda step: step.by_channel, build_refiner(settings["refine"]).refiners))
-    total = torch.zeros(3, len(THRESHOLDS), device=model.device)
+    steps = build_refiner(settings["refine"], settings["workers"]).refiners
+    refine = Chain(list(itertools.takewhile(lambda step: not isinstance(step, Matting), steps)))
+    views = {key: settings[key] for key in ("scales", "flip", "fusion", "bf16")}
+    histogram = torch.zeros(BINS, device=model.device)
+    maps, images = [], []
     for batch in batches_by_size(rows.select(chosen[rank::world]), processor, settings["batch_size"]):
-        # Maps are smooth; refined ones are not, and how far refinement reaches is counted in pixels.
-        reduction = 1.0 if refine.refiners else min(1.0, _LONGEST_SIDE / max(batch.size))
-        size = tuple(max(1, round(side * reduction)) for side in batch.size)
-        pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
-        counts = [int(count) for count in batch.tags.sum(dim=1)]
-        views = [
-            localize(model, pixel_values, tags, size, (scale,), settings["flip"], "mean", settings["bf16"])[0].split(
-                counts
-            )
-            for scale in scales
-        ]
-        both = [torch.cat(pair) for pair in zip(*views, strict=True)]
-        total[:2] += sum(view_statistics(*maps.chunk(2)) for maps in both)
+        tags = batch.tags.to(model.device)
+        found, _ = localize(model, batch.pixel_values.to(model.device), tags, batch.size, **views)
+        found = found.split([int(count) for count in batch.tags.sum(dim=1)])
+        histogram += sum(map(value_histogram, found))
         if refine.refiners:
-            refined = refine.batch(both, [np.asarray(image) for image in batch.images], [Note() for _ in both])
-            total[2] += sum(view_statistics(*maps.chunk(2))[1] for maps in refined)
-    statistics, areas = (all_reduce_sum(total).cpu() / len(chosen)).split([2, 1])
-    return refined_threshold(statistics, areas[0]) if refine.refiners else choose_threshold(statistics)
+            maps += found
+            images += [np.asarray(image) for image in batch.images]
+    histogram = all_reduce_sum(histogram).cpu() / len(chosen)
+    threshold = choose_threshold(histogram)
+    if not refine.refiners:
+        return threshold
+
+    def area(limit: float) -> float:
+        own = _refined_area(refine, maps, images, limit, len(chosen))
+        return float(all_reduce_sum(torch.as_tensor(own, device=model.device)))
+
+    return _threshold_of_area(area, float(object_areas(histogram)[THRESHOLDS.index(threshold)]))
 
 
 def with_threshold(model: CamClassifier, processor: Callable, rows: Dataset, settings: dict) -> dict:
@@ -74,3 +77,22 @@ def with_threshold(model: CamClassifier, processor: Callable, rows: Dataset, set
     if settings["background_threshold"] != AUTO:
         return settings
     return settings | {"background_threshold": auto_threshold(model, processor, rows, settings)}
+
+
+def _refined_area(
+    refine: Chain, maps: list[Tensor], images: list[np.ndarray], threshold: float, num_images: int
+) -> Tensor:
+    """Mean share of pixels, over the images of all processes, that refinement gives to objects."""
+    scores = [add_background(one[None], threshold)[0] for one in maps]
+    refined = refine.batch(scores, images, [Note() for _ in images])
+    return sum((one.argmax(dim=0) > 0).float().mean() for one in refined) / num_images
+
+
+def _threshold_of_area(area: Callable[[float], float], wanted: float) -> float:
+    """The one of `THRESHOLDS` whose area, which falls with the threshold, is nearest to `wanted`; by bisection."""
+    area = cache(area)
+    low, high = 0, len(THRESHOLDS) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if area(THRESHOLDS[middle]) >= wanted else (low, middle)
+    return min(THRESHOLDS[low], THRESHOLDS[high], key=lambda threshold: abs(area(threshold) - wanted))

@@ -14,7 +14,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -48,14 +47,7 @@ class Note:
 
 
 class Refiner(ABC):
-    """Turns scores into better scores with the help of the image.
-
-    Attributes:
-        by_channel: channels do not influence each other, and one that is the same everywhere stays as it is: so the
-            background score can be chosen after this refiner.
-    """
-
-    by_channel = False
+    """Turns scores into better scores with the help of the image."""
 
     def __call__(self, scores: Tensor, image: np.ndarray, note: Note | None = None) -> Tensor:
         """(K+1, H, W) float scores in [0, 1] and (H, W, 3) uint8 image → (K+1, H, W) float32 scores in [0, 1].
@@ -146,7 +138,6 @@ class Chain(Refiner):
 class Pamr(Refiner):
     """Pixel-adaptive refinement on the device of the scores, see `models.pamr`."""
 
-    by_channel: ClassVar[bool] = True
     iterations: int = 10
     dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 24])
 

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from transformers.image_utils import load_image
 from transformers.pipelines.base import Pipeline
 
-from .agreement import choose_threshold, refined_threshold, two_scales, view_statistics
 from .colors import mask_image, overlay
 from .maps import normalize_maps
 from .pamr import pamr
 from .pipeline_wsss import named_segments, tags_to_multi_hot
+from .separation import THRESHOLDS, choose_threshold, object_areas, value_histogram
 
 REFINERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pamr": pamr}
 """Name → (image (1, 3, H, W) in [0, 1], scores (1, C+1, H, W)) → scores. Only what needs no other library."""
@@ -32,8 +32,8 @@ class WeakSegmentationPipeline(Pipeline):
     Call arguments:
         tags: names of the classes that are in every image, if known; a row's own tags go first. Without tags a CAM
             classifier takes those it predicts, and a segmenter allows every class.
-        threshold: background threshold of a CAM classifier, in [0, 1]; "auto" is where the maps of two sizes of the
-            image agree best about its objects; None takes the configured one.
+        threshold: background threshold of a CAM classifier, in [0, 1]; "auto" is where the image's own maps separate
+            best into objects and background; None takes the configured one.
         scales: input sizes relative to that of the image processor; several are averaged.
         flip: also look at the mirror image.
         refiner: "pamr" lets the masks follow the colours of the image; None leaves the scores as they are.
@@ -81,7 +81,7 @@ class WeakSegmentationPipeline(Pipeline):
         if refiner is not None and refiner not in REFINERS:
             raise ValueError(f"refiner: {refiner!r} is none; {', '.join(REFINERS)} or None would be right")
         preprocess = {"tags": [tags] if isinstance(tags, str) else tags, "timeout": timeout}
-        forward = {"scales": scales, "flip": flip, "compare": None if threshold is None else threshold == "auto"}
+        forward = {"scales": scales, "flip": flip}
         postprocess = {"threshold": threshold, "refiner": refiner}
         return tuple(
             {key: value for key, value in part.items() if value is not None}
@@ -107,19 +107,13 @@ class WeakSegmentationPipeline(Pipeline):
         inputs["picture"] = [{"image": image, "tags": multi_hot}]
         return inputs
 
-    def _forward(self, model_inputs, scales: Sequence[float] = (1.0,), flip: bool = False, compare: bool = False):
+    def _forward(self, model_inputs, scales: Sequence[float] = (1.0,), flip: bool = False):
         pictures, pixel_values = model_inputs.pop("picture"), model_inputs["pixel_values"]
-        size = tuple(pixel_values.shape[-2:])
-        compared = two_scales(scales) if compare else ()
-        views = {scale: self._views(pixel_values, scale, flip) for scale in dict.fromkeys((*scales, *compared))}
-        pair = [_mean_maps(views[scale], size) for scale in compared]
-        wanted = [view for scale in scales for view in views[scale]]
-        outputs = wanted[0][0]
-        if len(wanted) > 1:
-            _fuse(outputs, wanted, size)
+        views = [view for scale in scales for view in self._views(pixel_values, scale, flip)]
+        outputs = views[0][0]
+        if len(views) > 1:
+            _fuse(outputs, views, tuple(pixel_values.shape[-2:]))
         outputs["picture"] = pictures
-        if pair:
-            outputs["pair"] = torch.stack(pair, dim=1)
         return outputs
 
     def _views(self, pixel_values: Tensor, scale: float, flip: bool) -> list[tuple]:
@@ -137,16 +131,18 @@ class WeakSegmentationPipeline(Pipeline):
         if tags is not None:
             options["tags"] = tags
         scores = self.model.segmentation_scores(model_outputs, (image.height, image.width), **options)
-        seen = scores[0, 1:].flatten(1).any(dim=1)
+        plain = scores[0, 1:]
         if refiner is not None:
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
             scores = REFINERS[refiner](pixels, scores)
         scores = scores[0]
-        if threshold == "auto" and seen.any():
-            statistics = view_statistics(*model_outputs["pair"][0][:, seen])
-            areas = view_statistics(scores[1:][seen], scores[1:][seen])[1]
-            # A refined background score is what it was, the same everywhere.
-            scores[0] = choose_threshold(statistics) if refiner is None else refined_threshold(statistics, areas)
+        if threshold == "auto" and plain.any():
+            histogram = value_histogram(plain)
+            found = choose_threshold(histogram)
+            if refiner is not None:  # the refined objects cover as much as the plain ones
+                wanted = object_areas(histogram)[THRESHOLDS.index(found)]
+                found = THRESHOLDS[int((object_areas(value_histogram(scores[1:])) - wanted).abs().argmin())]
+            scores[0] = found  # which refinement left as it was, the same everywhere
         names = self.model.mask_id2label
         labels = scores.argmax(dim=0)
         shown = labels.unique() if tags is None else tags[0].nonzero()[:, 0] + 1
