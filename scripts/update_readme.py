@@ -1,7 +1,7 @@
 """Put tables and pictures that a command measured into the README and into model_cards/.
 
-python scripts/update_readme.py runs/demo                                     # what `wsss demo` wrote
-python scripts/update_readme.py --methods runs/methods_toy runs/methods_small # what `wsss compare` wrote, a table each
+python scripts/update_readme.py runs/demo runs/photographs                         # what `wsss demo` and `run` wrote
+python scripts/update_readme.py --comparisons runs/methods_toy runs/refined_toy    # what `wsss compare` wrote
 """
 
 import argparse
@@ -21,36 +21,42 @@ from wsss_hf.stages.run import COLUMNS
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
 README = ROOT / "README.md"
-METHOD_COLUMNS = ["method", "seeds", "masks, mean IoU", "best threshold, by masks", "at", "boundary F", "mAP"]
+COMPARED = ["method", "seeds", "masks, mean IoU", "threshold", "best threshold, by masks", "at", "boundary F", "mAP"]
+
+REFINED = COMPARED[:4] + ["boundary F"]  # thresholds of plain maps say nothing of refined ones
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, nargs="?", help="the folder that `wsss demo` wrote")
-    parser.add_argument("--methods", type=Path, nargs="+", default=[], help="folders that `wsss compare` wrote")
+    parser.add_argument("runs", type=Path, nargs="*", help="folders that `wsss demo` or `wsss run` wrote")
+    parser.add_argument("--comparisons", type=Path, nargs="+", default=[], help="folders that `wsss compare` wrote")
     arguments = parser.parse_args()
-    if arguments.run:
-        update_demo(arguments.run)
-    for comparison in arguments.methods:
-        update_methods(comparison)
+    for run in arguments.runs:
+        update_run(run)
+    for comparison in arguments.comparisons:
+        update_comparison(comparison)
 
 
-def update_demo(run: Path) -> None:
+def update_run(run: Path) -> None:
+    """The table and the cards of a run; a picture only where the images are nobody's."""
     results = json.loads((run / "results.json").read_text())
-    write_table("demo", markdown_table(results["results"], COLUMNS), "the demo's results.json")
     made = portable_values(results)
-    (CARDS / "demo.json").write_text(json.dumps(made, indent=1) + "\n")
-    (CARDS / "demo.yaml").write_text(yaml.safe_dump(made["recipe"], sort_keys=False))
-    for folder, card in recipe_cards("demo", made, "apache-2.0").items():
-        card.save(CARDS / f"demo-{folder}.md")
-    picture = Image.open(run / "gallery.png").convert("RGB")
-    picture.reduce(2).quantize(256).save(CARDS / "demo.png", optimize=True)
+    embedded = made["data"]["source"] == "toy"
+    write_table(run.name, markdown_table(results["results"], COLUMNS), f"the results.json of `wsss {made['command']}`")
+    (CARDS / f"{run.name}.json").write_text(json.dumps(made, indent=1) + "\n")
+    (CARDS / f"{run.name}.yaml").write_text(yaml.safe_dump(made["recipe"], sort_keys=False))
+    for folder, card in recipe_cards(run.name, made, "apache-2.0" if embedded else None).items():
+        card.save(CARDS / f"{run.name}-{folder}.md")
+    if embedded:
+        picture = Image.open(run / "gallery.png").convert("RGB")
+        picture.reduce(2).quantize(256).save(CARDS / f"{run.name}.png", optimize=True)
 
 
-def update_methods(comparison: Path) -> None:
+def update_comparison(comparison: Path) -> None:
     """The table of a comparison; the folder has the name of its plan."""
     rows = json.loads((comparison / "results.json").read_text())["rows"]
-    table = markdown_table(comparison_table(rows), METHOD_COLUMNS)
+    columns = [c for c in COMPARED if not comparison.name.startswith("refined") or c in REFINED]
+    table = markdown_table(comparison_table(rows), columns)
     write_table(comparison.name, table, f"`wsss compare scripts/plans/{comparison.name}.yaml`")
 
 

@@ -17,10 +17,13 @@ def made():
     return json.loads((CARDS / "demo.json").read_text())
 
 
+@pytest.mark.parametrize("name", [path.stem for path in CARDS.glob("*.json")])
 @pytest.mark.parametrize("folder", ["cam", "segmenter"])
-def test_a_committed_card_is_written_from_its_results(made, folder, tmp_path):
-    recipe_cards("demo", made, "apache-2.0")[folder].save(tmp_path / "card.md")
-    assert (tmp_path / "card.md").read_text() == (CARDS / f"demo-{folder}.md").read_text()
+def test_a_committed_card_is_written_from_its_results(name, folder, tmp_path):
+    made = json.loads((CARDS / f"{name}.json").read_text())
+    licence = "apache-2.0" if made["data"]["source"] == "toy" else None
+    recipe_cards(name, made, licence)[folder].save(tmp_path / "card.md")
+    assert (tmp_path / "card.md").read_text() == (CARDS / f"{name}-{folder}.md").read_text()
 
 
 def test_other_results_make_another_card(made):

@@ -140,7 +140,8 @@ def comparison_table(rows: Sequence[dict]) -> list[dict]:
 
 def _threshold(row: dict) -> str:
     used = row.get("used_threshold")
-    return str(row["threshold"]) if used in (None, row["threshold"]) else f"{row['threshold']}: {used:.2f}"
+    found = used is not None and isinstance(row["threshold"], str)
+    return f"{row['threshold']}: {used:.2f}" if found else str(row["threshold"])
 
 
 def _spread(figures: dict, key: str) -> Spread | None:

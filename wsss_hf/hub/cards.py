@@ -100,11 +100,12 @@ def model_card(subject: CardSubject, made: dict) -> ModelCard:
     return ModelCard(_whole(card_data.to_yaml(), sections))
 
 
-def recipe_cards(name: str, made: dict, licence: str) -> dict[str, ModelCard]:
+def recipe_cards(name: str, made: dict, licence: str | None) -> dict[str, ModelCard]:
     """Cards of a run's CAM classifier and segmenter from its results alone, as `model_cards/` holds them.
 
     Args:
-        name: the models are `name-cam` and `name-segmenter`, the recipe `name.yaml`, the examples `name.png`.
+        name: the models are `name-cam` and `name-segmenter`, the recipe `name.yaml`, the examples `name.png`, shown
+            where the data are the embedded ones: photographs are their owners'.
         made: as for `model_card`.
     """
     names = next(list(row["iou"]) for row in made["results"] if "iou" in row)
@@ -116,7 +117,7 @@ def recipe_cards(name: str, made: dict, licence: str) -> dict[str, ModelCard]:
                 classes=names[1:],
                 is_classifier=folder == "cam",
                 licence=licence,
-                picture=f"{name}.png",
+                picture=f"{name}.png" if made["data"]["source"] == "toy" else None,
                 recipe_file=f"{name}.yaml",
             ),
             made,
