@@ -21,7 +21,7 @@ from ..data.export import check_free, export_coco, export_voc, require_pycocotoo
 from ..data.palette import mask_image
 from ..data.tagged import class_names, decode_mask, encode_png, undecoded
 from ..evaluation.evaluate import check_names
-from ..labeling.auto_threshold import with_threshold
+from ..labeling.auto_threshold import AUTO, with_threshold
 from ..labeling.pseudo_masks import Labelled, label_images, load_labeler
 from ..models.modeling_cam import CamClassifier
 from .outputs import StageOutput, write_atomically
@@ -71,6 +71,8 @@ def make_masks(
     with output.nothing_left_behind():
         model, processor = load_labeler(str(cam), state.device, **(hub_kwargs or {}))
         check_names(model, class_names(rows), "classifier")
+        if recipe["masks"]["background_threshold"] == AUTO and state.is_main_process and not quiet:
+            print("masks: looking for the background threshold in the maps", file=sys.stderr)
         masks = with_threshold(model, processor, rows, recipe["masks"])
         columns = _COLUMNS if masks["confidence"] else _COLUMNS[:1]
         features = Features({name: ImageFeature() for name in columns} | {"fallbacks": Value("string")})  # as JSON
