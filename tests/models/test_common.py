@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
 from wsss_hf import CamClassifier, CamConfig, MapRefiner, MapRefinerConfig, Segmenter, SegmenterConfig
 from wsss_hf.models.vgg import Vgg16Config
+from wsss_hf.training.optimization import enable_checkpointing
 
 TOKENS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CONVOLUTIONS = {"depths": [1, 1], "hidden_sizes": [8, 16]}
@@ -341,10 +342,10 @@ def test_gradient_checkpointing_computes_anew_instead_of_keeping_and_changes_not
     if kind == "cam":
         plain.progress = 0.5
     checkpointed = copy.deepcopy(plain)
-    checkpointed.activation_checkpointing_enable()
-    assert checkpointed.is_activation_checkpointing and not plain.is_activation_checkpointing
+    enable_checkpointing(checkpointed)
+    assert checkpointed.backbone.gradient_checkpointing and not plain.backbone.gradient_checkpointing
     again, off = copy.deepcopy(checkpointed), copy.deepcopy(checkpointed)
-    off.activation_checkpointing_disable()
+    (getattr(off, "activation_checkpointing_disable", None) or off.gradient_checkpointing_disable)()
 
     expected, numbers, anew = train_step(plain, **TARGETS[kind])
     assert anew == 0
@@ -361,7 +362,7 @@ def test_checkpointing_leaves_frozen_batch_norms_and_evaluation_alone(resnet_mod
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.activation_checkpointing_enable()
+    enable_checkpointing(checkpointed)
     (kind,) = [kind for kind, (model_class, _) in MODELS.items() if model_class is type(plain)]
     assert_close(train_step(checkpointed, **TARGETS[kind])[0], train_step(plain, **TARGETS[kind])[0])
     assert_equal(outputs(checkpointed.eval()), outputs(plain.eval()))

@@ -21,7 +21,7 @@ from transformers import (
     ResNetModel,
     SegformerConfig,
     SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
+    SegformerImageProcessorPil,
     SegformerModel,
     UperNetConfig,
     pipeline,
@@ -55,7 +55,10 @@ SEGFORMER = {
 }
 STAGES = [f"stage{i}" for i in (1, 2, 3, 4)]
 CONFIGS = {
-    "segformer": (SegformerConfig(**SEGFORMER, num_labels=150), SegformerImageProcessor(image_mean=[0.4, 0.5, 0.6])),
+    "segformer": (
+        SegformerConfig(**SEGFORMER, num_labels=150),
+        SegformerImageProcessorPil(image_mean=[0.4, 0.5, 0.6]),
+    ),
     "upernet": (
         UperNetConfig(
             backbone_config=ResNetConfig(

@@ -18,6 +18,7 @@ from ..data.transforms import TrainTransform
 from ..models.backbone import pinned, resolve_backbone_config
 from ..models.image_processing_wsss import WsssImageProcessor, backbone_normalization
 from ..training.loop import build_accelerator, fit
+from ..training.optimization import enable_checkpointing
 from ..training.progress import Progress
 from ..training.recipes import RecipeError
 from .outputs import StageOutput
@@ -100,7 +101,7 @@ def train_and_save(
     set_seed(recipe["seed"])
     model, processor = build_model()
     if settings["gradient_checkpointing"]:
-        model.activation_checkpointing_enable()
+        enable_checkpointing(model)
     transform = TrainTransform(
         crop_size=training_size(recipe, section),
         scale=tuple(settings["scale"]),

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..models.maps import IGNORE_INDEX
+from .optimization import enable_checkpointing
 from .recipes import RecipeError
 
 PixelLoss = Callable[..., Tensor]
@@ -128,7 +129,7 @@ class SegmentationObjective(nn.Module):
 
     def activation_checkpointing_enable(self) -> None:
         """Compute the model's activations anew in the backward pass instead of keeping them."""
-        self.model.activation_checkpointing_enable()
+        enable_checkpointing(self.model)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """Save the segmenter; the loss stays here."""

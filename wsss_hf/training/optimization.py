@@ -86,3 +86,11 @@ def freeze_batch_norm(model: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d) and not is_new(model, f"{name}.weight"):
             module.eval()
             module.requires_grad_(False)
+
+
+def enable_checkpointing(model) -> None:
+    """Compute activations anew in the backward pass instead of keeping them.
+
+    Before 5.21, the first version without Python 3.10, transformers called that gradient checkpointing.
+    """
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
