@@ -209,8 +209,8 @@ FAMILIES = {
     ),
     "mobilenet_v2": (
         MobileNetV2Config(depth_multiplier=0.1, finegrained_output=False),
-        11,
-        ["layer.6.conv_3x3.activation", "conv_1x1.activation"],
+        3,
+        ["layer.14.conv_3x3.activation", "conv_1x1.activation"],
     ),
     "convnext": (
         ConvNextConfig(depths=[1, 1, 2, 2], hidden_sizes=[4, 4, 4, 4], layer_scale_init_value=1.0),

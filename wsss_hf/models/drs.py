@@ -71,8 +71,9 @@ PLACEMENTS: dict[str, Placement] = {
     "wsss_wide_resnet38": EVERYWHERE,
     # Beside cheap convolutions, suppressing the large early activations would cost more than all the rest.
     "resnet": Placement(("encoder.stages.[23].*",)),  # strides 16 and 32, inside the blocks and after each
-    # Strides 16 and 32, once in each block, after its depthwise convolution.
-    "mobilenet_v2": Placement(("layer.[6-9].conv_3x3.*", "layer.1?.conv_3x3.*", "conv_1x1.*")),
+    # The last blocks, after their depthwise convolutions. From stride 16 on it took the tags' average precision of a
+    # pretrained network from 0.96 to 0.67.
+    "mobilenet_v2": Placement(("layer.1[45].conv_3x3.*", "conv_1x1.*")),
     "convnext": LAST_BLOCKS,  # after the GELU inside a block, (B, h, w, 4D)
     "convnextv2": LAST_BLOCKS,
     "vit": LAST_BLOCKS,  # after the GELU of the MLP, (B, N, 4D): the maximum is over all tokens
