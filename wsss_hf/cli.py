@@ -332,6 +332,8 @@ def main(arguments: list[str] | None = None) -> None:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        PartialState().destroy_process_group()  # its threads must not outlive the interpreter
 
 
 if __name__ == "__main__":
