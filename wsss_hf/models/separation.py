@@ -8,9 +8,7 @@ from torch import Tensor
 BINS = 100
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))  # 0.05 to 0.95
 _USUAL_AREA = 0.1  # share of an image that its tagged objects cover at least, roughly
-_PRIOR_WEIGHT = (
-    0.12  # of the squared log ratio to it; masks e times too large or small cost this share of the variance
-)
+_PRIOR_WEIGHT = 0.12  # of the squared log ratio to it, in shares of the variance
 
 
 def value_histogram(maps: Tensor) -> Tensor:
