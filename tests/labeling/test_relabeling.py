@@ -5,27 +5,31 @@ import pytest
 import torch
 from torch import nn
 
-from wsss_hf.labeling.relabeling import relabel_images, tagged_labels
+from wsss_hf.labeling.refine import build_refiner
+from wsss_hf.labeling.relabeling import confident_labels, relabel_images
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
+from wsss_hf.training.recipes import load_recipe
+
+SETTINGS = load_recipe()["self_training"] | {"scales": [1.0], "batch_size": 1}
 
 
-def test_only_tagged_classes_appear_and_doubt_is_ignored():
-    # one row of four pixels: background, cat, dog
-    scores = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.3, 0.35, 0.35], [0.1, 0.5, 0.4]]).T[None, :, None]
-    labels, confidence = tagged_labels(scores, torch.tensor([[1.0, 0.0]]), threshold=0.6)
-    assert labels.dtype == torch.uint8 and labels.tolist() == [[[0, 1, 255, 1]]]
-    torch.testing.assert_close(confidence[0, 0], torch.tensor([0.6 / 0.9, 0.2 / 0.3, 0.35 / 0.65, 0.5 / 0.6]))
-    both, confidence = tagged_labels(scores, torch.tensor([[1.0, 1.0]]), threshold=0.6)
-    assert both.tolist() == [[[0, 2, 255, 255]]]
-    torch.testing.assert_close(confidence[0, 0], torch.tensor([0.6, 0.7, 0.35, 0.5]))
+def test_doubt_is_ignored():
+    # one row of four pixels: background and the tagged classes 0 and 2
+    scores = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.3, 0.35, 0.35], [0.1, 0.5, 0.4]]).T[:, None]
+    labels, confidence = confident_labels(scores, torch.tensor([0, 2]), threshold=0.6)
+    assert labels.dtype == torch.uint8 and labels.tolist() == [[0, 3, 255, 255]]
+    torch.testing.assert_close(confidence[0], torch.tensor([0.6, 0.7, 0.35, 0.5]))
+    labels, confidence = confident_labels(scores[:2], torch.tensor([1]), threshold=0.6)
+    assert labels.tolist() == [[0, 2, 255, 2]]
+    torch.testing.assert_close(confidence[0], torch.tensor([0.6 / 0.9, 0.2 / 0.3, 0.35 / 0.65, 0.5 / 0.6]))
 
 
 def test_an_image_without_tags_is_background():
-    scores = torch.softmax(torch.randn(1, 4, 5, 6), dim=1)
-    scores[0, 0, 0, 0] = 0  # not even possible, and yet no label is left but this
-    labels, confidence = tagged_labels(scores, torch.zeros(1, 3), threshold=0.5)
+    scores = torch.ones(1, 5, 6)
+    scores[0, 0, 0] = 0  # not even possible, and yet no label is left but this
+    labels, confidence = confident_labels(scores, torch.zeros(0, dtype=torch.int64), threshold=0.5)
     assert (labels.flatten()[1:] == 0).all() and (confidence.flatten()[1:] == 1).all()
-    assert labels[0, 0, 0] == 255 and confidence[0, 0, 0] == 0
+    assert labels[0, 0] == 255 and confidence[0, 0] == 0
 
 
 class Colours(nn.Module):
@@ -43,7 +47,7 @@ def test_logits_that_are_no_numbers_label_nothing(toy_data):
         def forward(self, pixel_values):
             return SimpleNamespace(logits=super().forward(pixel_values).logits * float("nan"))
 
-    rows, settings = toy_data["train"], {"scales": [1.0], "flip": True, "threshold": 0.5, "batch_size": 1}
+    rows, settings = toy_data["train"], SETTINGS
     with pytest.raises(ValueError, match=f"row '{rows['image_id'][0]}': the segmenter's logits are not finite"):
         list(relabel_images(Broken(), WsssImageProcessor(), rows, settings))
 
@@ -54,7 +58,7 @@ def test_every_row_gets_its_labels_at_its_own_size(toy_data, batch_size):
     processor = WsssImageProcessor(
         size={"shortest_edge": 48, "longest_edge": 192}, image_mean=[0.0] * 3, image_std=[1.0] * 3
     )
-    settings = {"scales": [1.0], "flip": True, "threshold": 0.0, "batch_size": batch_size}
+    settings = SETTINGS | {"threshold": 0.0, "batch_size": batch_size}
     found = {relabelled.index: relabelled for relabelled in relabel_images(Colours(), processor, rows, settings)}
     assert sorted(found) == list(range(5))
     for index, row in enumerate(rows):
@@ -67,3 +71,24 @@ def test_every_row_gets_its_labels_at_its_own_size(toy_data, batch_size):
         assert relabelled.pseudo_mask.shape == image.shape[:2]
         assert np.array_equal(relabelled.pseudo_mask[sure], scores.argmax(axis=-1)[sure])
         assert (relabelled.confidence > 1 / 9).all() and (relabelled.confidence <= 1).all()
+
+
+def test_refinement_sees_background_and_tagged_classes_only(toy_data):
+    rows = toy_data["train"].select(range(2))
+    processor = WsssImageProcessor(
+        size={"shortest_edge": 48, "longest_edge": 192}, image_mean=[0.0] * 3, image_std=[1.0] * 3
+    )
+    steps = [{"pamr": {"iterations": 3}}]
+    settings = SETTINGS | {"threshold": 0.0, "refine": steps, "batch_size": 2, "flip": False}
+    changed = []
+    for relabelled in relabel_images(Colours(), processor, rows, settings):
+        row = rows[relabelled.index]
+        image = np.asarray(row["image"].convert("RGB"))
+        logits = torch.from_numpy(np.concatenate([image / 255 * 6, np.zeros((*image.shape[:2], 6))], axis=-1)).float()
+        labels = [0, *(tag + 1 for tag in row["tags"])]
+        refined = build_refiner(steps)(logits[..., labels].softmax(dim=-1).permute(2, 0, 1), image)
+        top = refined.topk(2, dim=0).values
+        sure = (top[0] - top[1] > 1e-4).numpy()
+        assert np.array_equal(relabelled.pseudo_mask[sure], np.array(labels)[refined.argmax(dim=0)][sure])
+        changed.append((relabelled.pseudo_mask != np.array(labels)[logits[..., labels].argmax(dim=-1)]).any())
+    assert any(changed)

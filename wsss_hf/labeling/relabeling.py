@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..models.maps import IGNORE_INDEX
 from .segmentation import score_images
@@ -41,26 +40,24 @@ def relabel_images(model, processor: Callable, rows: Dataset, settings: dict) ->
     Raises:
         ValueError: as [`score_images`].
     """
-    views = {key: settings[key] for key in ("scales", "flip", "window", "window_stride") if key in settings}
-    for scored in score_images(model, processor, rows, settings["batch_size"], **views):
-        tags = scored.tags.to(scored.scores.device)
-        (labels,), (confidence,) = tagged_labels(scored.scores[None], tags[None], settings["threshold"])
+    for scored in score_images(model, processor, rows, settings, only_tagged=True):
+        labels, confidence = confident_labels(scored.scores, scored.classes, settings["threshold"])
         yield Relabelled(scored.index, pseudo_mask=labels.cpu().numpy(), confidence=confidence.cpu().numpy())
 
 
-def tagged_labels(scores: Tensor, tags: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Label maps that hold nothing but background and tagged classes, and their confidence.
+def confident_labels(scores: Tensor, classes: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """One image's label map without the doubtful pixels, and its confidence.
 
     Args:
-        scores: (B, C+1, H, W) class probabilities, background first.
-        tags: (B, C) 0/1.
+        scores: (K+1, H, W) probabilities, background first, then the image's K tagged classes.
+        classes: (K,) class indices c of these.
         threshold: pixels whose label is less probable become 255.
 
     Returns:
-        labels (B, H, W) uint8; confidence (B, H, W) in [0, 1]: the label's share of the probability of all possible
-        labels.
+        labels (H, W) uint8, 0 = background, c + 1 = class c; confidence (H, W) in [0, 1]: the label's share of the
+        probability of all labels.
     """
-    possible = scores * F.pad(tags, (1, 0), value=1.0)[:, :, None, None]
-    best, labels = possible.max(dim=1)
-    confidence = best / possible.sum(dim=1).clamp_min(torch.finfo(scores.dtype).tiny)
+    best, channels = scores.max(dim=0)
+    confidence = best / scores.sum(dim=0).clamp_min(torch.finfo(scores.dtype).tiny)
+    labels = torch.cat([classes.new_zeros(1), classes + 1])[channels]
     return labels.masked_fill(confidence < threshold, IGNORE_INDEX).to(torch.uint8), confidence

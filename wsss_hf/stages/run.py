@@ -60,7 +60,7 @@ def run(
         RefinementError: a step of refinement can't be built, or its library is missing.
     """
     out = check_run_folder(out)
-    for section in ("masks", "evaluation"):
+    for section in ("masks", "self_training", "evaluation"):
         build_refiner(recipe[section]["refine"])  # what is wrong with it is said before hours of training
     common = {"data_settings": data_settings, "hub_kwargs": hub_kwargs, "quiet": quiet}
     started = time.perf_counter()

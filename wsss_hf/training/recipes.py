@@ -78,7 +78,7 @@ def _check(recipe: dict) -> None:
         raise RecipeError(f"masks.background_threshold is {threshold}; a number in [0, 1] or auto would be right")
     if recipe["masks"]["bf16"] not in (None, True, False):
         raise RecipeError(f"masks.bf16 is {recipe['masks']['bf16']!r}; true, false or null would be right")
-    for section in ("masks", "evaluation"):
+    for section in ("masks", "self_training", "evaluation"):
         if recipe[section]["workers"] < 0:
             raise RecipeError(f"{section}.workers is {recipe[section]['workers']}; 0 or more would be right")
     if recipe["self_training"]["rounds"] < 1:
