@@ -202,3 +202,16 @@ def test_icd_seeds_follow_the_sign_of_its_scores(toy_data, settings, cam_folder)
         (single,) = np.nonzero(found.sum(dim=0).numpy().ravel() == 1)
         winners = item.classes[found.int().argmax(dim=0).numpy().ravel()[single]] + 1
         assert np.array_equal(item.pseudo_mask.ravel()[single], winners)
+
+
+def test_mat_label_wants_alphas_and_leaves_a_band_open(labeler, toy_data, settings):
+    rows, settings = toy_data["train"].select(range(3)), settings | {"seeds": "mat_label"}
+    for refine in ([], ["matting", "pamr"]):
+        with pytest.raises(SeedError, match="mat_label reads alphas; matting as the last step of masks.refine"):
+            list(label_images(*labeler, rows, settings | {"refine": refine}))
+    options = {"refine": ["matting"], "seed_options": {"uncertain": [0.3, 0.9]}}
+    for item in label_images(*labeler, rows, settings | options):
+        alphas = item.note.pictures["alpha"].max(axis=0) / 255
+        certain = (alphas < 0.29) | (alphas > 0.91)
+        assert (item.pseudo_mask[~certain & (alphas > 0.31) & (alphas < 0.89)] == 255).all()
+        assert (item.pseudo_mask[alphas < 0.29] == 0).all()

@@ -120,3 +120,34 @@ def test_icd_seeds_without_tags_know_background_only():
 def test_labels_become_classes_of_the_data_set():
     labels = torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8)
     assert class_labels(labels, torch.tensor([3, 17])).tolist() == [[0, 4, 18, 255]]
+
+
+def test_mat_label_leaves_uncertain_alphas_and_near_ties_open(evidence):
+    rule = build_seeds("mat_label", {"uncertain": [0.45, 0.55], "tie": 0.2})
+    assert rule.alphas and rule.saliency == "unused"
+    alphas = torch.tensor([[0.9, 0.5, 0.1, 0.8], [0.1, 0.2, 0.3, 0.7]])[:, None]
+    evidence.scores = torch.cat([1 - alphas.amax(dim=0, keepdim=True), alphas])
+    assert rule.label(evidence).tolist() == [[2, 255, 0, 255]]
+    assert build_seeds("mat_label", {"uncertain": [0.5, 0.5], "tie": 0}).label(evidence).tolist() == [[2, 2, 0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mat_label", {"band": [0, 1]}, "seed_options.band: no such option; mat_label has uncertain, tie"),
+        ("argmax", {"tie": 0.1}, "seed_options.tie: no such option; argmax has none"),
+        ("mat_label", {"tie": "much"}, "seed_options.tie is 'much'; something like 0.1 would be right"),
+        ("mat_label", {"uncertain": [0.6, 0.4]}, r"uncertain=\(0.6, 0.4\): \(lowest, highest\)"),
+        ("mat_label", {"uncertain": [0.6]}, r"uncertain=\(0.6,\): \(lowest, highest\)"),
+    ],
+)
+def test_senseless_options_are_told(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_seeds(name, options)
+
+
+def test_options_reach_the_published_rules(evidence):
+    labels = build_seeds("drs", {"conflict_threshold": 0.5}).label(evidence)
+    seeds = seed_drs(evidence.scores, evidence.saliency, conflict_threshold=0.5)
+    assert torch.equal(labels, class_labels(seeds, evidence.classes))
+    assert not torch.equal(labels, build_seeds("drs").label(evidence))

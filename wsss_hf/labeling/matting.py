@@ -107,7 +107,7 @@ def merge_alphas(alphas: Tensor, uncertain: tuple[float, float] = (0.4, 0.6), ti
     Raises:
         ValueError: the band is not ordered inside [0, 1], or the tie is not in it.
     """
-    lowest, highest = uncertain
+    lowest, highest = uncertain if len(uncertain) == 2 else (1, 0)
     if not 0 <= lowest <= highest <= 1:
         raise ValueError(f"uncertain={tuple(uncertain)}: (lowest, highest) within [0, 1] would be right")
     if not 0 <= tie <= 1:

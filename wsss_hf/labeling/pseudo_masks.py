@@ -18,8 +18,8 @@ from ..models.maps import IGNORE_INDEX, add_background
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
 from .localization import average_maps, label_map, localize
-from .refine import Note, build_refiner
-from .seeds import Evidence, build_seeds
+from .refine import Chain, Matting, Note, build_refiner
+from .seeds import Evidence, SeedError, SeedRule, build_seeds
 
 
 @dataclass
@@ -60,7 +60,7 @@ def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict)
         ValueError: refinement or seeds can't be had with this model or installation.
     """
     views = {key: settings[key] for key in ("scales", "flip", "bf16")}
-    refine, seeds = build_refiner(settings["refine"], settings["workers"]), build_seeds(settings["seeds"])
+    refine, seeds = build_rules(settings)
     has_saliency = "saliency" in rows.column_names
     reads_saliency = seeds.saliency == "needed" or (seeds.saliency == "optional" and has_saliency)
     for batch in batches_by_size(rows, processor, settings["batch_size"], reads_saliency):
@@ -92,6 +92,21 @@ def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict)
                 logits=logits[i].cpu().numpy(),
                 note=notes[i],
             )
+
+
+def build_rules(settings: dict) -> tuple[Chain, SeedRule]:
+    """The refinement and the seed rule that a recipe's `masks` section names.
+
+    Raises:
+        RefinementError, SeedError: one of them can't be had, or they don't fit.
+    """
+    refine = build_refiner(settings["refine"], settings["workers"])
+    seeds = build_seeds(settings["seeds"], settings["seed_options"])
+    if seeds.alphas and not (refine.refiners and isinstance(refine.refiners[-1], Matting)):
+        raise SeedError(
+            f"masks.seeds: {settings['seeds']} reads alphas; matting as the last step of masks.refine would be right"
+        )
+    return refine, seeds
 
 
 def load_labeler(directory: str, device: torch.device | str, **hub_kwargs) -> tuple[CamClassifier, BaseImageProcessor]:

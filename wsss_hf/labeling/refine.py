@@ -302,7 +302,7 @@ def _build_step(step: str | dict) -> Refiner:
             raise RefinementError(f"refinement step {name}: no option {key!r}; there are {', '.join(known)}")
         option = known[key]
         default = option.default_factory() if option.default is dataclasses.MISSING else option.default
-        if not _same_kind(default, value):
+        if not same_kind(default, value):
             raise RefinementError(
                 f"refinement step {name}: {key} is {value!r}; something like {default!r} would be right"
             )
@@ -312,9 +312,10 @@ def _build_step(step: str | dict) -> Refiner:
         raise RefinementError(f"refinement step {name}: {error}") from error
 
 
-def _same_kind(default, value) -> bool:
-    if isinstance(default, list):
-        return isinstance(value, list) and all(_same_kind(default[0], item) for item in value)
+def same_kind(default, value) -> bool:
+    """Whether an option's value is of its default's type; whole numbers will do for broken ones, lists for tuples."""
+    if isinstance(default, list | tuple):
+        return isinstance(value, list) and all(same_kind(default[0], item) for item in value)
     if isinstance(default, float):
         return isinstance(value, int | float) and not isinstance(value, bool)
     return type(value) is type(default)

@@ -6,8 +6,10 @@ turns that into labels of the data set.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from ..models.icd import icd_seeds
 from ..models.maps import IGNORE_INDEX
 from .crf import refine_labels, require_densecrf
 from .localization import label_map
+from .matting import merge_alphas
+from .refine import same_kind
 
 
 class SeedError(ValueError):
@@ -53,23 +57,30 @@ class SeedRule:
     Attributes:
         saliency: whether the data's column is "unused", "optional" or "needed".
         averages: whether it looks at `Evidence.averages`.
+        alphas: whether it reads the class scores as alphas, which only matting makes.
     """
 
     label: Callable[[Evidence], Tensor]
     saliency: str = "unused"
     averages: bool = False
+    alphas: bool = False
 
 
-def build_seeds(name: str) -> SeedRule:
-    """The rule that a recipe names.
+def build_seeds(name: str, options: dict | None = None) -> SeedRule:
+    """The rule that a recipe names, with its options bound.
 
     - argmax: the largest score, as `localization.label_map` has it.
     - drs: `seed_drs` on the refined class scores; the background is what is not salient.
     - icd: `seed_icd` on unrefined maps that are probabilities of being object. Where the data have no saliency, the
       dense CRF closes the open pixels, see `crf.refine_labels`.
+    - mat_label: `matting.merge_alphas`, which leaves uncertain alphas and near-ties open.
+
+    Args:
+        options: of that rule: `object_threshold`, `conflict_threshold` (drs), `confidence`, `iterations` (icd),
+            `uncertain`, `tie` (mat_label).
 
     Raises:
-        SeedError: there is no such rule, or it needs a library that is not installed.
+        SeedError: there is no such rule or option, or the rule needs a library that is not installed.
     """
     if name not in SEEDS:
         raise SeedError(f"masks.seeds is {name!r}; there are {', '.join(SEEDS)}")
@@ -78,7 +89,16 @@ def build_seeds(name: str) -> SeedRule:
             require_densecrf()
         except ImportError as error:
             raise SeedError(f"masks.seeds: icd: {error}") from error
-    return SEEDS[name]
+    rule = SEEDS[name]
+    known = {key: parameter.default for key, parameter in list(inspect.signature(rule.label).parameters.items())[1:]}
+    for key, value in (options or {}).items():
+        if key not in known:
+            raise SeedError(f"masks.seed_options.{key}: no such option; {name} has {', '.join(known) or 'none'}")
+        if not same_kind(known[key], value):
+            raise SeedError(f"masks.seed_options.{key} is {value!r}; something like {known[key]!r} would be right")
+    if rule.alphas:
+        merge_alphas(torch.zeros(0, 1, 1), **(options or {}))  # reports senseless numbers now, not at the first image
+    return replace(rule, label=functools.partial(rule.label, **(options or {})))
 
 
 def seed_drs(
@@ -147,11 +167,12 @@ def _label_argmax(evidence: Evidence) -> Tensor:
     return label_map(evidence.scores, evidence.classes)[0]
 
 
-def _label_drs(evidence: Evidence) -> Tensor:
-    return class_labels(seed_drs(evidence.scores, evidence.saliency), evidence.classes)
+def _label_drs(evidence: Evidence, object_threshold: float = 0.2, conflict_threshold: float = 0.9) -> Tensor:
+    seeds = seed_drs(evidence.scores, evidence.saliency, object_threshold, conflict_threshold)
+    return class_labels(seeds, evidence.classes)
 
 
-def _label_icd(evidence: Evidence) -> Tensor:
+def _label_icd(evidence: Evidence, confidence: float = 0.5, iterations: int = 10) -> Tensor:
     maps, cams = evidence.averages
     if maps.numel() and not (maps.min() >= 0 and maps.max() <= 1):
         raise SeedError(
@@ -161,12 +182,17 @@ def _label_icd(evidence: Evidence) -> Tensor:
     labels = class_labels(seed_icd(torch.logit(maps, eps=1e-6), cams, evidence.saliency), evidence.classes)
     if evidence.saliency is not None:
         return labels
-    closed = refine_labels(labels.cpu().numpy(), evidence.image, evidence.num_classes + 1)
+    closed = refine_labels(labels.cpu().numpy(), evidence.image, evidence.num_classes + 1, confidence, iterations)
     return torch.from_numpy(closed).to(labels.device)
+
+
+def _label_mat_label(evidence: Evidence, uncertain: tuple[float, float] = (0.4, 0.6), tie: float = 0.1) -> Tensor:
+    return class_labels(merge_alphas(evidence.scores[1:], uncertain, tie), evidence.classes)
 
 
 SEEDS = {
     "argmax": SeedRule(_label_argmax),
     "drs": SeedRule(_label_drs, saliency="needed"),
     "icd": SeedRule(_label_icd, saliency="optional", averages=True),
+    "mat_label": SeedRule(_label_mat_label, alphas=True),
 }

@@ -21,7 +21,7 @@ from ..evaluation.report import ReportExample, write_gallery, write_report
 from ..evaluation.tables import print_table
 from ..labeling.auto_threshold import with_threshold
 from ..labeling.prediction import load_segmenter
-from ..labeling.pseudo_masks import label_images, load_labeler
+from ..labeling.pseudo_masks import build_rules, label_images, load_labeler
 from ..labeling.refine import build_refiner
 from ..labeling.segmentation import segment_images
 from .make_masks import make_masks, read_summary
@@ -60,8 +60,9 @@ def run(
         RefinementError: a step of refinement can't be built, or its library is missing.
     """
     out = check_run_folder(out)
-    for section in ("masks", "self_training", "evaluation"):
-        build_refiner(recipe[section]["refine"])  # what is wrong with it is said before hours of training
+    build_rules(recipe["masks"])  # what is wrong with refinement is said before hours of training
+    for section in ("self_training", "evaluation"):
+        build_refiner(recipe[section]["refine"])
     common = {"data_settings": data_settings, "hub_kwargs": hub_kwargs, "quiet": quiet}
     started = time.perf_counter()
     cam = train_cam(data, recipe, out / "cam", **common)
