@@ -6,6 +6,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from transformers import EomtConfig, EomtForUniversalSegmentation
 
 from wsss_hf import CamClassifier, CamConfig, Segmenter, SegmenterConfig, WsssImageProcessor
 from wsss_hf.cli import main
@@ -103,6 +104,12 @@ def test_a_network_that_counts_its_pixels_is_exported_for_one_size(tmp_path):
     pixel_values = images(3, 3, 64, 64)
     (value,), (truth,) = program.module()(pixel_values), expected(model, pixel_values)
     torch.testing.assert_close(value, truth, atol=1e-4, rtol=1e-4)
+
+
+def test_what_decides_by_its_weights_what_it_computes_is_refused():
+    config = EomtConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=64, num_blocks=1)
+    with pytest.raises(ExportError, match="eomt: this network can't be exported; a semantic .* would be right"):
+        export_program(EomtForUniversalSegmentation(config), size=64)
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path):

@@ -17,7 +17,16 @@ from huggingface_hub import ModelCard
 from loopback_hub import TOKEN
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, SegformerConfig, SegformerForSemanticSegmentation, pipeline
+from transformers import (
+    AutoImageProcessor,
+    EomtConfig,
+    EomtForUniversalSegmentation,
+    EomtImageProcessorPil,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessorPil,
+    pipeline,
+)
 
 from wsss_hf import CamClassifier, MapRefiner, MapRefinerConfig, Segmenter, SegmenterConfig, WsssImageProcessor
 from wsss_hf.cli import main
@@ -108,6 +117,34 @@ def needed_code(files):
             tree = ast.parse(files[f"{module}.py"])
             open_ += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 1]
     return needed
+
+
+SEGFORMER = SegformerConfig(
+    depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8, id2label=NAMES
+)
+EOMT = EomtConfig(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, num_blocks=1, id2label=NAMES
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "processor", "call"),
+    [
+        (SegformerForSemanticSegmentation, SEGFORMER, SegformerImageProcessorPil, '("photo.jpg")'),
+        (EomtForUniversalSegmentation, EOMT, EomtImageProcessorPil, '("photo.jpg", subtask="semantic")'),
+    ],
+    ids=["segformer", "eomt"],
+)
+def test_a_segmenter_of_the_library_is_pushed_as_one(hub, tmp_path, kind, config, processor, call):
+    kind(config).save_pretrained(tmp_path / "segmenter")
+    processor().save_pretrained(tmp_path / "segmenter")
+    push_model(tmp_path / "segmenter", "tester/plain")
+    files = hub.files("tester/plain")
+    weights = (tmp_path / "segmenter" / "model.safetensors").read_bytes()
+    assert files["model.safetensors"] == weights and not any(name.endswith(".py") for name in files)
+    card = files["README.md"].decode()
+    assert "A semantic segmentation model. It knows 2 classes: cat, dog;" in card
+    assert f"segmenter{call}" in card and "tags=" not in card
 
 
 def test_nothing_of_this_machine_leaves_it(hub, run_folder):
@@ -446,12 +483,7 @@ def test_a_stranger_gets_the_owners_outputs_bit_for_bit(hub, client_environment,
     pixels = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((70, 50), Image.Resampling.BICUBIC).save(tmp_path / "photograph.png")
     torch.manual_seed(0)
-    segformer = SegformerForSemanticSegmentation(
-        SegformerConfig(
-            depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8, id2label=NAMES
-        )
-    )
-    segformer.save_pretrained(tmp_path / "segformer")
+    SegformerForSemanticSegmentation(SEGFORMER).save_pretrained(tmp_path / "segformer")
     WsssImageProcessor(size={"shortest_edge": 32, "longest_edge": 64}).save_pretrained(tmp_path / "segformer")
 
     models = {"pets of old": (Segmenter, run_folder / "segmenter")}

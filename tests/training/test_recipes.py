@@ -58,7 +58,7 @@ def test_a_segmenters_recipe_goes_with_any_methods(recipe_file):
     assert both["segmenter"]["model"] == segmenter["segmenter"]["model"]
     trainings = [recipe["segmenter"]["train"] | {"nesterov": None} for recipe in (both, segmenter)]
     assert trainings[0] == trainings[1]  # nothing of the method's own segmenter that AdamW would heed
-    for name in ("segformer", "dpt", "upernet", "voc_deeplab_v3_plus"):  # each is tested by its own protocol
+    for name in ("segformer", "dpt", "upernet", "eomt", "voc_deeplab_v3_plus"):  # each is tested by its own protocol
         assert load_recipe(f"voc_icd+{name}")["evaluation"] == load_recipe(name)["evaluation"]
     mine = recipe_file("segmenter: {train: {steps: 7}}")
     assert load_recipe(f"segformer+{mine}")["segmenter"]["train"]["steps"] == 7

@@ -48,6 +48,7 @@ class CardSubject:
             its own.
         classes: names of the object classes.
         is_classifier: a CAM classifier; otherwise a segmenter.
+        classifies_masks: a segmenter whose pipeline has to be told to label pixels, not objects.
         needs_code: it is loaded with `trust_remote_code=True`.
         on_true_masks: trained on true masks: the upper bound, not a weakly supervised model.
         architecture: model type, as transformers calls it.
@@ -60,6 +61,7 @@ class CardSubject:
     folder: str
     classes: Sequence[str]
     is_classifier: bool = False
+    classifies_masks: bool = False
     needs_code: bool = True
     on_true_masks: bool = False
     architecture: str = ""
@@ -248,6 +250,7 @@ def _what_it_is(subject: CardSubject, data: dict) -> str:
 
 def _usage(subject: CardSubject) -> str:
     trust = ", trust_remote_code=True" if subject.needs_code else ""
+    subtask = ', subtask="semantic"' if subject.classifies_masks else ""
     words = (
         "The repository brings the code that `trust_remote_code=True` runs; read it first. Where wsss_hf is "
         "installed, `import wsss_hf` takes its place."
@@ -258,7 +261,7 @@ def _usage(subject: CardSubject) -> str:
         "from transformers import pipeline",
         "",
         f'segmenter = pipeline("image-segmentation", model="{subject.repo_id}"{trust})',
-        'for found in segmenter("photo.jpg"):',
+        f'for found in segmenter("photo.jpg"{subtask}):',
         '    print(found["label"], found["score"], found["mask"].size)',
     ]
     if subject.is_classifier:

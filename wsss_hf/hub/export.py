@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..data.writing import whole_folder
-from ..models.backbone import from_safetensors, pinned
+from ..models.backbone import pinned
+from ..models.mask_classifiers import load_segmentation_model, square_side
 
 ONNX_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
 _SMALLEST_SIDE, _LARGEST_SIDE, _LARGEST_BATCH = 64, 4096, 1024
@@ -48,8 +49,13 @@ def export_program(model: PreTrainedModel, size: int | None = None) -> tuple[Exp
         the program (B, 3, H, W) → its outputs; and their names, `logits` and, of a classifier, `maps`.
 
     Raises:
-        ExportError: the network can't be exported with open sizes.
+        ExportError: the network can't be exported, or not with open sizes.
     """
+    if square_side(model):  # EoMT: values in its checkpoint decide what is computed
+        raise ExportError(
+            f"{model.config.model_type}: this network can't be exported; a semantic segmentation model, for example "
+            "DeepLab or SegFormer, would be right"
+        )
     model = model.eval()
     height, width = (96, 160) if size is None else (size, size)
     example = torch.zeros(2, 3, height, width, device=model.device, dtype=model.dtype)
@@ -98,7 +104,7 @@ def export_onnx(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"--to {out}: it exists already; take another folder")
     source, hub_kwargs = pinned(source, hub_kwargs)
-    model = from_safetensors(AutoModelForSemanticSegmentation.from_pretrained, source, **hub_kwargs).float()
+    model = load_segmentation_model(source, **hub_kwargs).float()
     program, names = export_program(model, size)
     with whole_folder(out) as result:
         model.config.save_pretrained(result)

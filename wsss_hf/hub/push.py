@@ -23,19 +23,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_token, httpx, validate_repo_id
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
-    PreTrainedModel,
-    SegformerImageProcessorPil,
-)
+from transformers import AutoImageProcessor, PreTrainedModel, SegformerImageProcessorPil
 
 from .. import models
 from ..data.tagged import class_names
 from ..evaluation import boundary_f, mean_iou
-from ..models.backbone import from_safetensors
 from ..models.hub_mixins import PortableModelMixin
 from ..models.image_processing_wsss import WsssImageProcessor
+from ..models.mask_classifiers import MASK_CLASSIFIERS, load_segmentation_model
 from .cards import CardSubject, dataset_card, model_card
 from .portable import portable_values
 
@@ -98,12 +93,13 @@ def push_model(
         staged = Path(staging)
         model = _stage_model(folder, staged)
         made, settings = _stage_results(folder, staged, pictures)
-        is_classifier = not hasattr(model, "mask_id2label") or len(model.mask_id2label) > model.config.num_labels
+        mask_names = getattr(model, "mask_id2label", model.config.id2label)  # a CAM classifier's tags lack background
         subject = CardSubject(
             repo_id=repo_id,
             folder=folder.name,
             classes=[name for name in model.config.id2label.values() if name != "background"],
-            is_classifier=is_classifier,
+            is_classifier=len(mask_names) > model.config.num_labels,
+            classifies_masks=model.config.model_type in MASK_CLASSIFIERS,
             needs_code=isinstance(model, PortableModelMixin),
             on_true_masks=settings.get("mask_column") == "mask",
             architecture=getattr(model.config, "backbone_config", model.config).model_type,
@@ -246,9 +242,7 @@ def _stage_results(folder: Path, staged: Path, pictures: bool) -> tuple[dict, di
 
 def _stage_model(folder: Path, staged: Path) -> PreTrainedModel:
     """Save the model of `folder` anew: with the code of this package, and without paths of this machine."""
-    model, report = from_safetensors(
-        AutoModelForSemanticSegmentation.from_pretrained, folder, output_loading_info=True
-    )
+    model, report = load_segmentation_model(folder, {"output_loading_info": True})
     odd = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if odd:
         raise HubError(f"{folder}: the weights do not fit the configuration ({odd[0]} and {len(odd) - 1} more)")

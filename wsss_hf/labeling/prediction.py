@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
-from ..models.backbone import from_safetensors, pinned
+from ..models.backbone import pinned
+from ..models.mask_classifiers import load_segmentation_model, square_side
 
 
 @torch.inference_mode()
@@ -25,7 +26,8 @@ def predict_scores(
     """Class probabilities (B, C+1, H, W), averaged over the views; their argmax is the label map.
 
     Args:
-        model: any model with `logits` (B, C+1, h, w).
+        model: any model with `logits` (B, C+1, h, w). One that takes squares alone sees them side by side, whatever
+            `window` says, and what a smaller image lacks as mean colour.
         pixel_values: (B, 3, h, w) normalised images at scale 1.
         size: (H, W) of the result.
         scales: input sizes relative to `pixel_values`.
@@ -33,11 +35,15 @@ def predict_scores(
         window: side of a sliding window in pixels of the scaled images; 0 shows the model whole images.
         window_stride: pixels between neighbouring windows; 0 takes two thirds of `window`.
     """
-    total = 0
+    total, square = 0, square_side(model)
     for scale in scales:
         scaled = pixel_values if scale == 1 else resize_images(pixel_values, scale)
         images = torch.cat([scaled, scaled.flip(-1)]) if flip else scaled
-        if window:
+        if square:
+            height, width = images.shape[-2:]
+            padded = F.pad(images, (0, max(0, square - width), 0, max(0, square - height)))
+            logits = _sliding_logits(model, padded, square, window_stride or square)[..., :height, :width]
+        elif window:
             logits = _sliding_logits(model, images, window, window_stride or max(1, 2 * window // 3))
         else:
             logits = model(images).logits.float()
@@ -77,15 +83,18 @@ def _window_starts(length: int, window: int, stride: int) -> list[int]:
 def load_segmenter(
     directory: str, device: torch.device | str, **hub_kwargs
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A trained segmenter, ours or transformers' own, in eval mode, and its image processor.
+    """A trained segmenter, ours or transformers' own, in eval mode, and its image processor, which keeps images whole.
 
     Raises:
         OSError, ValueError: there is none, or its weights are pickled.
     """
     directory, hub_kwargs = pinned(directory, hub_kwargs)
-    model = from_safetensors(AutoModelForSemanticSegmentation.from_pretrained, directory, **hub_kwargs)
+    model = load_segmentation_model(directory, **hub_kwargs)
     model = model.to(device, memory_format=torch.channels_last).eval()
-    return model, AutoImageProcessor.from_pretrained(directory, **hub_kwargs)
+    processor = AutoImageProcessor.from_pretrained(directory, **hub_kwargs)
+    if getattr(processor, "do_split_image", False):  # EoMT's; here it is `predict_scores` that cuts images
+        processor.do_split_image = False
+    return model, processor
 
 
 def resize_images(pixel_values: Tensor, scale: float) -> Tensor:

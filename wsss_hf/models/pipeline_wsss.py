@@ -14,7 +14,8 @@ class MaskPipeline(ImageSegmentationPipeline):
     """The library's image-segmentation pipeline, which also knows image tags.
 
     With our models, every class found gives `{"label", "score", "mask"}`: the mask is a black-and-white PIL image of
-    the input's size, the score the mean score of its pixels in [0, 1].
+    the input's size, the score the mean score of its pixels in [0, 1]. Others that could find objects as well label
+    pixels, without a score, if background is their first class.
 
     Call arguments beside the library's own:
         tags: names of the classes that are in the image (or images), if known; without them the CAM classifier takes
@@ -41,6 +42,8 @@ class MaskPipeline(ImageSegmentationPipeline):
                 raise ValueError(f"tags: {type(self.model).__name__} can't use them; leave them out")
             if threshold is not None:
                 kwargs["threshold"] = threshold
+            if self.model.config.id2label.get(0) == "background":
+                kwargs.setdefault("subtask", "semantic")
             return super().postprocess(model_outputs, **kwargs)
 
         options = {}

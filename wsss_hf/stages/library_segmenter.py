@@ -1,4 +1,4 @@
-"""Any semantic segmentation model of transformers as a segmenter with our classes."""
+"""Any semantic segmentation model or mask classifier of transformers as a segmenter with our classes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from torch import nn
 from transformers import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
-    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
-    AutoModelForSemanticSegmentation,
     BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from ..models.backbone import freeze_idle_parameters, from_safetensors, pinned
+from ..models.backbone import freeze_idle_parameters, pinned
+from ..models.maps import IGNORE_INDEX
+from ..models.mask_classifiers import MASK_CLASSIFIERS, auto_class, load_segmentation_model
 from ..training.recipes import RecipeError
 
 # What an image processor may do beside resizing and normalising; none of it suits a label map of the whole image.
@@ -28,9 +28,10 @@ _OFF = ("do_center_crop", "do_pad", "do_reduce_labels", "keep_aspect_ratio")
 def build_library_segmenter(
     name: str, names: list[str], side: int, hub_kwargs: dict
 ) -> tuple[PreTrainedModel, BaseImageProcessor, set[str]]:
-    """A pretrained `AutoModelForSemanticSegmentation` with a new last layer for our classes.
+    """A pretrained `AutoModelForSemanticSegmentation`, or classifier of masks, with a new last layer for our classes.
 
-    Its auxiliary head, where it has one, is left out: it serves a loss that knows no pixel weights.
+    Its auxiliary head, where it has one, is left out: it serves a loss that knows no pixel weights. A classifier of
+    masks keeps its queries and masks, and learns from the logits of pixels that they make.
 
     Args:
         name: directory or Hub id.
@@ -39,9 +40,9 @@ def build_library_segmenter(
         hub_kwargs: `token`, `cache_dir` for the download.
 
     Returns:
-        the model; its own image processor, which keeps the normalisation and shows images at the scale of training:
-        the short side at `side`, or squares where the model takes nothing else; the names of the parameters that do
-        not come from the checkpoint.
+        the model, with `logits` (B, C+1, h, w); its own image processor, which keeps the normalisation and shows
+        images at the scale of training: the short side at `side`, or squares where the model takes nothing else; the
+        names of the parameters that do not come from the checkpoint.
 
     Raises:
         RecipeError: there is no such model, its weights are pickled, it is none for semantic segmentation, or takes no
@@ -52,25 +53,24 @@ def build_library_segmenter(
         config = AutoConfig.from_pretrained(name, **hub_kwargs)
     except (OSError, ValueError) as error:
         raise RecipeError(f"segmenter.model: {name}: {' '.join(str(error).split())}") from error
-    if type(config) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
-        universal = type(config) in MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING
-        reason = "classifies masks, and its loss knows no ignored pixels" if universal else "labels no pixels"
+    if config.model_type not in MASK_CLASSIFIERS and type(config) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
+        reason = "wants a task beside each image" if config.model_type == "oneformer" else "labels no pixels"
         raise RecipeError(
             f"segmenter.model: {name} ({config.model_type}) {reason}; a model of AutoModelForSemanticSegmentation, "
-            "for example SegFormer, UperNet or DPT, would be right"
+            "for example SegFormer, UperNet or DPT, or EoMT, Mask2Former or MaskFormer would be right"
         )
     known = list(config.id2label.values())
     config.id2label = dict(enumerate(names))
     config.label2id = {label: index for index, label in enumerate(names)}
     if getattr(config, "use_auxiliary_head", False):
         config.use_auxiliary_head = False
-    load = AutoModelForSemanticSegmentation.from_pretrained
     options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model, loading = from_safetensors(load, name, **options, **hub_kwargs)
+        model, loading = load_segmentation_model(name, options, **hub_kwargs)
     except ValueError as error:
         raise RecipeError(f"segmenter.model: {error}") from error
     new = {*loading["missing_keys"], *(key for key, *_shapes in loading["mismatched_keys"])}
+    new &= {key for key, _ in model.named_parameters()}
     if len(known) == len(names) and known != names:  # of the same shape, but for other classes
         learnt = _sized_by_the_labels(config) - new
         for module in {key.rpartition(".")[0] for key in learnt}:
@@ -87,7 +87,7 @@ def _sized_by_the_labels(config: PreTrainedConfig) -> set[str]:
         counted = copy.deepcopy(config)
         counted.num_labels = count
         with torch.device("meta"):
-            model = AutoModelForSemanticSegmentation.from_config(counted)
+            model = auto_class(counted).from_config(counted)
         shapes.append({name: parameter.shape for name, parameter in model.named_parameters()})
     return {name for name, shape in shapes[0].items() if shapes[1][name] != shape}
 
@@ -132,4 +132,8 @@ def _own_processor(name: str, config, side: int, any_shape: bool, hub_kwargs: di
     except (OSError, ValueError):  # published without one
         processor = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]()
     options = {"size": size, "do_resize": True} | {key: False for key in _OFF if hasattr(processor, key)}
+    if hasattr(processor, "do_split_image"):  # EoMT's cuts images into squares, and puts their label maps together
+        options |= {"size": {"shortest_edge": side}, "do_split_image": True, "ignore_index": None}
+    elif hasattr(processor, "ignore_index"):
+        options["ignore_index"] = IGNORE_INDEX
     return type(processor).from_dict(processor.to_dict() | options)

@@ -38,7 +38,8 @@ def train_segmenter(
         cam: the trained CAM classifier; its backbone is the start where the recipe says `from_cam`.
 
     Returns:
-        `out`, loadable by `AutoModelForSemanticSegmentation.from_pretrained`.
+        `out`, loadable by `AutoModelForSemanticSegmentation.from_pretrained`, a classifier of masks by that of
+        `AutoModelForUniversalSegmentation`.
 
     Raises:
         RecipeError: the recipe names no backbone or model, one that can't be used, or an unknown head or loss.
