@@ -16,6 +16,7 @@ from wsss_hf.labeling.refine import (
     Note,
     RefinementError,
     build_refiner,
+    levels,
 )
 from wsss_hf.models.pamr import pamr
 
@@ -71,12 +72,33 @@ def test_crf_takes_its_options(scores, image):
 def test_matting_gives_alphas_and_the_rest_to_the_background(scores, image):
     refiner, note = build_refiner([{"matting": {"foreground_threshold": 0.6, "erosion": 1}}]), Note()
     refined = refiner(scores, image, note)
-    trimaps = refiner.refiners[0].trimaps(scores[1:].numpy())
+    trimaps = refiner.refiners[0].trimaps(levels(scores.numpy()))
     assert {0, 128, 255} == set(np.unique(trimaps))
     np.testing.assert_array_equal(refined[1:], np.stack(closed_form_alphas(image, trimaps)))
     torch.testing.assert_close(refined[0], 1 - refined[1:].amax(dim=0))
     assert not note.fallbacks and np.array_equal(note.pictures["trimap"], trimaps)
     np.testing.assert_allclose(note.pictures["alpha"] / 255, refined[1:], atol=0.51 / 255)
+
+
+@pytest.mark.parametrize("background", [0.1, 0.4, 0.8])
+def test_trimaps_follow_the_background_score(background):
+    maps = np.linspace(0, 1, 41, dtype=np.float32)[None, None]
+    scores = np.concatenate([np.full_like(maps, background), maps])
+    np.testing.assert_allclose(np.interp([0, background, 1], maps[0, 0], levels(scores)[0, 0]), [0, 0.5, 1], atol=1e-6)
+    note, image = Note(), np.zeros((1, 41, 3), dtype=np.uint8)
+    build_refiner([{"matting": {"erosion": 0}}])(torch.from_numpy(scores), image, note)
+    trimap = note.pictures["trimap"][0]
+    unknown = (maps[0] > background / 2 + 1e-4) & (maps[0] < (1 + background) / 2 - 1e-4)
+    assert (trimap[unknown] == 128).all() and unknown.any()
+    assert (trimap[maps[0] < background / 2 - 1e-4] == 0).all()
+    assert (trimap[maps[0] > (1 + background) / 2 + 1e-4] == 255).all()
+
+
+def test_levels_where_all_or_nothing_is_background():
+    maps = np.array([0, 0.3, 1], dtype=np.float32)
+    for background, expected in ((0, [0, 0.65, 1]), (1, [0, 0.15, 0.5])):
+        scores = np.stack([np.full_like(maps, background), maps])[:, None]
+        np.testing.assert_allclose(levels(scores)[0, 0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["pamr", "crf", "matting"])

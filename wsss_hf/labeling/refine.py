@@ -199,20 +199,21 @@ class Matting(OneByOne):
     Fallbacks, counted in the image's note by these names, once per class:
     - "class not found": no certain foreground and no score above the background threshold; its alpha is 0.
     - "no certain background", "matting did not converge": known pixels keep their values; the alpha of the others is
-      score / (score + background score), above 0.5 just where the class beat the background before.
+      their level, above 0.5 just where the class beat the background before.
 
     Attributes:
         method: closed_form, knn or vitmatte.
         model: vitmatte's directory or Hub id.
         device: where vitmatte runs.
-        foreground_threshold, background_threshold, erosion: see `trimap`.
+        foreground_threshold, background_threshold, erosion: see `trimap`. The thresholds are those of `levels`, so
+            they follow the background score; where it is 0.4, the defaults are scores of 0.7 and 0.2.
     """
 
     method: str = "closed_form"
     model: str = ""
     device: str = "cpu"
-    foreground_threshold: float = 0.7
-    background_threshold: float = 0.2
+    foreground_threshold: float = 0.75
+    background_threshold: float = 0.25
     erosion: int = 3
 
     def __post_init__(self):
@@ -233,11 +234,11 @@ class Matting(OneByOne):
         return self.method != "vitmatte"  # which works on its device
 
     def trimaps(self, maps: np.ndarray) -> np.ndarray:
-        """(K, H, W) class scores → (K, H, W) uint8 trimaps that this refiner mattes."""
+        """(K, H, W) `levels` of the class scores → (K, H, W) uint8 trimaps that this refiner mattes."""
         return trimaps(maps, self.foreground_threshold, self.background_threshold, self.erosion)
 
     def _refine(self, scores: Tensor, image: np.ndarray, note: Note) -> Tensor:
-        background, maps = scores[0].cpu().numpy(), scores[1:].cpu().numpy()
+        maps = levels(scores.cpu().numpy())
         known = self.trimaps(maps)
         alphas = self._matte(image, known)
         for k, alpha in enumerate(alphas):
@@ -246,13 +247,29 @@ class Matting(OneByOne):
             elif alpha is None:
                 has_background = (known[k] == BACKGROUND).any()
                 note.fallbacks["matting did not converge" if has_background else "no certain background"] += 1
-                total = maps[k] + background
-                share = np.divide(maps[k], total, where=total > 0, out=np.zeros_like(total))
                 certain = [known[k] == FOREGROUND, known[k] == BACKGROUND]
-                alphas[k] = np.select(certain, [1.0, 0.0], default=share).astype(np.float32)
+                alphas[k] = np.select(certain, [1.0, 0.0], default=maps[k]).astype(np.float32)
         note.pictures |= {"trimap": known, "alpha": (255 * np.stack(alphas)).round().astype(np.uint8)}
         refined = torch.from_numpy(np.stack(alphas)).to(scores.device)
         return torch.cat([1 - refined.amax(dim=0, keepdim=True), refined])
+
+
+def levels(scores: np.ndarray) -> np.ndarray:
+    """How near class scores are to 1 or to 0, seen from the background score.
+
+    What a map's value means depends on the method that made it; the background score, fixed or found, says where its
+    objects begin. Piecewise linear: 0 stays 0, the background score becomes 0.5, 1 stays 1.
+
+    Args:
+        scores: (K+1, H, W) in [0, 1], background first.
+
+    Returns:
+        (K, H, W) in [0, 1].
+    """
+    background, maps = scores[:1], scores[1:]
+    below = np.divide(maps, background, where=background > 0, out=np.zeros_like(maps))
+    above = np.divide(maps - background, 1 - background, where=background < 1, out=np.zeros_like(maps))
+    return np.where((maps < background) | (maps == 0), below, 1 + above) / 2
 
 
 REFINERS = {"pamr": Pamr, "crf": Crf, "matting": Matting}
