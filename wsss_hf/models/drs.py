@@ -97,20 +97,30 @@ def suppress(features: Tensor, controller: Tensor | float, channel_axis: int = 1
         features: activations, (B, D, H, W) or any layout with its channels on `channel_axis`.
         controller: share in (0, 1]; a number, or one for each image and channel, (B, D) with any axes of length 1.
     """
-    # All positions on one axis, without moving channels in memory.
-    if channel_axis == 1 and features.is_contiguous():
-        positions, axis = features.flatten(2), 2
-    else:
-        positions, axis = features.movedim(channel_axis, -1).flatten(1, -2), 1
+    positions, axis = _flatten(features, channel_axis)
     if isinstance(controller, Tensor) and controller.ndim:
         controller = controller.flatten(1).unsqueeze(axis)
-    if torch.is_grad_enabled() and features.requires_grad:
-        suppressed = _Suppress.apply(positions, controller, axis)
-    else:
-        suppressed = torch.clamp(positions, max=_bound(positions.amax(dim=axis, keepdim=True), controller))
+    return _unflatten(_suppress(positions, controller, axis), axis, features.shape, channel_axis)
+
+
+def _flatten(features: Tensor, channel_axis: int) -> tuple[Tensor, int]:
+    """(B, D, positions) or (B, positions, D), whichever moves no channels in memory, and the axis of the positions."""
+    if channel_axis == 1 and features.is_contiguous():
+        return features.flatten(2), 2
+    return features.movedim(channel_axis, -1).flatten(1, -2), 1
+
+
+def _unflatten(positions: Tensor, axis: int, shape: torch.Size, channel_axis: int) -> Tensor:
     if axis == 2:
-        return suppressed.view_as(features)
-    return suppressed.unflatten(1, features.movedim(channel_axis, -1).shape[1:-1]).movedim(-1, channel_axis)
+        return positions.view(shape)
+    spatial = [*shape[1:channel_axis], *shape[channel_axis + 1 :]]
+    return positions.unflatten(1, spatial).movedim(-1, channel_axis)
+
+
+def _suppress(features: Tensor, controller: Tensor | float, axis: int) -> Tensor:
+    if torch.is_grad_enabled() and features.requires_grad:
+        return _Suppress.apply(features, controller, axis)
+    return torch.clamp(features, max=_bound(features.amax(dim=axis, keepdim=True), controller))
 
 
 def _bound(maximum: Tensor, controller: Tensor | float) -> Tensor:
@@ -162,10 +172,11 @@ class Suppression(nn.Module):
         self.fc = nn.Linear(channels, channels, bias=False) if delta is None else None
 
     def forward(self, features: Tensor) -> Tensor:
-        if self.fc is None:
-            return suppress(features, self.delta, self.channel_axis)
-        means = features.mean(dim=[axis for axis in range(1, features.ndim) if axis != self.channel_axis])
-        return suppress(features, torch.sigmoid(self.fc(means)), self.channel_axis)
+        positions, axis = _flatten(features, self.channel_axis)
+        controller = self.delta
+        if self.fc is not None:
+            controller = torch.sigmoid(self.fc(positions.mean(dim=axis))).unsqueeze(axis)
+        return _unflatten(_suppress(positions, controller, axis), axis, features.shape, self.channel_axis)
 
     def hook(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         return self(output) if self.active or not self.training else output
