@@ -241,7 +241,7 @@ class D2cam(Method):
         # In half precision the gradient of a short vector's direction overflows.
         with torch.autocast(features[-1].device.type, enabled=False):
             stages = [features[stage].float() for stage in self.stages]
-            # The last stage, and in a dilated network others, have the size already; resizing copies them all the same.
+            # The last stage, in a dilated network others too, have that size already; resizing would copy them.
             stages = [
                 stage if stage.shape[-2:] == size else F.interpolate(stage, size, mode="bilinear", align_corners=False)
                 for stage in stages
