@@ -103,6 +103,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="change a setting, such as cam.train.batch_size=8")
     parser.add_argument("--only", nargs="+", choices=[*METHODS], default=[*METHODS], help="methods to measure")
     parser.add_argument("--turns", type=int, default=10)
+    # On a CPU the memory that is kept still grows in the first steps, most for what needs most; trainings are longer.
+    parser.add_argument("--warmup", type=int, default=5, help="turns before those that count")
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
@@ -119,8 +121,9 @@ def main() -> None:
     if len(options) > 1:
         chosen["all together"] = options
     variants = {name: Variant(recipe, methods, arguments.classes, device) for name, methods in chosen.items()}
-    for variant in variants.values():
-        variant.step(batch)  # what happens once does not count
+    for _ in range(arguments.warmup):
+        for variant in variants.values():
+            variant.step(batch)
     memory = {name: variant.peak_memory(batch) for name, variant in variants.items()}
     for _ in range(arguments.turns):
         for variant in variants.values():

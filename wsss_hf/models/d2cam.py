@@ -241,8 +241,12 @@ class D2cam(Method):
         # In half precision the gradient of a short vector's direction overflows.
         with torch.autocast(features[-1].device.type, enabled=False):
             stages = [features[stage].float() for stage in self.stages]
-            resized = [F.interpolate(stage, size=size, mode="bilinear", align_corners=False) for stage in stages]
-            return F.normalize(self.head(torch.cat(resized, dim=1)), dim=1)
+            # The last stage, in a dilated network others too, have that size already; resizing would copy them.
+            stages = [
+                stage if stage.shape[-2:] == size else F.interpolate(stage, size, mode="bilinear", align_corners=False)
+                for stage in stages
+            ]
+            return F.normalize(self.head(torch.cat(stages, dim=1)), dim=1)
 
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
         config = self.config

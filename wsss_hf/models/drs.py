@@ -95,30 +95,52 @@ def suppress(features: Tensor, controller: Tensor | float, channel_axis: int = 1
 
     Args:
         features: activations, (B, D, H, W) or any layout with its channels on `channel_axis`.
-        controller: share in (0, 1]; a number, or a tensor that broadcasts against `features`.
+        controller: share in (0, 1]; a number, or one for each image and channel, (B, D) with any axes of length 1.
     """
+    positions, axis = _flatten(features, channel_axis)
+    if isinstance(controller, Tensor) and controller.ndim:
+        controller = controller.flatten(1).unsqueeze(axis)
+    return _unflatten(_suppress(positions, controller, axis), axis, features.shape, channel_axis)
+
+
+def _flatten(features: Tensor, channel_axis: int) -> tuple[Tensor, int]:
+    """(B, D, positions) or (B, positions, D), whichever moves no channels in memory, and the axis of the positions."""
+    if channel_axis == 1 and features.is_contiguous():
+        return features.flatten(2), 2
+    return features.movedim(channel_axis, -1).flatten(1, -2), 1
+
+
+def _unflatten(positions: Tensor, axis: int, shape: torch.Size, channel_axis: int) -> Tensor:
+    if axis == 2:
+        return positions.view(shape)
+    spatial = [*shape[1:channel_axis], *shape[channel_axis + 1 :]]
+    return positions.unflatten(1, spatial).movedim(-1, channel_axis)
+
+
+def _suppress(features: Tensor, controller: Tensor | float, axis: int) -> Tensor:
     if torch.is_grad_enabled() and features.requires_grad:
-        return _Suppress.apply(features, controller, channel_axis)
+        return _Suppress.apply(features, controller, axis)
+    return torch.clamp(features, max=_bound(features.amax(dim=axis, keepdim=True), controller))
+
+
+def _bound(maximum: Tensor, controller: Tensor | float) -> Tensor:
     # A channel that is negative everywhere has nothing to suppress.
-    maximum = features.amax(dim=_spatial_axes(features, channel_axis), keepdim=True).clamp_min(0)
-    return torch.clamp(features, max=(maximum * controller).to(features.dtype))
+    return (maximum.clamp_min(0) * controller).to(maximum.dtype)
 
 
 class _Suppress(torch.autograd.Function):
-    """`suppress` with a gradient that costs a few passes over the activations, where that of its parts takes dozens.
+    """Suppression with a gradient that costs a few passes over the activations, where that of its parts takes dozens.
 
     What is cut gives its gradient to the controller and to the place of the maximum (the first, if there are several).
+    Activations are (B, D, positions) or (B, positions, D), `axis` is that of the positions.
     """
 
     @staticmethod
-    def forward(ctx, features: Tensor, controller: Tensor | float, channel_axis: int) -> Tensor:
-        maximum, places = _spatial_maximum(features, channel_axis)
-        shape = [1] * features.ndim
-        shape[0], shape[channel_axis] = maximum.shape
-        maximum = maximum.view(shape)
-        bound = (maximum.clamp_min(0) * controller).to(features.dtype)
+    def forward(ctx, features: Tensor, controller: Tensor | float, axis: int) -> Tensor:
+        maximum, places = features.max(dim=axis, keepdim=True)
+        bound = _bound(maximum, controller)
         suppressed = torch.clamp(features, max=bound)
-        ctx.channel_axis = channel_axis
+        ctx.axis = axis
         ctx.share = None if isinstance(controller, Tensor) else controller
         ctx.save_for_backward(suppressed, bound, maximum, places, controller if ctx.share is None else None)
         return suppressed
@@ -127,30 +149,13 @@ class _Suppress(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         suppressed, bound, maximum, places, controller = ctx.saved_tensors
-        axes = _spatial_axes(suppressed, ctx.channel_axis)
         # The gradient where bound - suppressed > 0, in the place of that; masking it would take ten times as long.
         kept = bound - suppressed
         torch.ops.aten.threshold_backward.grad_input(gradient, kept, 0, grad_input=kept)
-        cut = gradient.sum(dim=axes, keepdim=True) - kept.sum(dim=axes, keepdim=True)
+        cut = gradient.sum(dim=ctx.axis, keepdim=True) - kept.sum(dim=ctx.axis, keepdim=True)
         to_maximum = cut * (maximum >= 0) * (ctx.share if controller is None else controller)
-        index = list(torch.unravel_index(places, [suppressed.shape[axis] for axis in axes]))
-        batch, channels = places.shape
-        index.insert(0, torch.arange(batch, device=places.device)[:, None])
-        index.insert(ctx.channel_axis, torch.arange(channels, device=places.device)[None])
-        kept[tuple(index)] += to_maximum.view(batch, channels).to(kept.dtype)
+        kept.scatter_add_(ctx.axis, places, to_maximum.to(kept.dtype))
         return kept, None if controller is None else cut * maximum.clamp_min(0), None
-
-
-def _spatial_maximum(features: Tensor, channel_axis: int) -> tuple[Tensor, Tensor]:
-    """Largest values (B, D) and their places (B, D), counted row by row, without moving channels in memory."""
-    if channel_axis == 1 and not features.is_contiguous():
-        features, channel_axis = features.movedim(1, -1), features.ndim - 1
-    values = features.flatten(2) if channel_axis == 1 else features.flatten(1, -2)
-    return values.max(dim=2 if channel_axis == 1 else 1)
-
-
-def _spatial_axes(features: Tensor, channel_axis: int) -> list[int]:
-    return [axis for axis in range(1, features.ndim) if axis != channel_axis]
 
 
 class Suppression(nn.Module):
@@ -167,13 +172,11 @@ class Suppression(nn.Module):
         self.fc = nn.Linear(channels, channels, bias=False) if delta is None else None
 
     def forward(self, features: Tensor) -> Tensor:
-        if self.fc is None:
-            return suppress(features, self.delta, self.channel_axis)
-        axes = _spatial_axes(features, self.channel_axis)
-        controller = torch.sigmoid(self.fc(features.mean(dim=axes)))
-        shape = [1] * features.ndim
-        shape[0], shape[self.channel_axis] = controller.shape
-        return suppress(features, controller.view(shape), self.channel_axis)
+        positions, axis = _flatten(features, self.channel_axis)
+        controller = self.delta
+        if self.fc is not None:
+            controller = torch.sigmoid(self.fc(positions.mean(dim=axis))).unsqueeze(axis)
+        return _unflatten(_suppress(positions, controller, axis), axis, features.shape, self.channel_axis)
 
     def hook(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         return self(output) if self.active or not self.training else output

@@ -51,10 +51,13 @@ class Method(nn.Module):
 
     Attributes:
         active: False while the training is in the warmup that comes before the methods.
+        leads: True if its losses are computed before those of others. So are those that run the network once more
+            without gradient: what that needs for a moment is then not needed beside what the others keep.
         paper: where it was published, for the cards of models trained with it.
     """
 
     active: bool = True
+    leads: bool = False
     paper: str | None = None
 
     def __init__(self, config, backbone: nn.Module, num_classes: int):

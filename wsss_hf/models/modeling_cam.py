@@ -132,7 +132,7 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             losses = {"classification": F.multilabel_soft_margin_loss(logits.float(), tags.float())}
             if self.training and any(method.active for method in self.methods.values()):
                 step = self._step(pixel_values, tags, features, cams, superpixels, saliency)
-                for method in self.methods.values():
+                for method in sorted(self.methods.values(), key=lambda method: not method.leads):
                     losses |= method.losses(step)
             elif self.training and len(self.methods):
                 # Distributed training wants a gradient for every parameter.

@@ -241,6 +241,7 @@ class Plda(Method):
     the network through its CAM. An image without tags contributes exact zeros.
     """
 
+    leads = True
     paper = (
         "Du et al., “Pixel-Level Domain Adaptation: A New Perspective for Enhancing Weakly Supervised Semantic "
         "Segmentation”, TIP 2024."
