@@ -92,6 +92,9 @@ def test_a_folder_may_have_such_a_name(tmp_path):
     folder.mkdir()
     assert pinned(folder, {}) == (folder, {})
     assert pinned(None, {"token": "t"}) == (None, {"token": "t"})
+    for path in (f"{folder}/missing", "./missing", "../missing@v1"):
+        with pytest.raises(FileNotFoundError, match="nothing is there; a model's folder or its id on the Hub"):
+            pinned(path, {})
     assert pinned("owner/name@v1", {"token": "t", "revision": "v0"})[1] == {"token": "t", "revision": "v1"}
 
 

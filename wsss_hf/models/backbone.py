@@ -23,8 +23,13 @@ def pinned(name: str | os.PathLike | None, hub_kwargs: dict) -> tuple[str | os.P
     """A model's name and the options of its download: `owner/name@revision` is the id, at that revision.
 
     Directories, plain ids and None come back as they are.
+
+    Raises:
+        FileNotFoundError: it can only be a path, and nothing is there.
     """
     repo_id, _, revision = str(name).partition("@")
+    if name is not None and not os.path.exists(name) and (os.path.isabs(repo_id) or repo_id.startswith(".")):
+        raise FileNotFoundError(f"{name}: nothing is there; a model's folder or its id on the Hub would be right")
     if not revision or os.path.exists(name):
         return name, hub_kwargs
     return repo_id, hub_kwargs | {"revision": revision}
