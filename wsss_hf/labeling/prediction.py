@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
 
 from ..models.backbone import from_safetensors, pinned
+from .inference import for_inference
 
 
 @torch.inference_mode()
@@ -77,15 +78,14 @@ def _window_starts(length: int, window: int, stride: int) -> list[int]:
 def load_segmenter(
     directory: str, device: torch.device | str, **hub_kwargs
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A trained segmenter, ours or transformers' own, in eval mode, and its image processor.
+    """A trained segmenter, ours or transformers' own, ready for inference only, and its image processor.
 
     Raises:
         OSError, ValueError: there is none, or its weights are pickled.
     """
     directory, hub_kwargs = pinned(directory, hub_kwargs)
     model = from_safetensors(AutoModelForSemanticSegmentation.from_pretrained, directory, **hub_kwargs)
-    model = model.to(device, memory_format=torch.channels_last).eval()
-    return model, AutoImageProcessor.from_pretrained(directory, **hub_kwargs)
+    return for_inference(model, device), AutoImageProcessor.from_pretrained(directory, **hub_kwargs)
 
 
 def resize_images(pixel_values: Tensor, scale: float) -> Tensor:
