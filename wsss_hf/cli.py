@@ -38,7 +38,7 @@ from .evaluation.comparison import print_comparison
 from .evaluation.evaluate import evaluate_files
 from .evaluation.gap import gap_markdown
 from .evaluation.tables import print_table
-from .launch import keep_freed_memory, start_missing_processes
+from .launch import keep_freed_memory, keep_kernels, start_missing_processes
 from .stages.compare import CompareError, read_plan, with_data_options
 from .stages.compare import compare as run_compare
 from .stages.demo import demo as run_demo
@@ -317,6 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what the user can mend is one line on standard error and exit status 1."""
     start_missing_processes()
     keep_freed_memory()
+    keep_kernels()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets_logging.set_verbosity_error()

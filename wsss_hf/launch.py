@@ -1,5 +1,5 @@
 """What a process needs before it works: on CPUs the other processes that `accelerate launch` leaves to MPI, and memory
-that stays."""
+and kernels that stay."""
 
 from __future__ import annotations
 
@@ -47,3 +47,12 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def keep_kernels() -> None:
+    """Keep what oneDNN compiles for a layer and a size of its input, unless the environment says how much.
+
+    Photographs come in dozens of sizes, at each scale; of the 1024 kernels it keeps otherwise, none is there any more
+    when its size comes again. So many take 30 kB each, at most 250 MB.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")  # read before the first layer

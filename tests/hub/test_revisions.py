@@ -1,6 +1,7 @@
 """Models of the Hub at the revision that one names: `owner/name@revision`, wherever a model is named."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -81,7 +82,8 @@ def test_every_door_opens_the_revision(hub, kind, tmp_path):
     for name, branch in (("", "main"), ("@main", "main"), ("@v2", "v2"), (f"@{commits['v2']}", "v2")):
         state = DOORS[kind](repo_id + name).state_dict()
         shared = state.keys() & weights[branch].keys()
-        assert len(shared) > 5 and all(torch.equal(state[key], weights[branch][key]) for key in shared), name
+        near = partial(torch.allclose, rtol=1e-4)  # norms that do next to nothing may be part of them
+        assert len(shared) > 5 and all(near(state[key], weights[branch][key]) for key in shared), name
     assert any(not torch.equal(weights["main"][key], weights["v2"][key]) for key in shared)
     with pytest.raises((OSError, ValueError), match="v3"):
         DOORS[kind](f"{repo_id}@v3")

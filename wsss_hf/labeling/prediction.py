@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
 from ..models.backbone import pinned
 from ..models.mask_classifiers import load_segmentation_model, square_side
+from .inference import for_inference
 
 
 @torch.inference_mode()
@@ -83,14 +84,14 @@ def _window_starts(length: int, window: int, stride: int) -> list[int]:
 def load_segmenter(
     directory: str, device: torch.device | str, **hub_kwargs
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
-    """A trained segmenter, ours or transformers' own, in eval mode, and its image processor, which keeps images whole.
+    """A trained segmenter, ours or transformers' own, ready for inference only, and its image processor, which keeps
+    images whole.
 
     Raises:
         OSError, ValueError: there is none, or its weights are pickled.
     """
     directory, hub_kwargs = pinned(directory, hub_kwargs)
-    model = load_segmentation_model(directory, **hub_kwargs)
-    model = model.to(device, memory_format=torch.channels_last).eval()
+    model = for_inference(load_segmentation_model(directory, **hub_kwargs), device)
     processor = AutoImageProcessor.from_pretrained(directory, **hub_kwargs)
     if getattr(processor, "do_split_image", False):  # EoMT's; here it is `predict_scores` that cuts images
         processor.do_split_image = False

@@ -17,6 +17,7 @@ from ..models.configuration_cam import CamConfig
 from ..models.maps import IGNORE_INDEX, add_background
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
+from .inference import for_inference
 from .localization import average_maps, label_map, localize
 from .refine import Chain, Matting, Note, build_refiner
 from .seeds import Evidence, SeedError, SeedRule, build_seeds
@@ -110,7 +111,8 @@ def build_rules(settings: dict) -> tuple[Chain, SeedRule]:
 
 
 def load_labeler(directory: str, device: torch.device | str, **hub_kwargs) -> tuple[CamClassifier, BaseImageProcessor]:
-    """A trained CAM classifier or map refiner in eval mode and its image processor, from a directory or Hub id.
+    """A trained CAM classifier or map refiner, ready for inference only, and its image processor, from a directory or
+    Hub id.
 
     Raises:
         ValueError: it is another kind of model.
@@ -120,5 +122,5 @@ def load_labeler(directory: str, device: torch.device | str, **hub_kwargs) -> tu
     model_class = MapRefiner if isinstance(config, MapRefinerConfig) else CamClassifier
     if not isinstance(config, CamConfig):
         raise ValueError(f"{directory} is a {config.model_type}; a CAM classifier or a map refiner would be right")
-    model = model_class.from_pretrained(directory, **hub_kwargs).to(device, memory_format=torch.channels_last).eval()
+    model = for_inference(model_class.from_pretrained(directory, **hub_kwargs), device)
     return model, AutoImageProcessor.from_pretrained(directory, **hub_kwargs)

@@ -1,0 +1,126 @@
+"""A model as inference wants it: what it computes stays the same, how it does so is faster."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from ..models.backbone import Backbone
+
+_PROBE_SIZE = 64  # any backbone has a map of it
+
+
+def for_inference(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """`model` itself, in eval mode on `device`, with outputs that differ by rounding only, about 1e-5.
+
+    In our models batch norms become part of the convolutions before them, activations work in place, and the
+    convolutions do TensorFlow's padding. Its weights are then no longer the loaded ones: neither train nor save it.
+    """
+    model = model.to(device).eval()
+    if isinstance(getattr(model, "backbone", None), Backbone):
+        _simplify(model)
+        _pad_in_convolutions(model.backbone)
+    if model.device.type == "cpu":
+        for module in model.modules():
+            # On one thread torch makes a 1x1 convolution a product of matrices, by a library that on some CPUs takes
+            # twice as long. A dilated one stays a convolution, and dilation means nothing for a single pixel.
+            if type(module) is nn.Conv2d and module.kernel_size == (1, 1):
+                module.dilation = (2, 2)
+    return model.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def _simplify(model: PreTrainedModel) -> None:
+    """Fold batch norms and let activations work in place, wherever nobody else reads the tensor that this changes."""
+    calls, makers = {}, {}
+
+    def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        calls.setdefault(module, []).append(inputs[0])
+        makers[output] = module
+
+    activations = [module for module in model.modules() if getattr(module, "inplace", None) is False]
+    layers = [module for module in model.modules() if type(module) in (nn.Conv2d, nn.BatchNorm2d)]
+    handles = [module.register_forward_hook(record, prepend=True) for module in (*layers, *activations)]
+    try:
+        with _Readers() as readers:
+            image = torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE, dtype=model.dtype, device=model.device)
+            readers.count.update(_tensors(model(image, output_hidden_states=True)))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    names = {module: name for name, module in model.named_modules()}
+    for module, inputs in calls.items():
+        before = {makers.get(tensor) for tensor in inputs}
+        maker = before.pop()
+        if before or type(maker) not in (nn.Conv2d, nn.BatchNorm2d) or any(readers.count[t] > 1 for t in inputs):
+            continue
+        if module in activations:
+            module.inplace = True
+        elif type(module) is nn.BatchNorm2d and _can_fold(module, maker) and len(calls[maker]) == len(inputs):
+            folded = fuse_conv_bn_eval(maker, module)
+            maker.weight, maker.bias = folded.weight, folded.bias
+            model.set_submodule(names[module], nn.Identity())
+
+
+def _can_fold(norm: nn.BatchNorm2d, maker: nn.Module) -> bool:
+    return type(maker) is nn.Conv2d and norm.running_mean is not None and not norm._forward_hooks
+
+
+class _Readers(TorchFunctionMode):
+    """Counts how often a tensor is given to a function of torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ not in ("__get__", "dim", "size"):  # which read no values
+            self.count.update(_tensors([args, kwargs or {}]))
+        return func(*args, **(kwargs or {}))
+
+
+def _tensors(value) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _pad_in_convolutions(backbone: Backbone) -> None:
+    """Networks that pad as TensorFlow does copy each map into a larger one first.
+
+    TensorFlow pads the end of an axis where only one end needs it, a convolution both, and drops what is left over at
+    the end. Turned by 180°, both leave the same: kernels are turned here, images and maps on their way in and out.
+    """
+    config = backbone.body.config
+    if not getattr(config, "tf_padding", False):
+        return
+    config = copy.copy(config)
+    config.tf_padding = False
+    for module in backbone.body.modules():
+        if hasattr(module, "config"):
+            module.config = config
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.flip(-2, -1)
+            module.padding = tuple(d * (k // 2) for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    backbone.register_forward_pre_hook(_turn_images)
+    backbone.register_forward_hook(_turn_maps)
+
+
+def _turn_images(_backbone: Backbone, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    return (inputs[0].flip(-2, -1),)
+
+
+def _turn_maps(_backbone: Backbone, _inputs: tuple[Tensor], maps: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(stage.flip(-2, -1) for stage in maps)
