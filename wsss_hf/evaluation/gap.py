@@ -136,7 +136,7 @@ def gap_markdown(gap: dict, model: str, other: str) -> str:
 
     def row(name: str, first: float | None, second: float | None) -> dict:
         difference = None if first is None or second is None else first - second
-        return {"in percent": name, model: first, other: second, "difference": difference}
+        return {"in percent": name, "model": first, "other": second, "difference": difference}
 
     ours, theirs = gap["model"], gap["other"]
     words = {
