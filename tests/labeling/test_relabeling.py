@@ -3,10 +3,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
+from wsss_hf.data.tagged import encode_png
 from wsss_hf.labeling.refine import build_refiner
-from wsss_hf.labeling.relabeling import confident_labels, relabel_images
+from wsss_hf.labeling.relabeling import background_factor, confident_labels, relabel_images
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.training.recipes import load_recipe
 
@@ -92,3 +94,24 @@ def test_refinement_sees_background_and_tagged_classes_only(toy_data):
         assert np.array_equal(relabelled.pseudo_mask[sure], np.array(labels)[refined.argmax(dim=0)][sure])
         changed.append((relabelled.pseudo_mask != np.array(labels)[logits[..., labels].argmax(dim=-1)]).any())
     assert any(changed)
+
+
+@pytest.mark.parametrize("share", [0.15, 0.6])
+def test_objects_stay_as_large_as_the_labels_that_were_learnt(toy_data, share):
+    processor = WsssImageProcessor(
+        size={"shortest_edge": 48, "longest_edge": 192}, image_mean=[0.0] * 3, image_std=[1.0] * 3
+    )
+    settings = SETTINGS | {"threshold": 0.0, "batch_size": 4, "flip": False}
+    earlier = np.zeros((48, 48), dtype=np.uint8)
+    earlier[: round(48 * share * 0.9)] = 1
+    earlier[round(48 * 0.9) :] = 255  # open pixels say nothing of the area
+    encoded = encode_png(Image.fromarray(earlier))
+    rows = toy_data["train"].add_column("pseudo_mask", [encoded] * len(toy_data["train"]))
+    factor = background_factor(Colours(), processor, rows, settings)
+
+    def area(factor):
+        found = relabel_images(Colours(), processor, rows, settings | {"background_factor": factor})
+        return np.mean([(relabelled.pseudo_mask > 0).mean() for relabelled in found])
+
+    wanted = (earlier[earlier != 255] > 0).mean()
+    assert abs(area(factor) - wanted) < 0.02 < abs(area(1.0) - wanted)

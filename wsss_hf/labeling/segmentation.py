@@ -35,7 +35,12 @@ class Scored:
 
 
 def score_images(
-    model, processor: Callable, rows: Dataset, settings: dict, only_tagged: bool = False
+    model,
+    processor: Callable,
+    rows: Dataset,
+    settings: dict,
+    only_tagged: bool = False,
+    background_factor: float = 1.0,
 ) -> Iterator[Scored]:
     """Score every row of `rows` at its own size; images of one size are looked at together.
 
@@ -46,6 +51,7 @@ def score_images(
             `workers`, `batch_size`.
         only_tagged: score background and the tagged classes of an image alone: the other ones are left out before
             refinement, and what remains sums to 1.
+        background_factor: of these, the background's is multiplied by this before.
 
     Raises:
         ValueError: the model's logits of an image are not finite; names the row.
@@ -64,7 +70,9 @@ def score_images(
                 )
         if only_tagged:
             classes = [tags.nonzero()[:, 0].to(scores.device) for tags in batch.tags]
-            per_image = [_of_classes(one, present) for one, present in zip(scores, classes, strict=True)]
+            per_image = [
+                _of_classes(one, present, background_factor) for one, present in zip(scores, classes, strict=True)
+            ]
         else:
             classes = [torch.arange(scores.shape[1] - 1, device=scores.device)] * len(scores)
             per_image = list(scores)
@@ -73,9 +81,10 @@ def score_images(
             yield Scored(*scored)
 
 
-def _of_classes(scores: Tensor, classes: Tensor) -> Tensor:
+def _of_classes(scores: Tensor, classes: Tensor, background_factor: float) -> Tensor:
     """(C+1, H, W) probabilities → (K+1, H, W), background's and those of `classes` (K,), among each other."""
     possible = scores[torch.cat([classes.new_zeros(1), classes + 1])]
+    possible[0] *= background_factor
     return possible / possible.sum(dim=0).clamp_min(torch.finfo(scores.dtype).tiny)
 
 

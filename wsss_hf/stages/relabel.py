@@ -17,7 +17,7 @@ from ..data.palette import mask_image
 from ..data.tagged import encode_png
 from ..evaluation.evaluate import check_classes
 from ..labeling.prediction import load_segmenter
-from ..labeling.relabeling import relabel_images
+from ..labeling.relabeling import background_factor, relabel_images
 from .outputs import StageOutput
 from .shards import compute_shards
 
@@ -38,7 +38,7 @@ def relabel(
     Finished shards are never made again, so a killed run goes on where it was.
 
     Args:
-        data: tagged images, with or without masks of an earlier round.
+        data: tagged images; where they have pseudo masks, the new ones cover as much, unless the recipe says no.
         segmenter: a trained segmenter, a directory or Hub id.
         recipe: a resolved recipe; its `self_training` section is used, but for the number of rounds, and the windows
             of its `evaluation` section.
@@ -64,7 +64,10 @@ def relabel(
     with output.nothing_left_behind():
         model, processor = load_segmenter(str(segmenter), state.device, **(hub_kwargs or {}))
         check_classes(model, rows)
-        compute = partial(_encoded, model, processor, settings=self_training)
+        factor = 1.0
+        if self_training["keep_area"] and "pseudo_mask" in rows.column_names:
+            factor = background_factor(model, processor, rows, self_training)
+        compute = partial(_encoded, model, processor, settings=self_training | {"background_factor": factor})
         shards, size = output.partial / "shards", self_training["shard_size"]
         made = compute_shards(compute, rows, _FEATURES, shards, size, "relabelling", quiet)
     if state.is_main_process:
