@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -211,3 +214,16 @@ def test_merging_one_class_and_none():
 def test_merging_refuses_senseless_settings(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         merge_alphas(torch.zeros(1, 2, 2), **options)
+
+
+def test_matting_leaves_the_threads_of_torch_alone():
+    script = (
+        "import numpy as np, torch\n"
+        "from wsss_hf.labeling.matting import closed_form_alphas\n"
+        "trimap = np.repeat(np.array([[0, 128, 255]], dtype=np.uint8), 3, axis=0)\n"
+        "closed_form_alphas(np.zeros((3, 3, 3), dtype=np.uint8), trimap[None])\n"
+        "print(torch.get_num_threads())"
+    )
+    one = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True, env=one)
+    assert done.stdout.split()[-1] == "1"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -137,16 +138,26 @@ def _alphas(trimaps: np.ndarray, solve: Callable[[np.ndarray], list]) -> list[np
     return results
 
 
-def _closed_form(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | None]:
-    # Imported here: compiling or loading numba's functions takes seconds, which only matting should cost.
-    from pymatting import cf_laplacian
+@cache
+def _pymatting():
+    """The library, imported when it is needed: loading numba's functions takes seconds.
 
+    Its import would let torch have a thread per core from then on, whatever OMP_NUM_THREADS says.
+    """
+    threads = torch.get_num_threads()
+    import pymatting
+
+    torch.set_num_threads(threads)
+    return pymatting
+
+
+def _closed_form(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | None]:
     unknown = (trimaps != FOREGROUND) & (trimaps != BACKGROUND)
     box = _bounding_box(unknown.any(axis=0), _MARGIN)
     colours, factor = image[box] / 255.0, _reduction(unknown.sum(axis=(1, 2)).max())
     small = _at_least_3x3(_block_mean(colours, factor))
     known = np.stack([_at_least_3x3(_reduced_trimap(trimap[box], factor)) for trimap in trimaps])
-    laplacian = cf_laplacian(small, is_known=~np.isnan(known).any(axis=0))
+    laplacian = _pymatting().cf_laplacian(small, is_known=~np.isnan(known).any(axis=0))
     results = []
     for values in known:
         solution = _solve_known(laplacian, values)
@@ -160,8 +171,6 @@ def _closed_form(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | No
 
 def _solve_known(laplacian: sparse.csr_matrix, values: np.ndarray) -> np.ndarray | None:
     """The harmonic extension of `values` into their NaNs, or None without convergence."""
-    from pymatting import ichol
-
     solution = values.ravel().copy()
     unknown = np.isnan(solution)
     if unknown.any():
@@ -169,7 +178,7 @@ def _solve_known(laplacian: sparse.csr_matrix, values: np.ndarray) -> np.ndarray
         system, right = rows[:, unknown], -rows[:, ~unknown].dot(solution[~unknown])
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints when it has to try again
-                preconditioner = ichol(system, discard_threshold=1e-3)
+                preconditioner = _pymatting().ichol(system, discard_threshold=1e-3)
         except ValueError:
             return None
         solved = _conjugate_gradients(system, right, preconditioner)
@@ -180,19 +189,17 @@ def _solve_known(laplacian: sparse.csr_matrix, values: np.ndarray) -> np.ndarray
 
 
 def _knn(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | None]:
-    from pymatting import jacobi, knn_laplacian
-
     colours, factor = image / 255.0, _reduction(image.shape[0] * image.shape[1])
     small = _block_mean(colours, factor)
     pixels = small.shape[0] * small.shape[1]
-    laplacian = knn_laplacian(small, n_neighbors=[min(20, pixels), min(10, pixels)])
+    laplacian = _pymatting().knn_laplacian(small, n_neighbors=[min(20, pixels), min(10, pixels)])
     results = []
     for trimap in trimaps:
         values = _reduced_trimap(trimap, factor).ravel()
         # pymatting's own weight of the known pixels.
         weights = 100.0 * ~np.isnan(values)
         system = laplacian + sparse.diags(weights)
-        solution = _conjugate_gradients(system, weights * np.nan_to_num(values), jacobi(system))
+        solution = _conjugate_gradients(system, weights * np.nan_to_num(values), _pymatting().jacobi(system))
         if solution is not None:
             solution = np.clip(solution, 0, 1).reshape(small.shape[:2])
             solution = _upsampled(solution, small, colours, factor)
