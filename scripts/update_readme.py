@@ -21,9 +21,13 @@ from wsss_hf.stages.run import COLUMNS
 ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
 README = ROOT / "README.md"
-COMPARED = ["method", "seeds", "masks, mean IoU", "threshold", "best threshold, by masks", "at", "boundary F", "mAP"]
-
-REFINED = COMPARED[:4] + ["boundary F"]  # thresholds of plain maps say nothing of refined ones
+COMPARED = ["method", "seeds", "masks, mean IoU", "threshold"]
+SHOWN = {
+    "methods": [*COMPARED, "best threshold, by masks", "at", "boundary F", "mAP"],
+    "refined": [*COMPARED, "boundary F"],  # thresholds of plain maps say nothing of refined ones
+    "segmenters": [*COMPARED, "segmenter, mean IoU"],
+}
+"""First word of a plan's name → the columns of its table."""
 
 
 def main() -> None:
@@ -55,8 +59,7 @@ def update_run(run: Path) -> None:
 def update_comparison(comparison: Path) -> None:
     """The table of a comparison; the folder has the name of its plan."""
     rows = json.loads((comparison / "results.json").read_text())["rows"]
-    columns = [c for c in COMPARED if not comparison.name.startswith("refined") or c in REFINED]
-    table = markdown_table(comparison_table(rows), columns)
+    table = markdown_table(comparison_table(rows), SHOWN[comparison.name.partition("_")[0]])
     write_table(comparison.name, table, f"`wsss compare scripts/plans/{comparison.name}.yaml`")
 
 
