@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
+from datasets import Image as ImageFeature
+from PIL import Image
 
-from wsss_hf.data.tagged import DataError, class_names
+from wsss_hf.data.tagged import DataError, class_names, encode_png
 from wsss_hf.models.configuration_segmenter import SegmenterConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
@@ -111,3 +113,21 @@ def test_a_segmenter_of_other_classes_is_refused(toy_data, recipe, segmenter_fol
     with pytest.raises(DataError, match="the segmenter knows class 0, .*; the data have background, vixel"):
         relabel(toy_data, tmp_path / "other", recipe, tmp_path / "masks", quiet=True)
     assert not (tmp_path / "masks").exists() and not (tmp_path / "masks.partial").exists()
+
+
+def test_new_masks_cover_what_the_earlier_ones_cover(toy_data, segmenter_folder, recipe, tmp_path):
+    earlier = np.zeros((48, 48), dtype=np.uint8)
+    earlier[:12] = 1
+    encoded = encode_png(Image.fromarray(earlier))
+    rows = toy_data["train"].add_column("pseudo_mask", [encoded] * len(toy_data["train"]))
+    labelled = DatasetDict({**toy_data, "train": rows.cast_column("pseudo_mask", ImageFeature())})
+    recipe["self_training"]["threshold"] = 0.0
+
+    def area(keep: bool) -> float:
+        recipe["self_training"]["keep_area"] = keep
+        out = relabel(labelled, segmenter_folder, recipe, tmp_path / f"keep {keep}", quiet=True)
+        made = load_from_disk(str(out))["train"]
+        tagged = (mask for mask, tags in zip(made["pseudo_mask"], made["tags"], strict=True) if tags)
+        return np.mean([(np.asarray(mask) > 0).mean() for mask in tagged])
+
+    assert abs(area(True) - 0.25) < 0.02 < abs(area(False) - 0.25)

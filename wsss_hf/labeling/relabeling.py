@@ -15,7 +15,7 @@ from ..models.maps import IGNORE_INDEX
 from .segmentation import score_images
 
 _QUANTILES = 1000  # of an image's pixels
-_LARGEST_FACTOR = 1000.0
+_LARGEST_FACTOR = 1e6
 
 
 @dataclass
