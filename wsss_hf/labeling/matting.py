@@ -108,9 +108,9 @@ def merge_alphas(alphas: Tensor, uncertain: tuple[float, float] = (0.4, 0.6), ti
     Raises:
         ValueError: the band is not ordered inside [0, 1], or the tie is not in it.
     """
-    lowest, highest = uncertain if len(uncertain) == 2 else (1, 0)
-    if not 0 <= lowest <= highest <= 1:
+    if len(uncertain) != 2 or not 0 <= uncertain[0] <= uncertain[1] <= 1:
         raise ValueError(f"uncertain={tuple(uncertain)}: (lowest, highest) within [0, 1] would be right")
+    lowest, highest = uncertain
     if not 0 <= tie <= 1:
         raise ValueError(f"tie={tie}: a number in [0, 1] would be right")
     if not len(alphas):
