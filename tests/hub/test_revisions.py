@@ -84,7 +84,7 @@ def test_every_door_opens_the_revision(hub, kind, tmp_path):
         shared = state.keys() & weights[branch].keys()
         near = partial(torch.allclose, rtol=1e-4)  # norms that do next to nothing may be part of them
         assert len(shared) > 5 and all(near(state[key], weights[branch][key]) for key in shared), name
-    assert any(not torch.equal(weights["main"][key], weights["v2"][key]) for key in shared)
+    assert any(not near(weights["main"][key], weights["v2"][key]) for key in shared)
     with pytest.raises((OSError, ValueError), match="v3"):
         DOORS[kind](f"{repo_id}@v3")
 
