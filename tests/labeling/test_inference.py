@@ -6,6 +6,7 @@ from torch import nn
 from transformers import ConvNextConfig, MobileNetV1Config, MobileNetV2Config, ResNetConfig, SegformerConfig
 from transformers import SegformerForSemanticSegmentation as Segformer
 
+from wsss_hf.labeling import inference
 from wsss_hf.labeling.inference import for_inference
 from wsss_hf.labeling.prediction import load_segmenter
 from wsss_hf.labeling.pseudo_masks import load_labeler
@@ -85,6 +86,59 @@ def test_activations_work_in_place_where_nobody_else_sees_their_input():
     assert block.layer[0].activation.inplace and not block.activation.inplace  # whose input is a sum
     features = for_inference(build("classifier", "vgg"), "cpu").backbone.body.features
     assert all(layer.inplace for layer in features if isinstance(layer, nn.ReLU))
+
+
+@torch.no_grad()
+def test_convolutions_include_their_activation_unless_something_stands_between():
+    body = for_inference(build("classifier", "resnet"), "cpu").backbone.body
+    first, *_, second = (part.convolution for part in body.encoder.stages[0].layers[0].layer)
+    assert first(torch.randn(2, first.in_channels, 8, 8)).min() == 0
+    assert second(torch.randn(2, second.in_channels, 8, 8)).min() < 0  # the block's sum goes on with an activation
+
+
+@torch.no_grad()
+def test_weights_are_laid_out_once_for_many_sizes(monkeypatch):
+    model = for_inference(build("classifier", "mobilenet_v2"), "cpu")
+    laid_out, call = [], torch.ops.mkldnn._reorder_convolution_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", lambda *a: laid_out.append(a) or call(*a))
+    for known in (False, True):
+        for size in (64, 80, 96):
+            laid_out.clear()
+            model(torch.zeros(2, 3, size, size))
+            assert bool(laid_out) != known
+
+
+@pytest.mark.parametrize("backbone", ["resnet", "mobilenet_v2"])
+@torch.no_grad()
+def test_lower_precision_and_torch_without_onednn(backbone, monkeypatch):
+    model, images = build("classifier", backbone), torch.randn(2, 3, 64, 64)
+    wanted, faster = model(images).cams, for_inference(copy.deepcopy(model), "cpu")
+    near = {"atol": 0.05 * float(wanted.abs().max()), "rtol": 0}
+    for _ in range(2):  # float32 between, so both kinds of weights are there
+        with torch.autocast("cpu", torch.bfloat16):
+            low = faster(images).cams
+        assert low.dtype == torch.bfloat16
+        torch.testing.assert_close(low.float(), wanted, **near)
+        torch.testing.assert_close(faster(images).cams, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+    monkeypatch.setattr(inference, "_ONEDNN_FUNCTIONS", ("no such function",))
+    slower = for_inference(copy.deepcopy(model), "cpu")
+    assert all("_conv_forward" not in vars(module) for module in slower.modules())
+    torch.testing.assert_close(slower(images).cams, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
+
+
+@torch.no_grad()
+def test_hooks_on_activations_see_and_change_what_they_did():
+    model, images, seen = build("classifier", "resnet"), torch.randn(2, 3, 64, 64), []
+    activation = model.backbone.body.encoder.stages[0].layers[0].layer[0].activation
+
+    def hook(_module, _inputs, output):
+        seen.append(output.mean())
+        return 2 * output
+
+    activation.register_forward_hook(hook)
+    wanted = model(images).logits
+    torch.testing.assert_close(for_inference(model, "cpu")(images).logits, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(seen[-1], seen[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layer", ["convolution", "normalization"])

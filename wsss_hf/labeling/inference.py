@@ -15,30 +15,75 @@ from transformers import PreTrainedModel
 from ..models.backbone import Backbone
 
 _PROBE_SIZE = 64  # any backbone has a map of it
+_ONEDNN_FUNCTIONS = ("_reorder_convolution_weight", "_get_mkldnn_serialized_md", "_convolution_pointwise")
+_ONEDNN_ACTIVATIONS = {nn.ReLU: ("relu", []), nn.ReLU6: ("hardtanh", [0.0, 6.0])}
 
 
 def for_inference(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
     """`model` itself, in eval mode on `device`, with outputs that differ by rounding only, about 1e-5.
 
-    In our models batch norms become part of the convolutions before them, activations work in place, and the
-    convolutions do TensorFlow's padding. Its weights are then no longer the loaded ones: neither train nor save it.
+    In our models batch norms and activations become part of the convolutions before them, which do TensorFlow's
+    padding as well. Weights are then no longer the loaded ones, and are kept twice: neither train nor save it.
     """
     model = model.to(device).eval()
+    activations = {}
     if isinstance(getattr(model, "backbone", None), Backbone):
-        _simplify(model)
+        activations = _simplify(model)
         _pad_in_convolutions(model.backbone)
-    if model.device.type == "cpu":
+    if model.device.type == "cpu" and _has_onednn():
         for module in model.modules():
-            # On one thread torch makes a 1x1 convolution a product of matrices, by a library that on some CPUs takes
-            # twice as long. A dilated one stays a convolution, and dilation means nothing for a single pixel.
-            if type(module) is nn.Conv2d and module.kernel_size == (1, 1):
-                module.dilation = (2, 2)
+            if type(module) is nn.Conv2d and module.weight.dtype == torch.float32 and _pads_with_zeros(module):
+                _use_onednn(module, activations.get(module))
     return model.to(memory_format=torch.channels_last)
 
 
+def _pads_with_zeros(layer: nn.Conv2d) -> bool:
+    return layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and all(hasattr(torch.ops.mkldnn, name) for name in _ONEDNN_FUNCTIONS)
+
+
+def _use_onednn(layer: nn.Conv2d, activation: nn.Module | None) -> None:
+    """Convolve as torch.compile does: activation included, and weights kept in the layout that suits the images.
+
+    Otherwise torch changes the layout in each call; and on one thread it makes a 1x1 convolution a product of
+    matrices, by a library that on some CPUs takes twice as long.
+    """
+    name, limits = _ONEDNN_ACTIVATIONS.get(type(activation), ("none", []))
+    if name != "none":
+        activation.forward = _as_it_is
+    geometry = (layer.padding, layer.stride, layer.dilation, layer.groups)
+    layouts, weights = {}, {}  # a few layouts serve all sizes
+
+    def convolve(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            images = images.to(torch.get_autocast_dtype("cpu"))
+            bias = None if bias is None else bias.to(images.dtype)
+        kind = (images.shape, images.dtype)
+        if kind not in layouts:
+            suitable = torch.ops.mkldnn._reorder_convolution_weight(weight.to(images.dtype), *geometry, images.shape)
+            layouts[kind] = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(suitable).numpy())
+            weights.setdefault(layouts[kind], suitable)
+        return torch.ops.mkldnn._convolution_pointwise(
+            images, weights[layouts[kind]], bias, *geometry, name, limits, ""
+        )
+
+    layer._conv_forward = convolve
+
+
+def _as_it_is(maps: Tensor) -> Tensor:
+    return maps
+
+
 @torch.no_grad()
-def _simplify(model: PreTrainedModel) -> None:
-    """Fold batch norms and let activations work in place, wherever nobody else reads the tensor that this changes."""
+def _simplify(model: PreTrainedModel) -> dict[nn.Conv2d, nn.Module]:
+    """Fold batch norms and let activations work in place, wherever nobody else reads the tensor that this changes.
+
+    Returns:
+        convolution → activation of its output, where nothing is between them.
+    """
     calls, makers = {}, {}
 
     def record(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -57,6 +102,7 @@ def _simplify(model: PreTrainedModel) -> None:
             handle.remove()
 
     names = {module: name for name, module in model.named_modules()}
+    folded_into, fed = {}, {}
     for module, inputs in calls.items():
         before = {makers.get(tensor) for tensor in inputs}
         maker = before.pop()
@@ -64,10 +110,15 @@ def _simplify(model: PreTrainedModel) -> None:
             continue
         if module in activations:
             module.inplace = True
+            maker = folded_into.get(maker, maker)
+            if type(maker) is nn.Conv2d and len(calls[maker]) == len(inputs):
+                fed[maker] = module
         elif type(module) is nn.BatchNorm2d and _can_fold(module, maker) and len(calls[maker]) == len(inputs):
             folded = fuse_conv_bn_eval(maker, module)
             maker.weight, maker.bias = folded.weight, folded.bias
             model.set_submodule(names[module], nn.Identity())
+            folded_into[module] = maker
+    return fed
 
 
 def _can_fold(norm: nn.BatchNorm2d, maker: nn.Module) -> bool:

@@ -51,7 +51,7 @@ def localize(
     fused, logits = None, []
     for outputs in _views(model, pixel_values, scales, flip, bf16):
         logits.append(outputs.logits.float())
-        maps = normalize_maps(outputs.maps[images, classes][:, None], size=size)[:, 0]
+        maps = normalize_maps(_upsampled(outputs.maps[images, classes].float().relu(), size)[None])[0]
         if fused is None:
             fused = maps
         else:
@@ -94,6 +94,15 @@ class _View:
     maps: Tensor
     cams: Tensor
     logits: Tensor
+
+
+def _upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, h, w) maps, bilinearly at `size`: as products with two matrices, which for few maps is much faster."""
+    rows, columns = (
+        F.interpolate(torch.eye(there, device=maps.device)[None], size=wanted, mode="linear", align_corners=False)[0]
+        for there, wanted in zip(maps.shape[-2:], size, strict=True)
+    )
+    return rows.T @ maps @ columns
 
 
 def _views(
