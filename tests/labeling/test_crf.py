@@ -1,6 +1,7 @@
 """The dense CRF: the library's own labels from fewer channels, seeds without open pixels, and no library."""
 
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -48,6 +49,18 @@ def test_scores_follow_the_colours(photograph):
     np.testing.assert_allclose(refined.sum(axis=0), 1, atol=1e-4)
     assert ((scores.argmax(axis=0) == 1) == disc).mean() < 0.93
     assert ((refined.argmax(axis=0) == 1) == disc).mean() > 0.99
+
+
+def test_iterations_end_where_they_move_little(photograph):
+    pytest.importorskip("pydensecrf")
+    image, _, scores = photograph
+    by_count = [dense_crf(scores, image, iterations=count, tolerance=0) for count in range(1, 11)]
+    moved = [np.abs(after - before).sum() / (2 * 60 * 80) for before, after in pairwise(by_count)]
+    assert moved[0] > 0.002 > min(moved)
+    for tolerance in (0.002, 1.5 * min(moved)):
+        last = 1 + next(i for i, share in enumerate(moved) if share < tolerance)
+        np.testing.assert_array_equal(dense_crf(scores, image, tolerance=tolerance), by_count[last])
+    np.testing.assert_array_equal(dense_crf(scores, image, iterations=3, tolerance=0.0001), by_count[2])
 
 
 def test_fewer_than_two_channels_need_no_library(photograph, monkeypatch):

@@ -211,6 +211,7 @@ def test_a_solver_that_does_not_converge_keeps_the_scores(scores, image, monkeyp
         ([{"pamr": {"steps": 3}}], "pamr: no option 'steps'; there are iterations, dilations"),
         ([{"pamr": {"iterations": "many"}}], "iterations is 'many'; something like 10"),
         ([{"pamr": {"iterations": 0}}], "pamr: iterations=0"),
+        ([{"crf": {"tolerance": 1.0}}], "crf: tolerance=1.0: a share"),
         ([{"pamr": {"dilations": [0, 1]}}], "dilations="),
         ([{"crf": {"bilateral_sxy": 0}}], "crf: bilateral_sxy=0"),
         ([{"matting": {"method": "magic"}}], "closed_form, knn or vitmatte"),

@@ -174,12 +174,15 @@ class Crf(OneByOne):
     bilateral_sxy: float = 80.0
     bilateral_srgb: float = 13.0
     bilateral_compat: float = 10.0
+    tolerance: float = 0.001
 
     def __post_init__(self):
         _at_least_one(self, "iterations")
         for name in ("gaussian_sxy", "bilateral_sxy", "bilateral_srgb"):
             if getattr(self, name) <= 0:
                 raise RefinementError(f"{name}={getattr(self, name)}: a positive number would be right")
+        if not 0 <= self.tolerance < 1:
+            raise RefinementError(f"tolerance={self.tolerance}: a share in [0, 1) would be right")
         try:
             require_densecrf()
         except ImportError as error:
