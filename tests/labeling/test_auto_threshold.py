@@ -7,7 +7,13 @@ import torch
 from wsss_hf.labeling import auto_threshold as module
 from wsss_hf.labeling.auto_threshold import auto_threshold, with_threshold
 from wsss_hf.labeling.pseudo_masks import label_images, load_labeler
-from wsss_hf.models.separation import THRESHOLDS, choose_threshold, object_areas, value_histogram
+from wsss_hf.models.separation import (
+    THRESHOLDS,
+    choose_threshold,
+    explained_features,
+    object_areas,
+    value_histogram,
+)
 from wsss_hf.training.recipes import load_recipe
 
 
@@ -57,6 +63,34 @@ def test_wide_slopes_leave_it_to_the_area():
     assert area < 0.8 * (values > middle).mean()
 
 
+def test_explained_features_are_the_variance_between_the_groups():
+    generator = torch.Generator().manual_seed(0)
+    maps, features = torch.rand(2, 12, 16, generator=generator), torch.randn(5, 12, 16, generator=generator)
+    features += 3 * maps.amax(dim=0)
+    found = explained_features(maps, [features, 1e-3 * features])
+    values, highest = features.flatten(1).numpy(), maps.amax(dim=0).flatten().numpy()
+    total = ((values - values.mean(axis=1, keepdims=True)) ** 2).sum()
+    for threshold, share in zip(THRESHOLDS, found[0], strict=True):
+        sides = [values[:, highest > threshold], values[:, highest <= threshold]]
+        within = sum(((side - side.mean(axis=1, keepdims=True)) ** 2).sum() for side in sides if side.size)
+        np.testing.assert_allclose(share, 1 - within / total, atol=1e-5)
+    torch.testing.assert_close(found[1], found[0])
+    nothing = explained_features(torch.ones(1, 12, 16), [features])
+    assert nothing.abs().max() < 1e-6
+
+
+def test_features_decide_between_maps_of_the_same_values():
+    maps = blurred_disc(25, 0.0, 1.0, 60)
+    rows, columns = torch.meshgrid(torch.arange(80), torch.arange(80), indexing="ij")
+    distance = ((rows - 40.0) ** 2 + (columns - 40.0) ** 2).sqrt()[None]
+
+    def chosen(radius):
+        coarse = torch.nn.functional.avg_pool2d((distance < radius).float(), 4)
+        return choose_threshold(value_histogram(maps), explained_features(maps, [coarse]))
+
+    assert chosen(14) > chosen(24) > chosen(34)
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_maps_of_one_value_get_some_threshold(value):
     assert choose_threshold(value_histogram(torch.full((1, 4, 4), value))) in THRESHOLDS
@@ -80,9 +114,9 @@ def test_processes_share_the_images_and_agree(labeler, toy_data, settings, monke
     for rank in range(2):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         auto_threshold(*labeler, toy_data["train"], settings, num_images=7)
-    alone, first, second = sums
-    assert first.any() and second.any()
-    torch.testing.assert_close(first + second, alone, atol=0.02, rtol=0)
+    for alone, first, second in (sums[::2], sums[1::2]):  # values, and features
+        assert first.any() and second.any()
+        torch.testing.assert_close(first + second, alone, atol=0.02, rtol=0)
 
 
 def test_images_without_tags_are_passed_over(labeler, toy_data, settings):

@@ -15,7 +15,14 @@ from ..data.batches import batches_by_size
 from ..models.maps import add_background
 from ..models.methods import all_reduce_sum
 from ..models.modeling_cam import CamClassifier
-from ..models.separation import BINS, THRESHOLDS, choose_threshold, object_areas, value_histogram
+from ..models.separation import (
+    BINS,
+    THRESHOLDS,
+    choose_threshold,
+    explained_features,
+    object_areas,
+    value_histogram,
+)
 from .localization import localize
 from .refine import Chain, Matting, Note, build_refiner
 
@@ -51,17 +58,21 @@ def auto_threshold(
     refine = Chain(list(itertools.takewhile(lambda step: not isinstance(step, Matting), steps)))
     views = {key: settings[key] for key in ("scales", "flip", "fusion", "bf16")}
     histogram = torch.zeros(BINS, device=model.device)
+    explained = torch.zeros(len(model.backbone.stage_indices), len(THRESHOLDS), device=model.device)
     maps, images = [], []
     for batch in batches_by_size(rows.select(chosen[rank::world]), processor, settings["batch_size"]):
-        tags = batch.tags.to(model.device)
-        found, _ = localize(model, batch.pixel_values.to(model.device), tags, batch.size, **views)
+        pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
+        found, _ = localize(model, pixel_values, tags, batch.size, **views)
         found = found.split([int(count) for count in batch.tags.sum(dim=1)])
         histogram += sum(map(value_histogram, found))
+        with torch.inference_mode():
+            features = zip(*model.backbone(pixel_values), strict=True)
+        explained += sum(map(explained_features, found, features))
         if refine.refiners:
             maps += found
             images += [np.asarray(image) for image in batch.images]
     histogram = all_reduce_sum(histogram).cpu() / len(chosen)
-    threshold = choose_threshold(histogram)
+    threshold = choose_threshold(histogram, all_reduce_sum(explained).cpu() / len(chosen))
     if not refine.refiners:
         return threshold
 
