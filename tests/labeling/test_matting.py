@@ -175,6 +175,26 @@ def test_classes_are_solved_together_as_alone(method):
     np.testing.assert_array_equal(method(image, np.stack([right, left]))[1], together[0])
 
 
+@pytest.mark.parametrize("solver", [closed_form_alphas, knn_alphas])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_prior_draws_unknown_pixels_to_what_is_expected(solver, exact, monkeypatch):
+    if not exact:
+        monkeypatch.setattr(matting, "_SOLVED_EXACTLY", 100)
+    image, trimap = soft_disc(48)
+    columns = np.arange(48)[None].repeat(48, axis=0)
+    expected, unknown = np.where(columns < 24, 0.8, 0.3)[None], trimap == UNKNOWN
+
+    def distance(prior):
+        (alpha,) = solver(image, trimap[None], expected, prior)
+        assert (alpha[trimap == FOREGROUND] == 1).all() and (alpha[trimap == BACKGROUND] == 0).all()
+        return np.abs(alpha - expected[0])[unknown].mean()
+
+    np.testing.assert_array_equal(solver(image, trimap[None], expected), solver(image, trimap[None]))
+    assert distance(0) > distance(0.1) > distance(1) > distance(1e3)
+    if exact:  # what is upsampled follows the colours all the same
+        assert distance(1e3) < 0.02
+
+
 def test_a_solver_that_does_not_converge_has_no_alpha(monkeypatch):
     image, trimap = soft_disc(48)
     monkeypatch.setattr(matting, "_MAX_ITERATIONS", 1)

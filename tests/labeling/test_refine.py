@@ -74,10 +74,17 @@ def test_matting_gives_alphas_and_the_rest_to_the_background(scores, image):
     refined = refiner(scores, image, note)
     trimaps = refiner.refiners[0].trimaps(levels(scores.numpy()))
     assert {0, 128, 255} == set(np.unique(trimaps))
-    np.testing.assert_array_equal(refined[1:], np.stack(closed_form_alphas(image, trimaps)))
+    wanted = closed_form_alphas(image, trimaps, levels(scores.numpy()), refiner.refiners[0].prior)
+    np.testing.assert_array_equal(refined[1:], np.stack(wanted))
     torch.testing.assert_close(refined[0], 1 - refined[1:].amax(dim=0))
     assert not note.fallbacks and np.array_equal(note.pictures["trimap"], trimaps)
     np.testing.assert_allclose(note.pictures["alpha"] / 255, refined[1:], atol=0.51 / 255)
+
+
+def test_without_a_prior_matting_is_the_published_one(scores, image):
+    refiner = build_refiner([{"matting": {"prior": 0.0}}])
+    trimaps = refiner.refiners[0].trimaps(levels(scores.numpy()))
+    np.testing.assert_array_equal(refiner(scores, image)[1:], np.stack(closed_form_alphas(image, trimaps)))
 
 
 @pytest.mark.parametrize("background", [0.1, 0.4, 0.8])
@@ -217,6 +224,7 @@ def test_a_solver_that_does_not_converge_keeps_the_scores(scores, image, monkeyp
         ([{"matting": {"method": "magic"}}], "closed_form, knn or vitmatte"),
         ([{"matting": {"method": "vitmatte"}}], "needs a directory or Hub id"),
         ([{"matting": {"background_threshold": 0.9}}], "matting: background_threshold=0.9"),
+        ([{"matting": {"prior": -1.0}}], "matting: prior=-1.0: 0 or more"),
     ],
 )
 def test_senseless_steps_are_named(steps, message):

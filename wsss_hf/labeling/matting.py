@@ -31,7 +31,9 @@ _GUIDE_EPSILON = 1e-5  # regularises the local colour model of the upsampling
 _MAX_ITERATIONS = 500
 
 
-def closed_form_alphas(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | None]:
+def closed_form_alphas(
+    image: np.ndarray, trimaps: np.ndarray, expected: np.ndarray | None = None, prior: float = 0.0
+) -> list[np.ndarray | None]:
     """Closed-form matting (Levin, Lischinski & Weiss, 2008) of every class of an image.
 
     What makes it fast: the matting Laplacian is shared by the classes; only the bounding box of the unknown pixels is
@@ -42,24 +44,28 @@ def closed_form_alphas(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarra
     Args:
         image: (H, W, 3) uint8.
         trimaps: (K, H, W) uint8.
+        expected: (K, H, W) in [0, 1], alphas that unknown pixels tend to; needed with a prior.
+        prior: weight of that, beside an entry of the Laplacian; 0 leaves unknown pixels to the colours.
 
     Returns:
         K alphas (H, W) float32 in [0, 1], 0 and 1 at known pixels; None where a side is missing or conjugate gradients
         did not converge.
     """
-    return _alphas(trimaps, lambda solvable: _closed_form(image, solvable))
+    return _alphas(trimaps, expected, lambda *solvable: _closed_form(image, *solvable, prior))
 
 
-def knn_alphas(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | None]:
+def knn_alphas(
+    image: np.ndarray, trimaps: np.ndarray, expected: np.ndarray | None = None, prior: float = 0.0
+) -> list[np.ndarray | None]:
     """KNN matting (Chen, Li & Tang, 2013), which also connects distant pixels of one colour.
 
     The same arguments and results as `closed_form_alphas`. It looks at the whole image, reduced unless that is small.
     """
-    return _alphas(trimaps, lambda solvable: _knn(image, solvable))
+    return _alphas(trimaps, expected, lambda *solvable: _knn(image, *solvable, prior))
 
 
 class VitMatte:
-    """Learned matting with a ViTMatte model; the arguments and results of `closed_form_alphas`.
+    """Learned matting with a ViTMatte model; the arguments and results of `closed_form_alphas`, but no prior.
 
     Args:
         model: directory or Hub id of a `VitMatteForImageMatting` with its image processor.
@@ -75,8 +81,10 @@ class VitMatte:
         self.model = from_safetensors(VitMatteForImageMatting.from_pretrained, model, **hub_kwargs).to(device).eval()
         self.processor = AutoImageProcessor.from_pretrained(model, **hub_kwargs)
 
-    def __call__(self, image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | None]:
-        return _alphas(trimaps, lambda solvable: self._alphas(image, solvable))
+    def __call__(
+        self, image: np.ndarray, trimaps: np.ndarray, expected: np.ndarray | None = None
+    ) -> list[np.ndarray | None]:
+        return _alphas(trimaps, expected, lambda solvable, _: self._alphas(image, solvable))
 
     @torch.inference_mode()
     def _alphas(self, image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | None]:
@@ -124,13 +132,14 @@ def merge_alphas(alphas: Tensor, uncertain: tuple[float, float] = (0.4, 0.6), ti
     return labels.masked_fill(unsure, IGNORE_INDEX).to(torch.uint8)
 
 
-def _alphas(trimaps: np.ndarray, solve: Callable[[np.ndarray], list]) -> list[np.ndarray | None]:
-    """`solve`s the trimaps that have something to solve; known pixels keep their values."""
+def _alphas(trimaps: np.ndarray, expected: np.ndarray | None, solve: Callable) -> list[np.ndarray | None]:
+    """`solve`s the trimaps that have something to solve, given what is expected; known pixels keep their values."""
+    expected = np.zeros(trimaps.shape) if expected is None else expected
     foreground, background = trimaps == FOREGROUND, trimaps == BACKGROUND
     unknown = ~(foreground | background)
     results: list[np.ndarray | None] = [None] * len(trimaps)
     solvable = [k for k in range(len(trimaps)) if unknown[k].any() and foreground[k].any() and background[k].any()]
-    solved = dict(zip(solvable, solve(trimaps[solvable]), strict=True)) if solvable else {}
+    solved = dict(zip(solvable, solve(trimaps[solvable], expected[solvable]), strict=True)) if solvable else {}
     for k in range(len(trimaps)):
         alpha = solved.get(k) if unknown[k].any() else foreground[k]
         if alpha is not None:
@@ -151,7 +160,9 @@ def _pymatting():
     return pymatting
 
 
-def _closed_form(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | None]:
+def _closed_form(
+    image: np.ndarray, trimaps: np.ndarray, expected: np.ndarray, prior: float
+) -> list[np.ndarray | None]:
     unknown = (trimaps != FOREGROUND) & (trimaps != BACKGROUND)
     box = _bounding_box(unknown.any(axis=0), _MARGIN)
     colours, factor = image[box] / 255.0, _reduction(unknown.sum(axis=(1, 2)).max())
@@ -159,8 +170,8 @@ def _closed_form(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | No
     known = np.stack([_at_least_3x3(_reduced_trimap(trimap[box], factor)) for trimap in trimaps])
     laplacian = _pymatting().cf_laplacian(small, is_known=~np.isnan(known).any(axis=0))
     results = []
-    for values in known:
-        solution = _solve_known(laplacian, values)
+    for values, own in zip(known, expected, strict=True):
+        solution = _solve_known(laplacian, values, _at_least_3x3(_block_mean(own[box], factor)), prior)
         if solution is not None:
             full = np.zeros(image.shape[:2], dtype=np.float32)
             full[box] = _upsampled(solution, small, colours, factor)
@@ -169,13 +180,16 @@ def _closed_form(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | No
     return results
 
 
-def _solve_known(laplacian: sparse.csr_matrix, values: np.ndarray) -> np.ndarray | None:
-    """The harmonic extension of `values` into their NaNs, or None without convergence."""
+def _solve_known(
+    laplacian: sparse.csr_matrix, values: np.ndarray, expected: np.ndarray, prior: float
+) -> np.ndarray | None:
+    """The harmonic extension of `values` into their NaNs, drawn to what is `expected`; None without convergence."""
     solution = values.ravel().copy()
     unknown = np.isnan(solution)
     if unknown.any():
         rows = laplacian[unknown]
-        system, right = rows[:, unknown], -rows[:, ~unknown].dot(solution[~unknown])
+        system = rows[:, unknown] + prior * sparse.identity(unknown.sum(), format="csr")
+        right = prior * expected.ravel()[unknown] - rows[:, ~unknown].dot(solution[~unknown])
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints when it has to try again
                 preconditioner = _pymatting().ichol(system, discard_threshold=1e-3)
@@ -188,18 +202,19 @@ def _solve_known(laplacian: sparse.csr_matrix, values: np.ndarray) -> np.ndarray
     return np.clip(solution, 0, 1).reshape(values.shape)
 
 
-def _knn(image: np.ndarray, trimaps: np.ndarray) -> list[np.ndarray | None]:
+def _knn(image: np.ndarray, trimaps: np.ndarray, expected: np.ndarray, prior: float) -> list[np.ndarray | None]:
     colours, factor = image / 255.0, _reduction(image.shape[0] * image.shape[1])
     small = _block_mean(colours, factor)
     pixels = small.shape[0] * small.shape[1]
     laplacian = _pymatting().knn_laplacian(small, n_neighbors=[min(20, pixels), min(10, pixels)])
     results = []
-    for trimap in trimaps:
+    for trimap, own in zip(trimaps, expected, strict=True):
         values = _reduced_trimap(trimap, factor).ravel()
-        # pymatting's own weight of the known pixels.
-        weights = 100.0 * ~np.isnan(values)
+        unknown = np.isnan(values)
+        weights = np.where(unknown, prior, 100.0)  # pymatting's own of the known pixels
+        wanted = np.where(unknown, _block_mean(own, factor).ravel(), values)
         system = laplacian + sparse.diags(weights)
-        solution = _conjugate_gradients(system, weights * np.nan_to_num(values), _pymatting().jacobi(system))
+        solution = _conjugate_gradients(system, weights * wanted, _pymatting().jacobi(system))
         if solution is not None:
             solution = np.clip(solution, 0, 1).reshape(small.shape[:2])
             solution = _upsampled(solution, small, colours, factor)

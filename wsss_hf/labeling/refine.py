@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -210,6 +210,8 @@ class Matting(OneByOne):
         device: where vitmatte runs.
         foreground_threshold, background_threshold, erosion: see `trimap`. The thresholds are those of `levels`, so
             they follow the background score; where it is 0.4, the defaults are scores of 0.7 and 0.2.
+        prior: how much an unknown pixel tends to its own level, see `closed_form_alphas`; not of vitmatte. 0 is the
+            published Mat-Label; but where scores are rough, colours alone carry an alpha far beyond its object.
     """
 
     method: str = "closed_form"
@@ -218,8 +220,11 @@ class Matting(OneByOne):
     foreground_threshold: float = 0.75
     background_threshold: float = 0.25
     erosion: int = 3
+    prior: float = 0.01
 
     def __post_init__(self):
+        if self.prior < 0:
+            raise RefinementError(f"prior={self.prior}: 0 or more would be right")
         if self.method not in MATTING_METHODS:
             raise RefinementError(f"method={self.method!r}: {_either(MATTING_METHODS)} would be right")
         if (self.method == "vitmatte") != bool(self.model):
@@ -227,9 +232,8 @@ class Matting(OneByOne):
                 f"method={self.method!r}, model={self.model!r}: vitmatte, and only vitmatte, needs a directory or Hub "
                 "id as its model"
             )
-        self._matte = {"closed_form": closed_form_alphas, "knn": knn_alphas}.get(self.method) or VitMatte(
-            self.model, self.device
-        )
+        solver = {"closed_form": closed_form_alphas, "knn": knn_alphas}.get(self.method)
+        self._matte = partial(solver, prior=self.prior) if solver else VitMatte(self.model, self.device)
         self.trimaps(np.zeros((0, 1, 1)))  # reports senseless thresholds now, not at the first image
 
     @property
@@ -243,7 +247,7 @@ class Matting(OneByOne):
     def _refine(self, scores: Tensor, image: np.ndarray, note: Note) -> Tensor:
         maps = levels(scores.cpu().numpy())
         known = self.trimaps(maps)
-        alphas = self._matte(image, known)
+        alphas = self._matte(image, known, maps)
         for k, alpha in enumerate(alphas):
             if not (known[k] != BACKGROUND).any():
                 note.fallbacks["class not found"] += 1
