@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--root", help="VOC2012 folder of a devkit; without it the embedded data")
     parser.add_argument("--cam", help="classifier for the localisation")
     parser.add_argument("--backbone", help="without --cam: directory or Hub id of a pretrained backbone")
-    parser.add_argument("--threads", type=int, default=1, help="of the localisation")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the localisation")
     parser.add_argument("--passes", type=int, default=3, help="of the localisation over the images")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that share the CRF")
     parser.add_argument("--bands", type=int, nargs="+", default=[8, 20], help="unknown pixels on either side")

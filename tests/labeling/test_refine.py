@@ -81,7 +81,7 @@ def test_matting_gives_alphas_and_the_rest_to_the_background(scores, image):
     np.testing.assert_allclose(note.pictures["alpha"] / 255, refined[1:], atol=0.51 / 255)
 
 
-def test_without_a_prior_matting_is_the_published_one(scores, image):
+def test_without_a_prior_the_colours_decide_alone(scores, image):
     refiner = build_refiner([{"matting": {"prior": 0.0}}])
     trimaps = refiner.refiners[0].trimaps(levels(scores.numpy()))
     np.testing.assert_array_equal(refiner(scores, image)[1:], np.stack(closed_form_alphas(image, trimaps)))
