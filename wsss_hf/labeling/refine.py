@@ -210,8 +210,8 @@ class Matting(OneByOne):
         device: where vitmatte runs.
         foreground_threshold, background_threshold, erosion: see `trimap`. The thresholds are those of `levels`, so
             they follow the background score; where it is 0.4, the defaults are scores of 0.7 and 0.2.
-        prior: how much an unknown pixel tends to its own level, see `closed_form_alphas`; not of vitmatte. 0 is matting
-            as it is elsewhere; but where scores are rough, colours alone carry an alpha far beyond its object.
+        prior: how much an unknown pixel tends to its own level, see `closed_form_alphas`; not of vitmatte. With 0, as
+            elsewhere, colours decide alone, and where scores are rough carry an alpha far beyond its object.
     """
 
     method: str = "closed_form"
