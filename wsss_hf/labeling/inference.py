@@ -23,7 +23,8 @@ def for_inference(model: PreTrainedModel, device: torch.device | str) -> PreTrai
     """`model` itself, in eval mode on `device`, with outputs that differ by rounding only, about 1e-5.
 
     In our models batch norms and activations become part of the convolutions before them, which do TensorFlow's
-    padding as well. Weights are then no longer the loaded ones, and are kept twice: neither train nor save it.
+    padding as well. Weights are then no longer the loaded ones, and on CPUs a second form of them, made at the first
+    call, is what counts: neither change, train nor save the model.
     """
     model = model.to(device).eval()
     activations = {}
