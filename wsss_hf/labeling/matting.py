@@ -188,7 +188,8 @@ def _solve_known(
     unknown = np.isnan(solution)
     if unknown.any():
         rows = laplacian[unknown]
-        system = rows[:, unknown] + prior * sparse.identity(unknown.sum(), format="csr")
+        system = rows[:, unknown]
+        system.setdiag(system.diagonal() + prior)
         right = prior * expected.ravel()[unknown] - rows[:, ~unknown].dot(solution[~unknown])
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints when it has to try again
