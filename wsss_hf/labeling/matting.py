@@ -44,7 +44,7 @@ def closed_form_alphas(
     Args:
         image: (H, W, 3) uint8.
         trimaps: (K, H, W) uint8.
-        expected: (K, H, W) in [0, 1], alphas that unknown pixels tend to; needed with a prior.
+        expected: (K, H, W) in [0, 1], alphas that unknown pixels tend to; None is 0 everywhere.
         prior: weight of that, beside an entry of the Laplacian; 0 leaves unknown pixels to the colours.
 
     Returns:
