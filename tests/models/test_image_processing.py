@@ -6,10 +6,10 @@ import torch
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
+    DPTImageProcessorPil,
     MobileNetV2Config,
     ResNetConfig,
     ResNetModel,
-    SegformerImageProcessorPil,
     ViTConfig,
 )
 
@@ -84,7 +84,7 @@ def test_label_maps_get_the_size_of_each_image():
     maps = WsssImageProcessor().post_process_semantic_segmentation(outputs(), [(20, 30), (7, 9)])
     assert [tuple(m.shape) for m in maps] == [(20, 30), (7, 9)]
     assert all(m.dtype == torch.int64 for m in maps)
-    expected = SegformerImageProcessorPil().post_process_semantic_segmentation(outputs(), [(20, 30), (7, 9)])
+    expected = DPTImageProcessorPil().post_process_semantic_segmentation(outputs(), [(20, 30), (7, 9)])
     assert all(torch.equal(actual, own) for actual, own in zip(maps, expected, strict=True))
 
 
@@ -113,7 +113,7 @@ def mobilenet(folder):
 
 def test_a_backbone_with_a_processor_says_its_normalization_itself(tmp_path):
     backbone, config = mobilenet(tmp_path)
-    SegformerImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    DPTImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
     assert backbone_normalization(backbone, config) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
 
 
@@ -164,7 +164,7 @@ def test_a_model_that_has_no_processor_gets_the_one_of_its_configuration(tmp_pat
 @pytest.mark.parametrize("model_class", [CamClassifier, Segmenter])
 def test_a_model_on_a_published_backbone_keeps_its_normalization(model_class, tmp_path):
     ResNetModel(ResNetConfig(**TINY)).save_pretrained(tmp_path)
-    SegformerImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
+    DPTImageProcessorPil(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
     model = model_class.from_backbone(str(tmp_path))
     model.save_pretrained(tmp_path / "model")
     assert values_beside(tmp_path / "model") == (224, [0.1, 0.2, 0.3], [0.4, 0.5, 0.6])

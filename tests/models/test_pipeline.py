@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 from transformers import (
+    DPTImageProcessorPil,
     ResNetConfig,
     SegformerConfig,
     SegformerForSemanticSegmentation,
-    SegformerImageProcessorPil,
     pipeline,
 )
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
@@ -202,7 +202,7 @@ def segformer(tmp_path_factory):
         label2id={"road": 0, "sky": 1, "tree": 2},
     )
     SegformerForSemanticSegmentation(config).save_pretrained(folder)
-    SegformerImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
+    DPTImageProcessorPil(size={"height": 64, "width": 64}).save_pretrained(folder)
     return str(folder)
 
 
