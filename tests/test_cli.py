@@ -6,13 +6,14 @@ import re
 import subprocess
 import sys
 import tarfile
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from datasets import load_from_disk
 from PIL import Image
 from safetensors.torch import load_file
@@ -25,6 +26,7 @@ from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.stages.compare import plan_cells
+from wsss_hf.training.loop import TrainingError
 
 TINY_BACKBONE = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16]}
 TINY_BACKBONE |= {"depths": [1, 1]}
@@ -338,6 +340,25 @@ def test_masks_are_made_by_a_classifier(wsss, tiny, tmp_path, photos):
     assert_one_line(wsss(*arguments, "--cam", tmp_path / "nowhere"), "nowhere")
     assert_one_line(wsss(*arguments, "--cam", photos), "photos")
     assert not (tmp_path / "masks").exists()
+
+
+def test_a_process_group_ends_after_the_models_of_a_failed_training(wsss, monkeypatch):
+    class Model:
+        pass
+
+    models, alive = [], []
+
+    def train(**options):
+        model = Model()
+        model.itself = model  # as wrapped models hold themselves
+        models.append(weakref.ref(model))
+        raise TrainingError("the loss became nan")
+
+    monkeypatch.setattr("wsss_hf.cli.app", train)
+    monkeypatch.setattr(PartialState, "use_distributed", True)
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda state: alive.append(models[0]()))
+    assert_one_line(wsss(), "error: the loss became nan")
+    assert alive == [None]
 
 
 def test_a_segmenter_wants_pseudo_masks(wsss, tiny, tmp_path, photos):

@@ -1,5 +1,6 @@
 """The command line: `wsss STAGE …`."""
 
+import gc
 import json
 import os
 import sys
@@ -332,9 +333,13 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
     finally:
-        PartialState().destroy_process_group()  # its threads must not outlive the interpreter
+        # The threads of the process group must not outlive the interpreter, nor may a model in training be the last
+        # to hold the group: it would wait for the threads under the lock that they wait for.
+        if PartialState().use_distributed:
+            gc.collect()
+            PartialState().destroy_process_group()
+    sys.exit(1)  # an error, and no longer with its frames; without one `app` has raised SystemExit
 
 
 if __name__ == "__main__":
