@@ -7,8 +7,9 @@ from PIL import Image
 from torch import nn
 
 from wsss_hf.data.tagged import encode_png
+from wsss_hf.labeling.object_area import background_factor, labelled_objects
 from wsss_hf.labeling.refine import build_refiner
-from wsss_hf.labeling.relabeling import background_factor, confident_labels, relabel_images
+from wsss_hf.labeling.relabeling import confident_labels, relabel_images
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.training.recipes import load_recipe
 
@@ -115,3 +116,27 @@ def test_objects_stay_as_large_as_the_labels_that_were_learnt(toy_data, share):
 
     wanted = (earlier[earlier != 255] > 0).mean()
     assert abs(area(factor) - wanted) < 0.02 < abs(area(1.0) - wanted)
+
+
+def test_labels_that_say_nothing_of_objects_change_nothing(toy_data):
+    processor = WsssImageProcessor(size={"shortest_edge": 48, "longest_edge": 192})
+    rows = toy_data["train"].select(range(4))
+    tagged = sum(bool(tags) for tags in rows["tags"])
+
+    def factor(*values):
+        masks = [encode_png(Image.new("L", (48, 48), value)) for value in values]
+        labelled = rows.add_column("pseudo_mask", masks)
+        return background_factor(Colours(), processor, labelled_objects(labelled, "pseudo_mask", 99), SETTINGS)
+
+    assert tagged and factor(0, 0, 0, 0) == factor(255, 255, 255, 255) == 1
+    # An image without labels counts as little as one that is not there.
+    halves = np.zeros((48, 48), dtype=np.uint8)
+    halves[:24] = 1
+    halves, nothing = encode_png(Image.fromarray(halves)), encode_png(Image.new("L", (48, 48), 255))
+    with_some = rows.add_column("pseudo_mask", [halves, nothing, halves, None])
+    alone = rows.select([0, 2]).add_column("pseudo_mask", [halves, halves])
+    some, few = (labelled_objects(labelled, "pseudo_mask", 99) for labelled in (with_some, alone))
+    assert background_factor(Colours(), processor, some, SETTINGS) == background_factor(
+        Colours(), processor, few, SETTINGS
+    )
+    assert labelled_objects(rows.add_column("pseudo_mask", [halves] * 4), "pseudo_mask", 2).num_rows == min(2, tagged)

@@ -38,6 +38,7 @@ from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from wsss_hf.data.tagged import class_names, undecoded
 from wsss_hf.data.transforms import TrainTransform
 from wsss_hf.evaluation.evaluate import evaluate_segmenter
+from wsss_hf.labeling.object_area import multiply_background, output_bias
 from wsss_hf.labeling.prediction import load_segmenter, predict_scores
 from wsss_hf.models.mask_classifiers import auto_class
 from wsss_hf.stages.library_segmenter import build_library_segmenter
@@ -176,6 +177,22 @@ def learn_once(model, new):
     labels[:, :9] = 255
     objective(torch.randn(2, 3, 64, 64), labels).loss.backward()
     return objective
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_background_gets_likelier_by_a_factor(published, name):
+    model, _, _ = build_library_segmenter(str(published / name), NAMES, 64, {})
+    bias = output_bias(model.eval())
+    if name in MASK_CLASSIFIERS:
+        assert bias is None
+        return
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model(images).logits.softmax(dim=1)
+        multiply_background(bias, 3.0)
+        after = model(images).logits.softmax(dim=1)
+    torch.testing.assert_close(after[:, 0] / after[:, 1], 3 * before[:, 0] / before[:, 1])
+    torch.testing.assert_close(after[:, 2] / after[:, 1], before[:, 2] / before[:, 1])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from wsss_hf.data import superpixels
 from wsss_hf.data.tagged import DataError, class_names, tagged_features
+from wsss_hf.labeling.prediction import load_segmenter
+from wsss_hf.labeling.segmentation import segment_images
 from wsss_hf.models.backbone import Backbone
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
@@ -228,6 +230,22 @@ def test_a_segmenter_learns_its_masks_with_background_first(labelled, tiny_recip
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.parametrize("head", ["deeplab_v2", "deeplab_v3_plus"])
+def test_objects_are_as_large_as_in_the_labels(labelled, tiny_recipe, tmp_path, head):
+    tiny_recipe["segmenter"] |= {"head": head, "rates": [1, 2], "input_scales": [1.0, 0.5]}
+    tiny_recipe["segmenter"]["train"] |= {"epochs": 8, "lr": 3e-3, "freeze_batch_norm": False}
+    area, shift = {}, {}
+    for keep in (True, False):
+        tiny_recipe["segmenter"]["keep_area"] = keep
+        out = train_segmenter(labelled, tiny_recipe, tmp_path / str(keep), quiet=True)
+        found = segment_images(*load_segmenter(str(out), "cpu"), labelled["train"], tiny_recipe["evaluation"])
+        area[keep] = np.mean([(one.labels > 0).mean() for one in found])
+        shift[keep] = json.loads((out / "training_log.json").read_text())[-1].get("background_factor")
+    wanted = np.mean([(np.asarray(mask) > 0).mean() for mask in labelled["train"]["pseudo_mask"]])
+    assert abs(area[True] - wanted) < 0.03 < abs(area[False] - wanted)
+    assert shift[False] is None and shift[True] != 1
+
+
 def test_a_segmenter_starts_from_the_classifiers_backbone(labelled, tiny_recipe, cam_folder, tmp_path):
     # Another normalisation and another backbone than the recipe's, so that one can tell where they come from.
     config = CamClassifier.from_pretrained(cam_folder).config
@@ -277,6 +295,7 @@ def test_pixels_without_confidence_teach_nothing(labelled, tiny_recipe, tmp_path
         columns |= {name: [Image.fromarray(values) for values in column] for name, column in pictures.items()}
         return DatasetDict(train=Dataset.from_dict(columns, features=tagged_features(class_names(rows), *pictures)))
 
+    tiny_recipe["segmenter"]["keep_area"] = False  # which counts labels, whatever their confidence
     tiny_recipe["segmenter"]["train"] |= {"freeze_batch_norm": True}
     first = train_segmenter(data(pseudo_mask=ignored), tiny_recipe, tmp_path / "ignored", quiet=True)
     tiny_recipe["segmenter"]["confidence"] = True

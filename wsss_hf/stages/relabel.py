@@ -16,8 +16,9 @@ from PIL import Image
 from ..data.palette import mask_image
 from ..data.tagged import encode_png
 from ..evaluation.evaluate import check_classes
+from ..labeling.object_area import background_factor, labelled_objects
 from ..labeling.prediction import load_segmenter
-from ..labeling.relabeling import background_factor, relabel_images
+from ..labeling.relabeling import relabel_images
 from .outputs import StageOutput
 from .shards import compute_shards
 
@@ -66,7 +67,8 @@ def relabel(
         check_classes(model, rows)
         factor = 1.0
         if self_training["keep_area"] and "pseudo_mask" in rows.column_names:
-            factor = background_factor(model, processor, rows, self_training)
+            some = labelled_objects(rows, "pseudo_mask", num_images=96)
+            factor = background_factor(model, processor, some, self_training)
         compute = partial(_encoded, model, processor, settings=self_training | {"background_factor": factor})
         shards, size = output.partial / "shards", self_training["shard_size"]
         made = compute_shards(compute, rows, _FEATURES, shards, size, "relabelling", quiet)

@@ -87,6 +87,7 @@ def train_and_save(
     output: StageOutput,
     quiet: bool,
     targets: bool = False,
+    finish: Callable | None = None,
 ) -> list[dict]:
     """Train what `build_model()` gives, (model, processor), and put both where `output` says; returns the log.
 
@@ -94,6 +95,8 @@ def train_and_save(
         build_model: its model gives a loss in training, and has `save_pretrained`.
         mask_column: label maps to learn from; None learns from tags, or
         targets: from the localisation maps of the rows.
+        finish: called in the main process with the trained model and its processor, before they are saved; what it
+            returns joins the last record of the log.
     """
     settings = recipe[section]["train"]
     AcceleratorState._reset_state()  # each stage of a run has its own precision
@@ -119,6 +122,8 @@ def train_and_save(
         )
         history = fit(model, examples, settings, accelerator, output.partial, recipe["seed"], section, quiet)
     if accelerator.is_main_process:
+        if finish is not None:
+            history[-1] |= finish(model, processor)
         result = output.partial / "result"
         model.save_pretrained(result)
         processor.save_pretrained(result)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 
 from ..data.tagged import class_names
+from ..labeling.object_area import background_factor, labelled_objects, multiply_background, output_bias
 from ..models.backbone import pinned
 from ..models.configuration_segmenter import SegmenterConfig
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_segmenter import Segmenter
 from ..training.losses import SegmentationObjective, build_loss, cross_entropy
+from ..training.progress import Progress
 from .library_segmenter import build_library_segmenter
 from .outputs import StageOutput
 from .train_model import build_on_backbone, build_processor, resolve_backbone, train_and_save, training_size
+
+_AREA_IMAGES = 256  # that say how large objects are
 
 
 def train_segmenter(
@@ -78,5 +84,30 @@ def train_segmenter(
             mean, std = backbone["image_mean"], backbone["image_std"]
         return SegmentationObjective(model, loss, **trust), build_processor(recipe, "segmenter", mean, std)
 
-    train_and_save(build_model, data["train"], mask_column, recipe, "segmenter", output, quiet)
+    finish = partial(_keep_area, data["train"], mask_column, section["train"]["batch_size"], quiet)
+    finish = finish if section["keep_area"] else None
+    train_and_save(build_model, data["train"], mask_column, recipe, "segmenter", output, quiet, finish=finish)
     return output.path
+
+
+def _keep_area(
+    rows: Dataset,
+    mask_column: str,
+    batch_size: int,
+    quiet: bool,
+    objective: SegmentationObjective,
+    processor: Callable,
+) -> dict:
+    """Objects become as large, on the whole, as in the labels; what a classifier of masks says stays as it is."""
+    model = objective.model.eval()
+    bias = output_bias(model)
+    rows = labelled_objects(rows, mask_column, _AREA_IMAGES)
+    if bias is None or not len(rows):
+        return {}
+    settings = {"scales": [1.0], "flip": True, "workers": 0, "batch_size": batch_size}
+    with Progress("objects' area", len(rows), quiet, unit="image") as progress:
+        factor = background_factor(
+            model, processor, rows, settings, mask_column, only_tagged=False, advance=progress.advance
+        )
+    multiply_background(bias, factor)
+    return {"background_factor": factor}
