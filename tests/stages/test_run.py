@@ -42,6 +42,7 @@ def test_all_stages_leave_models_masks_figures_and_a_report(toy_data, tiny_recip
     page = (out / "report.html").read_text()
     shown = [image_id for image_id in toy_data["val"]["image_id"] if image_id in page]
     assert len(shown) == tiny_recipe["evaluation"]["examples"]
+    assert "<dt>background threshold</dt><dd>0.40</dd>" in page  # not in percent, as figures are
     with Image.open(out / "gallery.png") as gallery:
         assert min(gallery.size) > 100
 

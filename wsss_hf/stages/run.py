@@ -219,7 +219,8 @@ def finish_run(
     curves = {row["result"]: row["threshold_curve"] for row in rows if "threshold_curve" in row}
     table = [{key: value for key, value in row.items() if key in (*COLUMNS, "iou")} for row in rows]
     source = (data_settings or {}).get("source", "given")
-    notes = {"data": source, "classes": len(names) - 1, "minutes": f"{minutes:.1f}", "background threshold": threshold}
+    notes = {"data": source, "classes": len(names) - 1, "minutes": f"{minutes:.1f}"}
+    notes |= {"background threshold": f"{threshold:.2f}"}  # of maps in [0, 1], where figures are in percent
     title = "Image tags in, segmentation model out"
     write_report(out / "report.html", title, table, examples, names, notes, curves)
     write_gallery(out / "gallery.png", examples)
