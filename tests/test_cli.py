@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, PartialState
 from datasets import load_from_disk
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, SegformerConfig, SegformerForSemanticSegmentation
 
 from wsss_hf.cli import main
 from wsss_hf.data.tagged import class_names
@@ -359,6 +359,22 @@ def test_a_process_group_ends_after_the_models_of_a_failed_training(wsss, monkey
     monkeypatch.setattr(PartialState, "destroy_process_group", lambda state: alive.append(models[0]()))
     assert_one_line(wsss(), "error: the loss became nan")
     assert alive == [None]
+
+
+def test_a_library_that_a_model_wants_is_named_in_one_line(wsss, tiny, tmp_path, monkeypatch):
+    """As transformers says it of image processors that it has with torchvision alone."""
+    torch.manual_seed(0)
+    SegformerForSemanticSegmentation(
+        SegformerConfig(depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8)
+    ).save_pretrained(tmp_path / "segformer")
+
+    def load(*arguments, **options):
+        raise ImportError("\nSegformerImageProcessor requires the Torchvision library\nPlease install it.\n")
+
+    monkeypatch.setattr("wsss_hf.stages.library_segmenter.AutoImageProcessor.from_pretrained", load)
+    command = ["train-segmenter", "--data", "toy", "--supervised", "--out", tmp_path / "segmenter", "--quiet", *tiny]
+    result = wsss(*command, "--set", f"segmenter.model={tmp_path / 'segformer'}", "--set", "segmenter.size=64")
+    assert_one_line(result, "SegformerImageProcessor requires the Torchvision library Please install it.")
 
 
 def test_a_segmenter_wants_pseudo_masks(wsss, tiny, tmp_path, photos):

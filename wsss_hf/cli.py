@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
     PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     try:
         app(args=arguments)
-    except (ValueError, OSError, TrainingError, CompareError) as error:
+    except (ValueError, OSError, ImportError, TrainingError, CompareError) as error:  # a library that is missing, too
         if os.environ.get("WSSS_TRACEBACK"):
             raise
         message = " ".join(str(error).split()) or type(error).__name__
