@@ -243,7 +243,22 @@ def test_objects_are_as_large_as_in_the_labels(labelled, tiny_recipe, tmp_path, 
         shift[keep] = json.loads((out / "training_log.json").read_text())[-1].get("background_factor")
     wanted = np.mean([(np.asarray(mask) > 0).mean() for mask in labelled["train"]["pseudo_mask"]])
     assert abs(area[True] - wanted) < 0.03 < abs(area[False] - wanted)
-    assert shift[False] is None and shift[True] != 1
+    assert shift[False] is None and shift[True] < 1
+
+
+def test_objects_beyond_the_labels_stay_and_true_masks_need_no_correction(labelled, tiny_recipe, tmp_path):
+    tiny_recipe["segmenter"]["train"] |= {"lr": 0.0, "epochs": 1}  # an untrained one sees objects everywhere
+
+    def train(keep, mask_column):
+        tiny_recipe["segmenter"]["keep_area"] = keep
+        return train_segmenter(labelled, tiny_recipe, tmp_path / f"{keep} {mask_column}", mask_column, quiet=True)
+
+    def factor(folder):
+        return json.loads((folder / "training_log.json").read_text())[-1].get("background_factor")
+
+    kept, left, true = train(True, "pseudo_mask"), train(False, "pseudo_mask"), train(True, "mask")
+    assert factor(kept) == 1 and same_weights(kept, left)
+    assert factor(true) is None and same_weights(true, left)
 
 
 def test_a_segmenter_starts_from_the_classifiers_backbone(labelled, tiny_recipe, cam_folder, tmp_path):

@@ -62,8 +62,9 @@ def train_segmenter(
     trust = {"weigh": section["confidence"], "min_confidence": section["min_confidence"]}
     wants_confidence = mask_column != "mask" and any(trust.values())
     recipe = recipe | {"segmenter": section | {"confidence": wants_confidence}}
+    keep_area = section["keep_area"]
     if mask_column == "mask":  # true masks are certain: what doubts labels is for pseudo masks
-        loss = cross_entropy
+        loss, keep_area = cross_entropy, False
 
     def build_model():
         if section["model"] is not None:
@@ -85,7 +86,7 @@ def train_segmenter(
         return SegmentationObjective(model, loss, **trust), build_processor(recipe, "segmenter", mean, std)
 
     finish = partial(_keep_area, data["train"], mask_column, section["train"]["batch_size"], quiet)
-    finish = finish if section["keep_area"] else None
+    finish = finish if keep_area else None
     train_and_save(build_model, data["train"], mask_column, recipe, "segmenter", output, quiet, finish=finish)
     return output.path
 
@@ -98,7 +99,7 @@ def _keep_area(
     objective: SegmentationObjective,
     processor: Callable,
 ) -> dict:
-    """Objects become as large, on the whole, as in the labels; what a classifier of masks says stays as it is."""
+    """Objects become no smaller, on the whole, than in the labels; a classifier of masks stays as it is."""
     model = objective.model.eval()
     bias = output_bias(model)
     rows = labelled_objects(rows, mask_column, _AREA_IMAGES)
@@ -109,5 +110,6 @@ def _keep_area(
         factor = background_factor(
             model, processor, rows, settings, mask_column, only_tagged=False, advance=progress.advance
         )
+    factor = min(factor, 1.0)  # where they are larger, it is the coarse maps that cover borders, or objects found anew
     multiply_background(bias, factor)
     return {"background_factor": factor}
