@@ -85,8 +85,9 @@ def train_segmenter(
             mean, std = backbone["image_mean"], backbone["image_std"]
         return SegmentationObjective(model, loss, **trust), build_processor(recipe, "segmenter", mean, std)
 
-    finish = partial(_keep_area, data["train"], mask_column, section["train"]["batch_size"], quiet)
-    finish = finish if keep_area else None
+    finish = None
+    if keep_area:
+        finish = partial(_keep_area, data["train"], mask_column, section["train"]["batch_size"], quiet)
     train_and_save(build_model, data["train"], mask_column, recipe, "segmenter", output, quiet, finish=finish)
     return output.path
 
