@@ -20,8 +20,9 @@ from wsss_hf.data.sources import load_data
 from wsss_hf.evaluation.evaluate import evaluate_segmenter
 from wsss_hf.evaluation.tables import print_table
 from wsss_hf.hub.export import INT8_FILE, ONNX_FILE, export_onnx
+from wsss_hf.training.recipes import load_recipe
 
-SETTINGS = {"scales": [1.0], "flip": False, "batch_size": 1}
+SETTINGS = load_recipe()["evaluation"] | {"flip": False, "batch_size": 1}
 
 
 class Squares:
