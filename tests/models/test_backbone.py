@@ -1,12 +1,16 @@
 import pytest
 import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoConfig,
+    AutoModel,
     BertConfig,
     ConvNextConfig,
     DeiTConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
+    MobileNetV1Config,
     MobileNetV2Config,
     MobileNetV2Model,
     RegNetConfig,
@@ -119,6 +123,21 @@ def test_dilated_mobilenet_is_the_one_that_transformers_dilates_itself(output_st
     torch.testing.assert_close(maps[-1], expected.last_hidden_state)
     for actual, index in zip(maps[:-1], backbone.stage_indices, strict=False):
         torch.testing.assert_close(actual, expected.hidden_states[index])
+
+
+@pytest.mark.parametrize("config", [MobileNetV1Config(depth_multiplier=0.25, min_depth=8), mobilenet()])
+def test_mobilenets_pad_by_hand_only_where_the_size_decides(config):
+    backbone = build(config)
+    own = AutoModel.from_config(config, add_pooling_layer=False).eval()
+    own.load_state_dict(backbone.body.state_dict())
+    strided = [m for m in own.modules() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+    for size in ((64, 96), (61, 75)):
+        pixels = torch.randn(1, 3, *size)
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU]) as recorded:
+            maps = backbone(pixels)
+        assert sum(event.name == "aten::constant_pad_nd" for event in recorded.events()) == len(strided)
+        with torch.no_grad():
+            assert torch.equal(maps[-1], own(pixels).last_hidden_state)
 
 
 @pytest.mark.parametrize(

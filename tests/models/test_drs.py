@@ -106,6 +106,15 @@ def test_the_gradient_is_that_of_the_equation(layout, learnable):
     assert torch.equal(suppress(features, controller, axis), found[0])
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_of_several_maxima_the_first_gets_the_gradient(axis):
+    tokens = torch.randn(3, 40, 5).clamp(max=0.1).movedim(2, axis)  # as relu6 saturates
+    first = tokens.max(dim=3 - axis).indices
+    tokens.requires_grad_()
+    suppress(tokens, 0.5, axis).sum().backward()  # each channel's cut places, half of 40, give 0.5 to one
+    assert torch.equal(tokens.grad.argmax(dim=3 - axis), first)
+
+
 @pytest.mark.parametrize("delta", [None, 0.5])
 def test_channels_last_and_tokens_are_the_same_numbers_in_another_order(delta):
     features = torch.randn(2, 6, 4, 3)

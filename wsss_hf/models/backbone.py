@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 
 import torch
@@ -135,6 +136,7 @@ class Backbone(nn.Module):
         if output_stride is not None and natural_stride > output_stride:
             if getattr(config, "num_attention_heads", None) is None:
                 _dilate(layers, output_stride)
+        _pad_unstrided(self.body)
         # The last map of each resolution (as it was before dilation) is a stage.
         levels = getattr(config, "undilated_strides", sizes)  # a network may be published dilated
         self.stage_indices = [i for i, level in enumerate(levels) if i + 1 == len(levels) or levels[i + 1] != level]
@@ -296,6 +298,21 @@ def _dilate(layers: list[tuple[nn.Module, int]], output_stride: int):
             layer.padding = "same"  # patch-merging kernels have no centre and no padding of their own
         elif not isinstance(layer.padding, str):
             layer.padding = _like(layer.padding, _first(layer.padding) * rate)
+
+
+def _pad_unstrided(body: nn.Module):
+    """Let the convolutions pad that MobileNets pad for: a copy of each input, and of those of 1×1 kernels for nothing.
+
+    With a stride of 1 that padding does not depend on the input's size.
+    """
+    for module in body.modules():
+        config, layer = getattr(module, "config", None), getattr(module, "convolution", None)
+        if getattr(config, "tf_padding", False) and isinstance(layer, nn.Conv2d) and layer.stride == (1, 1):
+            module.config = copy(config)
+            module.config.tf_padding = False
+            layer.padding = tuple(
+                (size - 1) // 2 * rate for size, rate in zip(layer.kernel_size, layer.dilation, strict=True)
+            )
 
 
 def _first(value) -> int:

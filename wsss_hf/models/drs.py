@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from .methods import Method, register_method
@@ -128,6 +129,15 @@ def _bound(maximum: Tensor, controller: Tensor | float) -> Tensor:
     return (maximum.clamp_min(0) * controller).to(maximum.dtype)
 
 
+def _maximum(features: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    """`features.max(dim=axis, keepdim=True)`; on a CPU by a pooling, which finds the places ten times as fast."""
+    if features.device.type != "cpu" or torch.compiler.is_compiling():  # a pooling's size would be fixed
+        return features.max(dim=axis, keepdim=True)
+    maps = features.movedim(axis, 2).unsqueeze(2)
+    maximum, places = F.max_pool2d(maps, maps.shape[2:], return_indices=True)
+    return maximum.squeeze(2).movedim(2, axis), places.squeeze(2).movedim(2, axis)
+
+
 class _Suppress(torch.autograd.Function):
     """Suppression with a gradient that costs a few passes over the activations, where that of its parts takes dozens.
 
@@ -137,7 +147,7 @@ class _Suppress(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features: Tensor, controller: Tensor | float, axis: int) -> Tensor:
-        maximum, places = features.max(dim=axis, keepdim=True)
+        maximum, places = _maximum(features, axis)
         bound = _bound(maximum, controller)
         suppressed = torch.clamp(features, max=bound)
         ctx.axis = axis
