@@ -94,6 +94,7 @@ def test_a_recipe_survives_being_written_down(tmp_path, name):
         ("masks.flip=no", False),
         ("cam.train.lr=1", 1),
         ("cam.train.lr=1e-3", 0.001),
+        ("cam.train.mixed_precision=no", "no"),
         ("cam.train.lr=3E-4", 0.0003),
         ("masks.fusion=max", "max"),
     ],

@@ -127,6 +127,8 @@ def _merge(recipe: dict, changes: dict, source: str, prefix: str = "") -> None:
         old = recipe.get(key)
         if isinstance(old, float) and isinstance(value, str):
             value = _number(value)  # YAML takes 1e-3, without a point, for text
+        if isinstance(old, str) and value is False:
+            value = "no"  # which YAML takes, without quotes, for false
         if isinstance(old, dict) and isinstance(value, dict):
             _merge(old, value, source, f"{dotted}.")
         elif dotted in _FOUND:
