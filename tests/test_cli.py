@@ -25,7 +25,7 @@ from wsss_hf.models.configuration_segmenter import SegmenterConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
-from wsss_hf.stages.compare import plan_cells
+from wsss_hf.stages.plan import plan_cells
 from wsss_hf.training.loop import TrainingError
 
 TINY_BACKBONE = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16]}

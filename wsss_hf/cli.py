@@ -40,12 +40,13 @@ from .evaluation.evaluate import evaluate_files
 from .evaluation.gap import gap_markdown
 from .evaluation.tables import print_table
 from .launch import keep_freed_memory, keep_kernels, start_missing_processes
-from .stages.compare import CompareError, read_plan, with_data_options
+from .stages.compare import CompareError
 from .stages.compare import compare as run_compare
 from .stages.demo import demo as run_demo
 from .stages.make_masks import check_exports, export_masks
 from .stages.make_masks import make_masks as run_make_masks
 from .stages.outputs import write_atomically
+from .stages.plan import read_plan, with_data_options
 from .stages.predict_masks import predict_masks
 from .stages.run import COLUMNS, has_masks, maps_row, masks_row, needs_masks, segmenter_gap, segmenter_row
 from .stages.run import run as run_all
