@@ -30,7 +30,7 @@ class IcdConfig:
         sign_momentum: momentum of the running CAM means that decide each direction's sign.
         margin: normalised scores with an absolute value up to this teach the top-down classifier nothing.
         hidden_channels: channels of both hidden convolutions of the top-down classifier, 1024 in the paper. None takes
-            a quarter of the backbone's, at least 64, so that a small backbone isn't outweighed by its classifier.
+            an eighth of the backbone's, at least 64, so that a small backbone isn't outweighed by its classifier.
     """
 
     bottom_up_weight: float = 10.0
@@ -295,7 +295,7 @@ class Icd(Method):
         super().__init__(config, backbone, num_classes)
         channels = backbone.channels[-1]
         if config.hidden_channels is None:
-            self.config = config = dataclasses.replace(config, hidden_channels=max(64, channels // 4))
+            self.config = config = dataclasses.replace(config, hidden_channels=max(64, channels // 8))
         self.norm = FeatureNorm(channels)
         self.directions = nn.Parameter(torch.empty(num_classes, channels))
         self.top_down = TopDownClassifier(channels, config.hidden_channels, num_classes)
