@@ -5,15 +5,17 @@ is the median over the turns. On a GPU seconds are those of the clock; on a CPU 
 hardly lengthen. Memory is the largest sum of tensors that one step adds to model and optimiser. Images are noise.
 
     python scripts/benchmark_methods.py --backbone google/mobilenet_v2_1.0_224 --set cam.train.batch_size=8
-    python scripts/benchmark_methods.py --recipe toy
+    python scripts/benchmark_methods.py --recipe small_methods --backbone DIR --out runs/costs.json   # for the README
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -106,6 +108,7 @@ def main() -> None:
     # On a CPU the memory that is kept still grows in the first steps, most for what needs most; trainings are longer.
     parser.add_argument("--warmup", type=int, default=5, help="turns before those that count")
     parser.add_argument("--classes", type=int, default=20)
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     keep_freed_memory()  # as the command line does
@@ -136,10 +139,10 @@ def main() -> None:
         rows.append(
             {
                 "methods": name,
-                "ms per step": f"{1000 * statistics.median(variant.seconds):.0f}",
+                "seconds": statistics.median(variant.seconds),
                 "time": statistics.median(ratios),
                 "limit": LIMITS.get(name),
-                "MiB": f"{memory[name] / 2**20:.0f}",
+                "MiB": memory[name] / 2**20,
                 "memory": memory[name] / memory["plain CAM"],
             }
         )
@@ -147,16 +150,21 @@ def main() -> None:
     for row in rows:
         if row["methods"] == "all together":
             row["limit"] = 1 + sum(time - 1 for time in alone)  # plain CAM and what each adds
-    title = f"{recipe['image']['size']} pixels, batch {len(batch['tags'])}, stride {recipe['cam']['output_stride']}"
-    print(f"{title}, {device.type}; time and memory relative to plain CAM")
+    precision = "bfloat16" if recipe["cam"]["train"]["mixed_precision"] == "bf16" else "float32"
+    size, stride = recipe["image"]["size"], recipe["cam"]["output_stride"]
+    title = f"{size} pixels, batch {len(batch['tags'])}, stride {stride}, {precision}, {device.type}"
+    print(f"{title}; time and memory relative to plain CAM")
     for row in rows:
         limit = "" if row["limit"] is None else f"(limit {row['limit']:.2f})"
         print(
-            f"{row['methods']:13s} {row['ms per step']:>6s} ms {row['time']:6.2f} {limit:13s} "
-            f"{row['MiB']:>6s} MiB {row['memory']:6.2f}"
+            f"{row['methods']:13s} {1000 * row['seconds']:6.0f} ms {row['time']:6.2f} {limit:13s} "
+            f"{row['MiB']:6.0f} MiB {row['memory']:6.2f}"
         )
     if len(options) > 1:
         print(f"one after the other the methods take {sum(alone):.2f}")
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"title": title, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

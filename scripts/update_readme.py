@@ -2,6 +2,7 @@
 
 python scripts/update_readme.py runs/demo runs/photographs                         # what `wsss demo` and `run` wrote
 python scripts/update_readme.py --comparisons runs/methods_toy runs/refined_toy    # what `wsss compare` wrote
+python scripts/update_readme.py --costs runs/costs.json                            # what benchmark_methods.py wrote
 """
 
 import argparse
@@ -34,11 +35,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="*", help="folders that `wsss demo` or `wsss run` wrote")
     parser.add_argument("--comparisons", type=Path, nargs="+", default=[], help="folders that `wsss compare` wrote")
+    parser.add_argument("--costs", type=Path, help="the file that `benchmark_methods.py --out` wrote")
     arguments = parser.parse_args()
     for run in arguments.runs:
         update_run(run)
     for comparison in arguments.comparisons:
         update_comparison(comparison)
+    if arguments.costs is not None:
+        update_costs(arguments.costs)
 
 
 def update_run(run: Path) -> None:
@@ -61,6 +65,16 @@ def update_comparison(comparison: Path) -> None:
     rows = json.loads((comparison / "results.json").read_text())["rows"]
     table = markdown_table(comparison_table(rows), SHOWN[comparison.name.partition("_")[0]])
     write_table(comparison.name, table, f"`wsss compare scripts/plans/{comparison.name}.yaml`")
+
+
+def update_costs(costs: Path) -> None:
+    """The table of what the methods cost."""
+    measured = json.loads(costs.read_text())
+    rows = [
+        {"method": row["methods"], "time": f"{row['time']:.2f}", "memory": f"{row['memory']:.2f}"}
+        for row in measured["rows"]
+    ]
+    write_table("costs", markdown_table(rows), f"`python scripts/benchmark_methods.py`: {measured['title']}")
 
 
 def write_table(name: str, table: str, source: str) -> None:
