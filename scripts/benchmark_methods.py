@@ -104,9 +104,9 @@ def main() -> None:
     parser.add_argument("--backbone", help="directory or Hub id; the recipe's without it")
     parser.add_argument("--set", action="append", default=[], help="change a setting, such as cam.train.batch_size=8")
     parser.add_argument("--only", nargs="+", choices=[*METHODS], default=[*METHODS], help="methods to measure")
-    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--turns", type=int, default=14)
     # On a CPU the memory that is kept still grows in the first steps, most for what needs most; trainings are longer.
-    parser.add_argument("--warmup", type=int, default=5, help="turns before those that count")
+    parser.add_argument("--warmup", type=int, default=20, help="turns before those that count")
     parser.add_argument("--classes", type=int, default=20)
     parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
