@@ -17,10 +17,10 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 
 import wsss_hf  # noqa: F401  (registers the models)
 from wsss_hf.data.sources import load_data
-from wsss_hf.evaluation.evaluate import evaluate_segmenter
-from wsss_hf.evaluation.tables import print_table
-from wsss_hf.hub.export import INT8_FILE, ONNX_FILE, export_onnx
-from wsss_hf.training.recipes import load_recipe
+from wsss_hf.hub.onnx import INT8_FILE, ONNX_FILE, export_onnx
+from wsss_hf.recipes import load_recipe
+from wsss_hf.reporting.tables import print_table
+from wsss_hf.stages.evaluate import evaluate_segmenter
 
 SETTINGS = load_recipe()["evaluation"] | {"flip": False, "batch_size": 1}
 

@@ -38,23 +38,23 @@ from pymatting import estimate_alpha_cf
 from scipy import ndimage
 from torch.nn import functional as F
 
+from wsss_hf.cli.launch import keep_freed_memory, keep_kernels
 from wsss_hf.data.batches import ImageBatch, batches_by_size
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import class_names, decode_image, decode_mask, tagged_features, undecoded
 from wsss_hf.data.voc import VOC_CLASSES
-from wsss_hf.labeling.crf import require_densecrf
-from wsss_hf.labeling.inference import for_inference
-from wsss_hf.labeling.localization import localize
-from wsss_hf.labeling.matting import closed_form_alphas
-from wsss_hf.labeling.prediction import resize_images
-from wsss_hf.labeling.pseudo_masks import load_labeler
-from wsss_hf.labeling.refine import Note, build_refiner
-from wsss_hf.labeling.trimap import BACKGROUND, FOREGROUND, UNKNOWN
-from wsss_hf.launch import keep_freed_memory, keep_kernels
+from wsss_hf.inference.cam_maps import localize
+from wsss_hf.inference.optimize import for_inference
+from wsss_hf.inference.segmenter_scores import resize_images
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
-from wsss_hf.stages.train_model import build_on_backbone, build_processor, resolve_backbone
-from wsss_hf.training.recipes import load_recipe
+from wsss_hf.pseudo_labels.crf import require_densecrf
+from wsss_hf.pseudo_labels.label_images import load_labeler
+from wsss_hf.pseudo_labels.matting import closed_form_alphas
+from wsss_hf.pseudo_labels.refinement import Note, build_refiner
+from wsss_hf.pseudo_labels.trimap import BACKGROUND, FOREGROUND, UNKNOWN
+from wsss_hf.recipes import load_recipe
+from wsss_hf.training.build import build_on_backbone, build_processor, resolve_backbone
 
 SCALES = (0.75, 1.0, 1.25)
 

@@ -22,11 +22,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import logging as transformers_logging
 
 from wsss_hf import CamClassifier
-from wsss_hf.launch import keep_freed_memory
+from wsss_hf.cli.launch import keep_freed_memory
 from wsss_hf.models.methods import METHODS
-from wsss_hf.stages.train_model import build_on_backbone, resolve_backbone
-from wsss_hf.training.optimization import build_optimizer, freeze_batch_norm
-from wsss_hf.training.recipes import load_recipe
+from wsss_hf.recipes import load_recipe
+from wsss_hf.training.build import build_on_backbone, resolve_backbone
+from wsss_hf.training.optimizer import build_optimizer, freeze_batch_norm
 
 LIMITS = {"drs": 1.15, "icd": 1.6, "d2cam": 1.3, "plda": 2.2, "seam": 1.5}
 

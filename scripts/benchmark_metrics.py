@@ -27,7 +27,7 @@ import evaluate
 import numpy as np
 from PIL import Image
 
-from wsss_hf.evaluation.mean_iou import MeanIoU
+from wsss_hf.metrics.mean_iou import MeanIoU
 
 HEIGHT, WIDTH, CLASSES, IGNORE = 375, 500, 21, 255
 BATCH = 16

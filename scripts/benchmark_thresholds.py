@@ -19,15 +19,15 @@ from scipy.stats import rankdata
 
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import class_names, decode_mask, undecoded
-from wsss_hf.evaluation.evaluate import rows_with
-from wsss_hf.evaluation.mean_iou import MeanIoU
-from wsss_hf.labeling.auto_threshold import auto_threshold
-from wsss_hf.labeling.localization import label_map
-from wsss_hf.labeling.pseudo_masks import label_images, load_labeler
-from wsss_hf.labeling.refine import build_refiner
+from wsss_hf.inference.cam_maps import label_map
+from wsss_hf.metrics.mean_iou import MeanIoU
+from wsss_hf.models.background_threshold import THRESHOLDS
 from wsss_hf.models.maps import IGNORE_INDEX, add_background
-from wsss_hf.models.separation import THRESHOLDS
-from wsss_hf.training.recipes import load_recipe
+from wsss_hf.pseudo_labels.label_images import label_images, load_labeler
+from wsss_hf.pseudo_labels.refinement import build_refiner
+from wsss_hf.pseudo_labels.threshold import auto_threshold
+from wsss_hf.recipes import load_recipe
+from wsss_hf.stages.evaluate import rows_with
 
 
 def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:

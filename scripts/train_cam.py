@@ -2,7 +2,7 @@
 
 import sys
 
-from wsss_hf.cli import main
+from wsss_hf.cli.main import main
 
 if __name__ == "__main__":
     main(["train-cam", *sys.argv[1:]])

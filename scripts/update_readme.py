@@ -13,10 +13,10 @@ from pathlib import Path
 import yaml
 from PIL import Image
 
-from wsss_hf.evaluation.comparison import comparison_table
-from wsss_hf.evaluation.tables import markdown_table
 from wsss_hf.hub.cards import recipe_cards
 from wsss_hf.hub.portable import portable_values
+from wsss_hf.reporting.comparison import comparison_table
+from wsss_hf.reporting.tables import markdown_table
 from wsss_hf.stages.run import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent

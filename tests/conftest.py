@@ -14,7 +14,7 @@ from wsss_hf.data.toy import make_toy
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
-from wsss_hf.training.recipes import load_recipe
+from wsss_hf.recipes import load_recipe
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from wsss_hf.cli import app
+from wsss_hf.cli.main import app
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -8,7 +8,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from pycocotools.mask import encode
 
-from wsss_hf.cli import main
+from wsss_hf.cli.main import main
 from wsss_hf.data.coco import load_coco
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import DataError, check_dataset, class_names

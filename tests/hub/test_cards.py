@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from wsss_hf.hub.cards import recipe_cards
-from wsss_hf.training.recipes import load_recipe
+from wsss_hf.recipes import load_recipe
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoImageProcessor
 
 from wsss_hf import CamClassifier, MapRefiner, WsssImageProcessor
-from wsss_hf.cli import main
+from wsss_hf.cli.main import main
 from wsss_hf.data.voc import VOC_CLASSES
 from wsss_hf.hub.convert import ConvertError, convert_checkpoint
-from wsss_hf.labeling.pseudo_masks import load_labeler
 from wsss_hf.models.backbone import Backbone, pretrained_body
 from wsss_hf.models.image_processing_wsss import backbone_normalization
+from wsss_hf.pseudo_labels.label_images import load_labeler
 
 NAMES = ["cat", "cow", "dog"]
 LAYERS = {"1": (0, 2), "2": (5, 7), "3": (10, 12, 14), "4": (17, 19, 21), "5": (24, 26, 28)}

@@ -29,9 +29,9 @@ from transformers import (
 )
 
 from wsss_hf import CamClassifier, MapRefiner, MapRefinerConfig, Segmenter, SegmenterConfig, WsssImageProcessor
-from wsss_hf.cli import main
+from wsss_hf.cli.main import main
 from wsss_hf.hub.push import HubError, push_folder, push_model
-from wsss_hf.labeling.prediction import load_segmenter
+from wsss_hf.inference.segmenter_scores import load_segmenter
 
 NAMES = {0: "background", 1: "cat", 2: "dog"}
 TINY = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}

@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, Image, load_dataset
 from huggingface_hub import DatasetCard
 from loopback_hub import TOKEN
 
-from wsss_hf.cli import main
+from wsss_hf.cli.main import main
 from wsss_hf.data.palette import mask_image
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import class_names, undecoded

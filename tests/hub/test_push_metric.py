@@ -6,9 +6,9 @@ import pytest
 from evaluate.utils.file_utils import DownloadConfig
 from huggingface_hub import SpaceCard
 
-from wsss_hf.evaluation.boundary_f import BoundaryF
-from wsss_hf.evaluation.mean_iou import MeanIoU
 from wsss_hf.hub.push import HubError, push_metric
+from wsss_hf.metrics.boundary_f import BoundaryF
+from wsss_hf.metrics.mean_iou import MeanIoU
 
 NAMES = ["background", "cat", "dog"]
 

@@ -23,12 +23,12 @@ from transformers import (
 )
 
 from wsss_hf import CamClassifier, CamConfig, Segmenter, SegmenterConfig, WsssImageProcessor
-from wsss_hf.cli import main
-from wsss_hf.labeling.matting import VitMatte
-from wsss_hf.labeling.prediction import load_segmenter
-from wsss_hf.labeling.pseudo_masks import load_labeler
+from wsss_hf.cli.main import main
+from wsss_hf.inference.segmenter_scores import load_segmenter
 from wsss_hf.models.backbone import pinned
-from wsss_hf.stages.library_segmenter import build_library_segmenter
+from wsss_hf.pseudo_labels.label_images import load_labeler
+from wsss_hf.pseudo_labels.matting import VitMatte
+from wsss_hf.training.library_segmenter import build_library_segmenter
 
 TINY = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 NAMES = {0: "background", 1: "cat"}

@@ -11,9 +11,9 @@ from transformers import AutoModelForSemanticSegmentation, SegformerConfig, pipe
 
 from wsss_hf import Segmenter, SegmenterConfig, WeakSegmentationPipeline, WsssImageProcessor
 from wsss_hf.data.tagged import class_names
-from wsss_hf.models.colors import overlay
+from wsss_hf.models.background_threshold import THRESHOLDS, choose_threshold, value_histogram
+from wsss_hf.models.label_colors import overlay
 from wsss_hf.models.pamr import pamr
-from wsss_hf.models.separation import THRESHOLDS, choose_threshold, value_histogram
 
 TINY = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 

@@ -6,12 +6,12 @@ import yaml
 from PIL import Image
 
 from wsss_hf.data.sources import load_data
-from wsss_hf.evaluation.evaluate import evaluate_cam
-from wsss_hf.labeling.pseudo_masks import load_labeler
+from wsss_hf.pseudo_labels.label_images import load_labeler
+from wsss_hf.recipes import RecipeError
+from wsss_hf.stages.cache import OutputError
 from wsss_hf.stages.compare import CompareError, compare, training_cost
-from wsss_hf.stages.outputs import OutputError
+from wsss_hf.stages.evaluate import evaluate_cam
 from wsss_hf.stages.plan import plan_cells, read_plan
-from wsss_hf.training.recipes import RecipeError
 
 COCO = {"source": "coco", "root": "x", "masks": "all"}
 

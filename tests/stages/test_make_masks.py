@@ -7,11 +7,11 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from wsss_hf.data.tagged import check_dataset, class_names
-from wsss_hf.labeling.auto_threshold import auto_threshold
-from wsss_hf.labeling.pseudo_masks import label_images, load_labeler
+from wsss_hf.pseudo_labels.label_images import label_images, load_labeler
+from wsss_hf.pseudo_labels.threshold import auto_threshold
 from wsss_hf.stages import make_masks as module
+from wsss_hf.stages.cache import OutputError
 from wsss_hf.stages.make_masks import make_masks, read_summary
-from wsss_hf.stages.outputs import OutputError
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.stages import relabel as module
-from wsss_hf.stages.outputs import OutputError
+from wsss_hf.stages.cache import OutputError
 from wsss_hf.stages.relabel import relabel
 
 

@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSemanticSegmentation
 
 from wsss_hf.data.tagged import class_names
-from wsss_hf.evaluation.evaluate import evaluate_masks, evaluate_segmenter
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
-from wsss_hf.stages.outputs import OutputError
+from wsss_hf.recipes import load_recipe
+from wsss_hf.stages.cache import OutputError
+from wsss_hf.stages.evaluate import evaluate_masks, evaluate_segmenter
 from wsss_hf.stages.run import report_examples, run
 from wsss_hf.stages.train_segmenter import train_segmenter
-from wsss_hf.training.recipes import load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from wsss_hf import MapRefiner, Segmenter, SegmenterConfig, WsssImageProcessor
 from wsss_hf.data.batches import batches_by_size
 from wsss_hf.data.tagged import class_names, decode_gray
-from wsss_hf.labeling.localization import localize
-from wsss_hf.labeling.pseudo_masks import load_labeler
+from wsss_hf.inference.cam_maps import localize
 from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.pseudo_labels.label_images import load_labeler
 from wsss_hf.stages import train_refiner as module
+from wsss_hf.stages.cache import OutputError
 from wsss_hf.stages.make_masks import make_masks
-from wsss_hf.stages.outputs import OutputError
 from wsss_hf.stages.run import run
 from wsss_hf.stages.train_refiner import train_refiner
 

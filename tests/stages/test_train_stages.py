@@ -10,20 +10,20 @@ from safetensors.torch import load_file
 
 from wsss_hf.data import superpixels
 from wsss_hf.data.tagged import DataError, class_names, tagged_features
-from wsss_hf.labeling.prediction import load_segmenter
-from wsss_hf.labeling.segmentation import segment_images
+from wsss_hf.inference.segment_images import segment_images
+from wsss_hf.inference.segmenter_scores import load_segmenter
 from wsss_hf.models.backbone import Backbone
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
+from wsss_hf.recipes import RecipeError, load_recipe
+from wsss_hf.stages.cache import OutputError
 from wsss_hf.stages.make_masks import make_masks
-from wsss_hf.stages.outputs import OutputError
 from wsss_hf.stages.relabel import relabel
 from wsss_hf.stages.train_cam import train_cam
 from wsss_hf.stages.train_segmenter import train_segmenter
 from wsss_hf.training.loop import TrainingError
-from wsss_hf.training.recipes import RecipeError, load_recipe
 
 
 def weights(folder):

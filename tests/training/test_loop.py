@@ -11,9 +11,9 @@ from transformers.utils import ModelOutput
 from wsss_hf.data.examples import TaggedExamples
 from wsss_hf.data.transforms import TrainTransform
 from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.recipes import RecipeError, load_recipe
 from wsss_hf.training import loop
 from wsss_hf.training.loop import TrainingError, build_accelerator, fit
-from wsss_hf.training.recipes import RecipeError, load_recipe
 
 
 @pytest.fixture(autouse=True)

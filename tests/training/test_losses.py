@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from wsss_hf.models.modeling_segmenter import Segmenter, SegmenterConfig
+from wsss_hf.recipes import RecipeError
 from wsss_hf.training.losses import LOSSES, SegmentationObjective, build_loss
-from wsss_hf.training.recipes import RecipeError
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from types import ModuleType
 
 import numpy as np
 
+from ..files import whole_file, whole_folder
 from .folder import IMAGE_SUFFIXES
 from .palette import save_mask_png
 from .tagged import IGNORE_INDEX, DataError
-from .writing import whole_file, whole_folder
 
 LabelMaps = Iterable[tuple[str, np.ndarray]]
 """(image_id, label map (H, W) uint8: 0 background, c + 1 class c, 255 ignore) of one image after another."""

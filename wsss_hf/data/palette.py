@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..models.colors import colorize, mask_image, voc_palette
-from .writing import whole_file
+from ..files import whole_file
+from ..models.label_colors import colorize, mask_image, voc_palette
 
 __all__ = ["check_palette", "colorize", "mask_image", "save_mask_png", "voc_palette"]
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import whole_file
 from .export import LabelMaps, check_free, file_stem
 from .palette import mask_image
 from .tagged import DataError
 from .voc import VOC_CLASSES
-from .writing import whole_file
 
 RESULTS_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
 _MODES = {".tar": "w", ".tgz": "w:gz", ".tar.gz": "w:gz"}

@@ -10,8 +10,8 @@ from datasets import DatasetDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
-from ..evaluation.tables import markdown_table
 from ..models.methods import METHODS
+from ..reporting.tables import markdown_table
 
 _COLUMNS = ("result", "split", "mean_iou", "mean_iou_interval", "pixel_accuracy", "num_images")
 _TAGS = ["wsss_hf", "weakly-supervised-semantic-segmentation", "semantic-segmentation"]

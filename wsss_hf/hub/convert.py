@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..data.voc import VOC_CLASSES
-from ..data.writing import whole_folder
+from ..files import whole_folder
 from ..models.configuration_cam import CamConfig
 from ..models.drs import DrsConfig
 from ..models.image_processing_wsss import WsssImageProcessor

@@ -27,10 +27,10 @@ from transformers import AutoImageProcessor, PreTrainedModel, SegformerImageProc
 
 from .. import models
 from ..data.tagged import class_names
-from ..evaluation import boundary_f, mean_iou
-from ..models.hub_mixins import PortableModelMixin
+from ..metrics import boundary_f, mean_iou
 from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.mask_classifiers import MASK_CLASSIFIERS, load_segmentation_model
+from ..models.portable_model import PortableModelMixin
 from .cards import CardSubject, dataset_card, model_card
 from .portable import portable_values
 

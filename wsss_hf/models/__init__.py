@@ -10,8 +10,8 @@ from .methods import Method, TrainingStep, register_method
 from .modeling_cam import CamClassifier, CamOutput
 from .modeling_map_refiner import MapRefiner, MapRefinerConfig
 from .modeling_segmenter import Segmenter
+from .pipeline_image_segmentation import MaskPipeline, TagPipeline
 from .pipeline_weak_segmentation import WeakSegmentationPipeline
-from .pipeline_wsss import MaskPipeline, TagPipeline
 from .plda import PldaConfig
 from .seam import SeamConfig
 

@@ -9,10 +9,10 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 
 from .d2cam import D2camConfig
 from .drs import DrsConfig
-from .hub_mixins import BackboneConfigMixin
 from .icd import IcdConfig
 from .methods import METHODS, Method
 from .plda import PldaConfig
+from .portable_model import BackboneConfigMixin
 from .seam import SeamConfig
 
 

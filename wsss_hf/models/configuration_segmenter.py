@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from .deeplab import HEADS
-from .hub_mixins import BackboneConfigMixin
+from .portable_model import BackboneConfigMixin
 
 
 class SegmenterConfig(BackboneConfigMixin, PreTrainedConfig):

@@ -15,9 +15,9 @@ from transformers.utils.generic import can_return_tuple
 
 from .backbone import Backbone
 from .configuration_cam import CamConfig
-from .hub_mixins import PortableModelMixin
 from .maps import add_background, normalize_maps
 from .methods import METHODS, TrainingStep
+from .portable_model import PortableModelMixin
 
 
 @dataclass

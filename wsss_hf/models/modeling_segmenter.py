@@ -15,8 +15,8 @@ from transformers.utils.generic import can_return_tuple
 from .backbone import Backbone
 from .configuration_segmenter import SegmenterConfig
 from .deeplab import HEADS
-from .hub_mixins import PortableModelMixin
 from .maps import IGNORE_INDEX
+from .portable_model import PortableModelMixin
 
 
 @dataclass

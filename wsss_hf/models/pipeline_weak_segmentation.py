@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from transformers.image_utils import load_image
 from transformers.pipelines.base import Pipeline
 
-from .colors import mask_image, overlay
+from .background_threshold import THRESHOLDS, choose_threshold, object_areas, value_histogram
+from .label_colors import mask_image, overlay
 from .maps import normalize_maps
 from .pamr import pamr
-from .pipeline_wsss import named_segments, tags_to_multi_hot
-from .separation import THRESHOLDS, choose_threshold, object_areas, value_histogram
+from .pipeline_image_segmentation import named_segments, tags_to_multi_hot
 
 REFINERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pamr": pamr}
 """Name → (image (1, 3, H, W) in [0, 1], scores (1, C+1, H, W)) → scores. Only what needs no other library."""

@@ -23,18 +23,18 @@ from rich.console import Console
 from ..data.palette import save_mask_png
 from ..data.sources import load_data
 from ..data.tagged import class_names, decode_image, decode_mask, has_value, undecoded
-from ..evaluation.comparison import comparison_markdown, summarize, write_comparison
-from ..evaluation.report import ReportExample
-from ..labeling.auto_threshold import with_threshold
-from ..labeling.prediction import load_segmenter
-from ..labeling.pseudo_masks import label_images, load_labeler
-from ..labeling.segmentation import segment_images
-from ..training.recipes import RecipeError
-from .outputs import SETTINGS_FILE, OutputError, first_difference, write_atomically
+from ..inference.segment_images import segment_images
+from ..inference.segmenter_scores import load_segmenter
+from ..pseudo_labels.label_images import label_images, load_labeler
+from ..pseudo_labels.threshold import with_threshold
+from ..recipes import RecipeError
+from ..reporting.comparison import comparison_markdown, summarize, write_comparison
+from ..reporting.html import ReportExample
+from ..training.build import LOG_FILE
+from .cache import SETTINGS_FILE, OutputError, first_difference, write_atomically
 from .plan import Cell, plan_cells
 from .run import maps_row, run
 from .train_cam import train_cam
-from .train_model import LOG_FILE
 from .train_refiner import train_refiner
 
 _CELL_FILE = "cell.json"

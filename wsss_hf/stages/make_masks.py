@@ -20,11 +20,11 @@ from PIL import Image
 from ..data.export import check_free, export_coco, export_voc, require_pycocotools
 from ..data.palette import mask_image
 from ..data.tagged import class_names, decode_mask, encode_png, undecoded
-from ..evaluation.evaluate import check_names
-from ..labeling.auto_threshold import AUTO, with_threshold
-from ..labeling.pseudo_masks import Labelled, label_images, load_labeler
 from ..models.modeling_cam import CamClassifier
-from .outputs import StageOutput, write_atomically
+from ..pseudo_labels.label_images import Labelled, label_images, load_labeler
+from ..pseudo_labels.threshold import AUTO, with_threshold
+from .cache import StageOutput, write_atomically
+from .evaluate import check_names
 from .shards import compute_shards
 
 SUMMARY_FILE = "summary.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ..training.recipes import RecipeError, load_recipe
+from ..recipes import RecipeError, load_recipe
 
 PLAN_KEYS = ("recipe", "set", "rows", "seeds", "data", "segmenter")
 _DATA_KEYS = ("source", "root", "classes", "columns", "limit", "revision", "masks")

@@ -14,10 +14,10 @@ from datasets import Dataset
 from ..data.export import check_free, export_coco, file_stem, require_pycocotools, write_mask_pngs
 from ..data.tagged import class_names, decode_mask
 from ..data.voc_results import check_results_archive, export_voc_results
-from ..evaluation.evaluate import check_classes
-from ..labeling.prediction import load_segmenter
-from ..labeling.segmentation import segment_images
-from ..training.progress import Progress
+from ..inference.segment_images import segment_images
+from ..inference.segmenter_scores import load_segmenter
+from ..progress import Progress
+from .evaluate import check_classes
 
 
 def predict_masks(

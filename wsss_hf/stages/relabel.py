@@ -15,11 +15,11 @@ from PIL import Image
 
 from ..data.palette import mask_image
 from ..data.tagged import encode_png
-from ..evaluation.evaluate import check_classes
-from ..labeling.object_area import background_factor, labelled_objects
-from ..labeling.prediction import load_segmenter
-from ..labeling.relabeling import relabel_images
-from .outputs import StageOutput
+from ..inference.segmenter_scores import load_segmenter
+from ..pseudo_labels.area_prior import background_factor, labelled_objects
+from ..pseudo_labels.self_training import relabel_images
+from .cache import StageOutput
+from .evaluate import check_classes
 from .shards import compute_shards
 
 _FEATURES = Features({"pseudo_mask": ImageFeature(), "confidence": ImageFeature()})

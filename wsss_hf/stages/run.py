@@ -15,17 +15,17 @@ from datasets import Dataset, DatasetDict, load_from_disk
 
 from .. import __version__
 from ..data.tagged import DataError, class_names, decode_mask, has_value, undecoded
-from ..evaluation.evaluate import evaluate_cam, evaluate_masks, evaluate_segmenter
-from ..evaluation.gap import Errors, compare_errors
-from ..evaluation.report import ReportExample, write_gallery, write_report
-from ..evaluation.tables import print_table
-from ..labeling.auto_threshold import with_threshold
-from ..labeling.prediction import load_segmenter
-from ..labeling.pseudo_masks import build_rules, label_images, load_labeler
-from ..labeling.refine import build_refiner
-from ..labeling.segmentation import segment_images
+from ..inference.segment_images import segment_images
+from ..inference.segmenter_scores import load_segmenter
+from ..metrics.errors import Errors, compare_errors
+from ..pseudo_labels.label_images import build_rules, label_images, load_labeler
+from ..pseudo_labels.refinement import build_refiner
+from ..pseudo_labels.threshold import with_threshold
+from ..reporting.html import ReportExample, write_gallery, write_report
+from ..reporting.tables import print_table
+from .cache import OutputError, write_atomically
+from .evaluate import evaluate_cam, evaluate_masks, evaluate_segmenter
 from .make_masks import make_masks, read_summary
-from .outputs import OutputError, write_atomically
 from .relabel import relabel
 from .train_cam import train_cam
 from .train_refiner import train_refiner

@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import PartialState
 from datasets import Dataset, Features
 
-from ..training.progress import Progress
+from ..progress import Progress
 
 
 def compute_shards(

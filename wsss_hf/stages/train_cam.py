@@ -10,9 +10,9 @@ from datasets import DatasetDict
 from ..data.tagged import class_names
 from ..models.methods import METHODS
 from ..models.modeling_cam import CamClassifier
-from ..training.recipes import RecipeError
-from .outputs import StageOutput
-from .train_model import build_on_backbone, build_processor, resolve_backbone, train_and_save
+from ..recipes import RecipeError
+from ..training.build import build_on_backbone, build_processor, resolve_backbone, train_and_save
+from .cache import StageOutput
 
 
 def train_cam(

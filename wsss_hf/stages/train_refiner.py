@@ -14,14 +14,14 @@ from PIL import Image
 
 from ..data.batches import batches_by_size
 from ..data.tagged import class_names, encode_png
-from ..labeling.localization import localize
-from ..labeling.pseudo_masks import load_labeler
+from ..inference.cam_maps import localize
 from ..models.backbone import pinned
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
-from .outputs import StageOutput
+from ..pseudo_labels.label_images import load_labeler
+from ..training.build import build_on_backbone, build_processor, resolve_backbone, train_and_save
+from .cache import StageOutput
 from .shards import compute_shards
-from .train_model import build_on_backbone, build_processor, resolve_backbone, train_and_save
 
 _MAP_STRIDE = 4  # network input / stored map: no CAM is finer than that
 _FEATURES = Features({"localization_maps": List(Value("binary"))})

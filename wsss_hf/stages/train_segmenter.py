@@ -10,16 +10,16 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 
 from ..data.tagged import class_names
-from ..labeling.object_area import background_factor, labelled_objects, multiply_background, output_bias
 from ..models.backbone import pinned
 from ..models.configuration_segmenter import SegmenterConfig
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_segmenter import Segmenter
+from ..progress import Progress
+from ..pseudo_labels.area_prior import background_factor, labelled_objects, multiply_background, output_bias
+from ..training.build import build_on_backbone, build_processor, resolve_backbone, train_and_save, training_size
+from ..training.library_segmenter import build_library_segmenter
 from ..training.losses import SegmentationObjective, build_loss, cross_entropy
-from ..training.progress import Progress
-from .library_segmenter import build_library_segmenter
-from .outputs import StageOutput
-from .train_model import build_on_backbone, build_processor, resolve_backbone, train_and_save, training_size
+from .cache import StageOutput
 
 _AREA_IMAGES = 256  # that say how large objects are
 

@@ -16,9 +16,9 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from .optimization import build_optimizer, build_scheduler, freeze_batch_norm
-from .progress import Progress
-from .recipes import RecipeError
+from ..progress import Progress
+from ..recipes import RecipeError
+from .optimizer import build_optimizer, build_scheduler, freeze_batch_norm
 
 
 class TrainingError(RuntimeError):

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..models.maps import IGNORE_INDEX
-from .optimization import enable_checkpointing
-from .recipes import RecipeError
+from ..recipes import RecipeError
+from .optimizer import enable_checkpointing
 
 PixelLoss = Callable[..., Tensor]
 

@@ -1,0 +1,153 @@
+"""Seed rules: DRS's and ICD's published ones, and what a recipe names."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from wsss_hf.inference.cam_maps import label_map
+from wsss_hf.models.icd import icd_seeds
+from wsss_hf.pseudo_labels.crf import refine_labels
+from wsss_hf.pseudo_labels.rules import Evidence, SeedError, build_seeds, class_labels, seed_drs, seed_icd
+
+
+@pytest.fixture
+def evidence():
+    """An image of 24 x 28 pixels with classes 1 and 4 of 6."""
+    generator = torch.Generator().manual_seed(0)
+    scores, maps, cams = (torch.rand(n, 24, 28, generator=generator) for n in (3, 2, 2))
+    image = np.random.default_rng(0).integers(0, 256, (24, 28, 3), dtype=np.uint8)
+    saliency = torch.rand(24, 28, generator=generator)
+    return Evidence(scores, torch.tensor([1, 4]), 6, image, saliency, (maps, cams))
+
+
+def test_argmax_is_the_label_map(evidence):
+    labels = build_seeds("argmax").label(evidence)
+    assert torch.equal(labels, label_map(evidence.scores, evidence.classes)[0])
+
+
+def test_drs_speaks_of_classes_of_the_data_set(evidence):
+    rule = build_seeds("drs")
+    assert rule.saliency == "needed" and not rule.averages
+    labels = rule.label(evidence)
+    assert torch.equal(labels, class_labels(seed_drs(evidence.scores, evidence.saliency), evidence.classes))
+    assert {0, 2, 5, 255} == set(labels.unique().tolist())
+
+
+def test_icd_reads_maps_as_probabilities(evidence):
+    rule = build_seeds("icd")
+    assert rule.saliency == "optional" and rule.averages
+    maps, cams = evidence.averages
+    evidence.saliency = evidence.saliency * 0.03
+    seeds = seed_icd(torch.logit(maps), cams, evidence.saliency)
+    assert torch.equal(rule.label(evidence), class_labels(seeds, evidence.classes))
+    single = (maps[0] > 0.5) != (maps[1] > 0.5)
+    labels = rule.label(evidence)[single & (evidence.saliency >= 0.01)]
+    wanted = torch.where(maps[0] > 0.5, 2, 5)[single & (evidence.saliency >= 0.01)]
+    assert torch.equal(labels.long(), wanted)
+
+
+def test_icd_without_saliency_closes_the_seeds(evidence):
+    pytest.importorskip("pydensecrf")
+    evidence.saliency = None
+    maps, cams = evidence.averages
+    seeds = class_labels(seed_icd(torch.logit(maps), cams), evidence.classes)
+    labels = build_seeds("icd").label(evidence)
+    np.testing.assert_array_equal(labels, refine_labels(seeds.numpy(), evidence.image, 7))
+    evidence.scores, evidence.classes = evidence.scores[:1], evidence.classes[:0]
+    evidence.averages = (maps[:0], cams[:0])
+    assert not build_seeds("icd").label(evidence).any()  # no tag, no object
+
+
+def test_icd_wants_probabilities(evidence):
+    evidence.averages = (evidence.averages[0] * 3, evidence.averages[1])
+    with pytest.raises(SeedError, match="maps that are probabilities.*cam.maps: icd"):
+        build_seeds("icd").label(evidence)
+
+
+def test_what_is_not_there_is_named(monkeypatch):
+    with pytest.raises(SeedError, match="masks.seeds is 'sign'; there are argmax, drs, icd"):
+        build_seeds("sign")
+    monkeypatch.setitem(sys.modules, "pydensecrf", None)
+    with pytest.raises(SeedError, match=r"icd: .*pip install wsss_hf\[crf\]"):
+        build_seeds("icd")
+
+
+def test_drs_seeds_pixel_by_pixel():
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.rand(4, 25, 30, generator=generator)
+    scores[1:, :8] = 0.85 + 0.15 * scores[1:, :8]  # conflicts
+    scores[1:, 8:14] *= 0.25  # mostly below the cue's threshold
+    saliency = torch.rand(25, 30, generator=generator)
+    saliency[:, ::2] *= 0.3
+    expected = torch.zeros(25, 30, dtype=torch.uint8)
+    for y in range(25):
+        for x in range(30):
+            salient = float(saliency[y, x]) > 50 / 255
+            channels = [0.0 if salient else 1.0]
+            channels += [float(value) if value >= 0.2 else 0.0 for value in scores[1:, y, x]]
+            label = channels.index(max(channels))
+            if sum(value > 0.9 for value in channels) > 2 or (salient and label == 0):
+                label = 255
+            expected[y, x] = label
+    assert set(expected.unique().tolist()) == {0, 1, 2, 3, 255}
+    assert torch.equal(seed_drs(scores, saliency), expected)
+    with pytest.raises(SeedError, match="saliency"):
+        seed_drs(scores, saliency[1:])
+
+
+@pytest.mark.parametrize("with_saliency", [False, True])
+def test_icd_seeds_are_the_models_seeds_of_the_tagged_classes(with_saliency):
+    generator = torch.Generator().manual_seed(0)
+    top_down, cams = torch.randn(2, 5, 12, 14, generator=generator)
+    saliency = torch.rand(12, 14, generator=generator) * 0.03 if with_saliency else None
+    tagged = [1, 4]
+    tags = torch.zeros(1, 5)
+    tags[0, tagged] = 1
+    expected = icd_seeds(top_down[None], cams[None], tags, None if saliency is None else saliency[None])[0]
+    seeds = seed_icd(top_down[tagged], cams[tagged], saliency)
+    assert {0, 255} < set(seeds.unique().tolist())
+    assert torch.equal(class_labels(seeds, torch.tensor(tagged)), expected.to(torch.uint8))
+
+
+def test_icd_seeds_without_tags_know_background_only():
+    nothing = torch.zeros(0, 1, 2)
+    assert seed_icd(nothing, nothing).tolist() == [[0, 0]]
+    assert seed_icd(nothing, nothing, torch.tensor([[0.0, 1.0]])).tolist() == [[0, 255]]
+
+
+def test_labels_become_classes_of_the_data_set():
+    labels = torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8)
+    assert class_labels(labels, torch.tensor([3, 17])).tolist() == [[0, 4, 18, 255]]
+
+
+def test_mat_label_leaves_uncertain_alphas_and_near_ties_open(evidence):
+    rule = build_seeds("mat_label", {"uncertain": [0.45, 0.55], "tie": 0.2})
+    assert rule.alphas and rule.saliency == "unused"
+    alphas = torch.tensor([[0.9, 0.5, 0.1, 0.8], [0.1, 0.2, 0.3, 0.7]])[:, None]
+    evidence.scores = torch.cat([1 - alphas.amax(dim=0, keepdim=True), alphas])
+    assert rule.label(evidence).tolist() == [[2, 255, 0, 255]]
+    assert build_seeds("mat_label", {"uncertain": [0.5, 0.5], "tie": 0}).label(evidence).tolist() == [[2, 2, 0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mat_label", {"band": [0, 1]}, "seed_options.band: no such option; mat_label has uncertain, tie"),
+        ("argmax", {"tie": 0.1}, "seed_options.tie: no such option; argmax has none"),
+        ("mat_label", {"tie": "much"}, "seed_options.tie is 'much'; something like 0.1 would be right"),
+        ("mat_label", {"uncertain": [0.6, 0.4]}, r"uncertain=\(0.6, 0.4\): \(lowest, highest\)"),
+        ("mat_label", {"uncertain": [0.6]}, r"uncertain=\(0.6,\): \(lowest, highest\)"),
+    ],
+)
+def test_senseless_options_are_told(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        build_seeds(name, options)
+
+
+def test_options_reach_the_published_rules(evidence):
+    labels = build_seeds("drs", {"conflict_threshold": 0.5}).label(evidence)
+    seeds = seed_drs(evidence.scores, evidence.saliency, conflict_threshold=0.5)
+    assert torch.equal(labels, class_labels(seeds, evidence.classes))
+    assert not torch.equal(labels, build_seeds("drs").label(evidence))

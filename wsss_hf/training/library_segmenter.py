@@ -1,0 +1,139 @@
+"""Any semantic segmentation model or mask classifier of transformers as a segmenter with our classes."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+from ..models.backbone import freeze_idle_parameters, pinned
+from ..models.maps import IGNORE_INDEX
+from ..models.mask_classifiers import MASK_CLASSIFIERS, auto_class, load_segmentation_model
+from ..recipes import RecipeError
+
+# What an image processor may do beside resizing and normalising; none of it suits a label map of the whole image.
+_OFF = ("do_center_crop", "do_pad", "do_reduce_labels", "keep_aspect_ratio")
+
+
+def build_library_segmenter(
+    name: str, names: list[str], side: int, hub_kwargs: dict
+) -> tuple[PreTrainedModel, BaseImageProcessor, set[str]]:
+    """A pretrained `AutoModelForSemanticSegmentation`, or classifier of masks, with a new last layer for our classes.
+
+    Its auxiliary head, where it has one, is left out: it serves a loss that knows no pixel weights. A classifier of
+    masks keeps its queries and masks, and learns from the logits of pixels that they make.
+
+    Args:
+        name: directory or Hub id.
+        names: the classes, background first. A model that knows these very classes keeps its last layer.
+        side: pixels of a training crop's side; the model must take such images.
+        hub_kwargs: `token`, `cache_dir` for the download.
+
+    Returns:
+        the model, with `logits` (B, C+1, h, w); its own image processor, which keeps the normalisation and shows
+        images at the scale of training: the short side at `side`, or squares where the model takes nothing else; the
+        names of the parameters that do not come from the checkpoint.
+
+    Raises:
+        RecipeError: there is no such model, its weights are pickled, it is none for semantic segmentation, or takes no
+            images of this size.
+    """
+    name, hub_kwargs = pinned(name, hub_kwargs)
+    try:
+        config = AutoConfig.from_pretrained(name, **hub_kwargs)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"segmenter.model: {name}: {' '.join(str(error).split())}") from error
+    if config.model_type not in MASK_CLASSIFIERS and type(config) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
+        reason = "wants a task beside each image" if config.model_type == "oneformer" else "labels no pixels"
+        raise RecipeError(
+            f"segmenter.model: {name} ({config.model_type}) {reason}; a model of AutoModelForSemanticSegmentation, "
+            "for example SegFormer, UperNet or DPT, or EoMT, Mask2Former or MaskFormer would be right"
+        )
+    known = list(config.id2label.values())
+    config.id2label = dict(enumerate(names))
+    config.label2id = {label: index for index, label in enumerate(names)}
+    if getattr(config, "use_auxiliary_head", False):
+        config.use_auxiliary_head = False
+    options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, loading = load_segmentation_model(name, options, **hub_kwargs)
+    except ValueError as error:
+        raise RecipeError(f"segmenter.model: {error}") from error
+    new = {*loading["missing_keys"], *(key for key, *_shapes in loading["mismatched_keys"])}
+    new &= {key for key, _ in model.named_parameters()}
+    if len(known) == len(names) and known != names:  # of the same shape, but for other classes
+        learnt = _sized_by_the_labels(config) - new
+        for module in {key.rpartition(".")[0] for key in learnt}:
+            model.get_submodule(module).reset_parameters()
+        new |= learnt
+    any_shape = _check_images(model, name, side, len(names))
+    return model, _own_processor(name, config, side, any_shape, hub_kwargs), new
+
+
+def _sized_by_the_labels(config: PreTrainedConfig) -> set[str]:
+    """Names of the parameters whose shape depends on the number of labels."""
+    shapes = []
+    for count in (config.num_labels, config.num_labels + 1):
+        counted = copy.deepcopy(config)
+        counted.num_labels = count
+        with torch.device("meta"):
+            model = auto_class(counted).from_config(counted)
+        shapes.append({name: parameter.shape for name, parameter in model.named_parameters()})
+    return {name for name, shape in shapes[0].items() if shapes[1][name] != shape}
+
+
+def _check_images(model: PreTrainedModel, name: str, side: int, num_labels: int) -> bool:
+    """Whether the model takes images of any shape; freezes the parameters that its logits do not depend on.
+
+    Raises:
+        RecipeError: not even squares of `side` pixels.
+    """
+    try:
+        logits = _logits(model, side, side)
+    except (RuntimeError, ValueError) as error:
+        fixed = getattr(model.config, "image_size", None)
+        right = f"image.size={fixed}" if fixed else "another image.size"
+        reason = " ".join(str(error).split())
+        raise RecipeError(
+            f"segmenter.model: {name} takes no images of {side} pixels ({reason}); {right} would be right"
+        ) from error
+    if logits.ndim != 4 or logits.shape[1] != num_labels:
+        raise RecipeError(
+            f"segmenter.model: {name} gives logits of shape {tuple(logits.shape)}; (1, {num_labels}, h, w) would be "
+            "right, background and classes"
+        )
+    freeze_idle_parameters(model, logits)
+    try:
+        with torch.no_grad():
+            height, width = _logits(model, side, side + side // 2).shape[-2:]
+    except (RuntimeError, ValueError):
+        return False
+    return width > height
+
+
+def _logits(model: nn.Module, height: int, width: int) -> torch.Tensor:
+    return model.eval()(torch.zeros(1, 3, height, width)).logits
+
+
+def _own_processor(name: str, config, side: int, any_shape: bool, hub_kwargs: dict) -> BaseImageProcessor:
+    size = {"shortest_edge": side, "longest_edge": 4 * side} if any_shape else {"height": side, "width": side}
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, **hub_kwargs)
+    except (OSError, ValueError):  # published without one
+        processor = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]()
+    options = {"size": size, "do_resize": True} | {key: False for key in _OFF if hasattr(processor, key)}
+    if hasattr(processor, "do_split_image"):  # EoMT's cuts images into squares, and puts their label maps together
+        options |= {"size": {"shortest_edge": side}, "do_split_image": True, "ignore_index": None}
+    elif hasattr(processor, "ignore_index"):
+        options["ignore_index"] = IGNORE_INDEX
+    return type(processor).from_dict(processor.to_dict() | options)
