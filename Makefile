@@ -1,18 +1,36 @@
-# `make demo` and `make test` need Python >= 3.10 and nothing else.
+# Every target needs Python >= 3.10 and nothing else; the first one that runs builds .venv.
 PYTHON ?= python3
 VENV := .venv
+LOWEST := .venv-lowest
+# Two processes share the cores: more threads in each only wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-fast test-lowest lint format clean
 
+# All stages on generated images: runs/demo/report.html.
 demo: $(VENV)/installed
 	$(VENV)/bin/wsss demo --out runs/demo
 
+# The whole suite.
 test: $(VENV)/installed $(VENV)/crf
-	$(VENV)/bin/python -m pytest
+	$(PYTEST) -n 2
+
+# Without the tests marked slow.
+test-fast: $(VENV)/installed
+	$(PYTEST) -n auto -m "not slow"
+
+# The whole suite with the lowest versions that pyproject.toml allows, in a venv of its own.
+test-lowest: $(LOWEST)/installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,5 +44,11 @@ $(VENV)/crf: $(VENV)/installed
 		|| echo "pydensecrf2 does not build here: the tests of the dense CRF are skipped"
 	touch $@
 
+$(LOWEST)/installed: pyproject.toml constraints-lowest.txt
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[test]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(LOWEST) runs build *.egg-info

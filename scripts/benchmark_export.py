@@ -1,9 +1,10 @@
 """What exporting costs and saves: size, speed and mean IoU of a segmenter in PyTorch, as ONNX, and as 8-bit ONNX.
 
-python scripts/benchmark_export.py runs/photos/segmenter --data voc --root VOCdevkit/VOC2012 --limit 40
+python scripts/benchmark_export.py runs/photos/segmenter --data voc --root VOCdevkit/VOC2012 --limit 60
 """
 
 import argparse
+import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,15 +19,16 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 import wsss_hf  # noqa: F401  (registers the models)
 from wsss_hf.data.sources import load_data
 from wsss_hf.hub.onnx import INT8_FILE, ONNX_FILE, export_onnx
-from wsss_hf.recipes import load_recipe
+from wsss_hf.progress import set_quiet
 from wsss_hf.reporting.tables import print_table
+from wsss_hf.settings import EvaluationSettings
 from wsss_hf.stages.evaluate import evaluate_segmenter
 
-SETTINGS = load_recipe()["evaluation"] | {"flip": False, "batch_size": 1}
+SETTINGS = EvaluationSettings(flip=False, batch_size=1)
 
 
 class Squares:
-    """A segmenter that sees all images as squares of `side` pixels."""
+    """A segmenter that resizes all images to squares of `side` pixels."""
 
     device = torch.device("cpu")
 
@@ -54,7 +56,9 @@ def main() -> None:
     parser.add_argument("--root", help="the VOC2012 folder, for --data voc")
     parser.add_argument("--limit", type=int, help="at most so many images")
     parser.add_argument("--repeats", type=int, default=20, help="forward passes that are timed")
+    parser.add_argument("--out", type=Path, help="also write the figures here, as JSON")
     options = parser.parse_args()
+    set_quiet(True)
 
     model = AutoModelForSemanticSegmentation.from_pretrained(options.model).eval()
     processor = AutoImageProcessor.from_pretrained(options.model)
@@ -75,10 +79,14 @@ def main() -> None:
         for name, (logits, size) in candidates.items():
             segmenter = Squares(logits, model.config, side)
             seconds = _seconds(segmenter, options.repeats)
-            figures = evaluate_segmenter(segmenter, processor, rows, SETTINGS, quiet=True)
+            figures = evaluate_segmenter(segmenter, processor, rows, SETTINGS)
             row = {"model": name, "size": f"{size / 2**20:.1f} MiB", "per image": f"{1000 * seconds:.1f} ms"}
             table.append(row | {key: figures[key] for key in ("mean_iou", "mean_iou_interval", "num_images")})
-    print_table(table, f"{options.model}: one image of {side}x{side}, {torch.get_num_threads()} threads")
+    title = f"one image of {side}x{side}, {torch.get_num_threads()} threads"
+    print_table(table, f"{options.model}: {title}")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"title": title, "rows": table}, indent=1) + "\n")
 
 
 def _seconds(segmenter: Squares, repeats: int) -> float:

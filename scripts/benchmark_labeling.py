@@ -1,11 +1,11 @@
-"""From maps to masks against what others do, side by side in one run, image by image on the same inputs.
+"""From maps to masks against plain implementations, side by side in one run, image by image on the same inputs.
 
 - localisation: `localize` on the model as labelling loads it against the plain loop, one image, one scale and one
   mirror image at a time, all maps at image size, in float32 on the model as `from_pretrained` gives it. Memory and
   kernels are kept for both. Of --passes the fastest counts, batch by batch; a single one would also count the kernels
   that oneDNN compiles for sizes it has not met, and the first pages of memory;
-- dense CRF: the refiner, in this process and shared by several, against pydensecrf2 called with the channels of all
-  classes of the data;
+- dense CRF: the refinement step, in this process and shared by several, against pydensecrf2 called with the channels
+  of all classes of the data;
 - closed-form matting: `closed_form_alphas` against pymatting's `estimate_alpha_cf`, per class.
 
 On one thread seconds are processor seconds, which other programs hardly lengthen; on several they are those of the
@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,22 +45,22 @@ from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import class_names, decode_image, decode_mask, tagged_features, undecoded
 from wsss_hf.data.voc import VOC_CLASSES
 from wsss_hf.inference.cam_maps import localize
+from wsss_hf.inference.load import load_labeler
 from wsss_hf.inference.optimize import for_inference
-from wsss_hf.inference.segmenter_scores import resize_images
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
-from wsss_hf.pseudo_labels.crf import require_densecrf
-from wsss_hf.pseudo_labels.label_images import load_labeler
-from wsss_hf.pseudo_labels.matting import closed_form_alphas
-from wsss_hf.pseudo_labels.refinement import Note, build_refiner
-from wsss_hf.pseudo_labels.trimap import BACKGROUND, FOREGROUND, UNKNOWN
-from wsss_hf.recipes import load_recipe
-from wsss_hf.training.build import build_on_backbone, build_processor, resolve_backbone
+from wsss_hf.models.tta import resize_images
+from wsss_hf.recipes import Recipe
+from wsss_hf.refinement.crf import require_densecrf
+from wsss_hf.refinement.matting import closed_form_alphas
+from wsss_hf.refinement.steps import Note, build_refinement
+from wsss_hf.refinement.trimap import BACKGROUND, FOREGROUND, UNKNOWN
+from wsss_hf.training.build import build_on_backbone, build_processor
 
 SCALES = (0.75, 1.0, 1.25)
 
 
-def timed(function: Callable, clock: Callable[[], float] | None = None) -> tuple[float, object]:
+def timed(function: Callable, clock: Callable[[], float] | None = None) -> tuple[float, Any]:
     """Seconds that a call takes, and its result."""
     clock = clock or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
     start = clock()
@@ -75,7 +76,7 @@ def load_pairs(root: str | None, every: int) -> tuple[list[tuple[np.ndarray, np.
     else:
         masks = sorted((Path(root) / "SegmentationClassAug").glob("*.png"))
         if not masks:
-            sys.exit(f"{root}: no SegmentationClassAug/*.png there; the folder VOCdevkit/VOC2012 would be right")
+            sys.exit(f"{root}: expected a folder VOCdevkit/VOC2012 with SegmentationClassAug/*.png, found none there")
         photographs = [Path(root) / "JPEGImages" / f"{path.stem}.jpg" for path in masks]
         found = [({"path": str(a)}, {"path": str(b)}, b.stem) for a, b in zip(photographs, masks, strict=True)]
         names = list(VOC_CLASSES)
@@ -92,21 +93,17 @@ def tagged_rows(pairs: list[tuple[np.ndarray, np.ndarray]], names: list[str]) ->
 
 
 def untrained_classifier(names: list[str], backbone: str | None) -> tuple[CamClassifier, WsssImageProcessor]:
-    recipe = load_recipe("toy" if backbone is None else "default", [f"cam.backbone={backbone or 'null'}"])
-    given = resolve_backbone(recipe, "cam", {})
-    statistics = {key: given[key] for key in ("image_mean", "image_std")}
+    recipe = Recipe.load("toy" if backbone is None else "default", [f"cam.backbone={backbone or 'null'}"])
     torch.manual_seed(0)
-    stride = recipe["cam"]["output_stride"]
-    options = {"id2label": dict(enumerate(names)), "output_stride": stride, **statistics}
-    model = build_on_backbone(CamClassifier, given, {}, **options)
-    processor = build_processor(load_recipe(), "cam", **statistics)  # photographs at the default size
-    return model.eval(), processor
+    options = {"id2label": dict(enumerate(names)), "output_stride": recipe.cam.output_stride}
+    model, mean, std = build_on_backbone(CamClassifier, recipe.cam, recipe.image, "cam", **options)
+    return model.eval(), build_processor(Recipe().image.size, mean, std)  # photographs at the default size
 
 
 @torch.inference_mode()
 def localize_plainly(model, pixel_values: torch.Tensor, tags: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """(N, H, W) maps of one image's tagged classes; every view on its own, all maps at image size."""
-    total = 0
+    total = torch.zeros(())
     for scale in SCALES:
         scaled = pixel_values if scale == 1 else resize_images(pixel_values, scale)
         for mirrored in (False, True):
@@ -127,7 +124,11 @@ def compare_localization(rows: Dataset, plain, model, processor, batch_size: int
         images = zip(batch.pixel_values.split(1), batch.tags.split(1), strict=True)
         return [localize_plainly(plain, image, tags, batch.size) for image, tags in images]
 
-    ways = {"plain": one_by_one, "float32": partial(batched, bf16=False), "bf16": partial(batched, bf16=True)}
+    ways: dict[str, Callable] = {
+        "plain": one_by_one,
+        "float32": partial(batched, bf16=False),
+        "bf16": partial(batched, bf16=True),
+    }
     seconds, differences = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0.0)
     for batch in batches:
         found, taken = {}, dict.fromkeys(ways, float("inf"))
@@ -182,7 +183,7 @@ def compare_crf(pairs: list[tuple[np.ndarray, np.ndarray]], num_labels: int, wor
         on_the_clock += time.perf_counter() - started
         one_by_one += seconds
         wanted.append(found)
-    seconds, found = timed(lambda: build_refiner(["crf"]).batch(*given))
+    seconds, found = timed(lambda: build_refinement(["crf"]).batch(*given))
     agreement = [
         float((present[refined.argmax(dim=0)] == other).mean())
         for present, refined, other in zip(labels, found, wanted, strict=True)
@@ -193,9 +194,9 @@ def compare_crf(pairs: list[tuple[np.ndarray, np.ndarray]], num_labels: int, wor
         f"{100 * np.mean(agreement):.2f} % (least {100 * min(agreement):.2f} %)",
         flush=True,
     )
-    shared = build_refiner(["crf"], workers=workers)
-    shared.batch(*given)  # until all processes have started, which does not count
-    seconds, _ = timed(lambda: shared.batch(*given), time.perf_counter)
+    with build_refinement(["crf"], workers=workers) as shared:
+        shared.batch(*given)  # until all processes have started, which does not count
+        seconds, _ = timed(lambda: shared.batch(*given), time.perf_counter)
     print(
         f"dense CRF, by the clock: {num_labels} channels {on_the_clock / len(pairs):.2f} s, those present in "
         f"{workers} processes {seconds / len(pairs):.2f} s, ratio {on_the_clock / seconds:.2f}",
@@ -219,16 +220,16 @@ def measured_trimaps(mask: np.ndarray, band: int) -> np.ndarray:
 
 def compare_mattes(image: np.ndarray, trimaps: np.ndarray) -> list[dict]:
     """One row per class: seconds of both and the mean absolute difference of their alphas."""
-    seconds, ours = timed(lambda: closed_form_alphas(image, trimaps))
+    seconds, fast = timed(lambda: closed_form_alphas(image, trimaps))
     rows = []
-    for alpha, trimap in zip(ours, trimaps, strict=True):
+    for alpha, trimap in zip(fast, trimaps, strict=True):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints performance warnings
-            their_seconds, theirs = timed(lambda trimap=trimap: estimate_alpha_cf(image / 255, trimap / 255))
-        difference = np.full(trimap.shape, np.nan) if alpha is None else np.abs(alpha - theirs)
+            plain_seconds, plain = timed(lambda trimap=trimap: estimate_alpha_cf(image / 255, trimap / 255))
+        difference = np.full(trimap.shape, np.nan) if alpha is None else np.abs(alpha - plain)
         rows.append(
             {
-                "ours": seconds / len(trimaps),
-                "theirs": their_seconds,
+                "closed_form_alphas": seconds / len(trimaps),
+                "pymatting": plain_seconds,
                 "difference": difference.mean(),
                 "unknown": difference[trimap == UNKNOWN].mean(),
             }
@@ -251,9 +252,9 @@ def compare_matting(pairs: list[tuple[np.ndarray, np.ndarray]], bands: list[int]
         column = {name: np.array([row[name] for row in rows]) for name in rows[0]}
         print(
             f"matting, {band} pixels unknown on either side, {len(rows)} classes: pymatting "
-            f"{column['theirs'].mean():.2f} s, ours {column['ours'].mean():.2f} s per class, ratio "
-            f"{column['theirs'].sum() / column['ours'].sum():.1f} "
-            f"(least {(column['theirs'] / column['ours']).min():.1f}), alpha differs by "
+            f"{column['pymatting'].mean():.2f} s, closed_form_alphas {column['closed_form_alphas'].mean():.2f} s "
+            f"per class, ratio {column['pymatting'].sum() / column['closed_form_alphas'].sum():.1f} "
+            f"(least {(column['pymatting'] / column['closed_form_alphas']).min():.1f}), alpha differs by "
             f"{column['difference'].mean():.4f} (most {column['difference'].max():.4f}), where unknown by "
             f"{column['unknown'].mean():.4f} (most {column['unknown'].max():.4f})",
             flush=True,
@@ -280,14 +281,16 @@ def main() -> None:
     pairs, names = load_pairs(arguments.root, arguments.every)
     if "localization" in parts:
         torch.set_num_threads(arguments.threads)
+        plain: Any
+        model: Any
         if arguments.cam:
             model, processor = load_labeler(arguments.cam, "cpu")
-            plain = type(model).from_pretrained(arguments.cam).eval()
+            plain, _ = load_labeler(arguments.cam, "cpu", optimize=False)
         else:
             plain, processor = untrained_classifier(names, arguments.backbone)
             model = for_inference(copy.deepcopy(plain), "cpu")
         if list(model.config.id2label.values()) != names:
-            sys.exit(f"--cam {arguments.cam}: it knows other classes than the data, {', '.join(names)}")
+            sys.exit(f"--cam {arguments.cam}: expected a classifier of the data's classes, {', '.join(names)}")
         rows = tagged_rows(pairs, names)
         compare_localization(rows, plain, model, processor, arguments.batch_size, arguments.passes)
         torch.set_num_threads(1)

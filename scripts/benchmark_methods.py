@@ -5,7 +5,11 @@ is the median over the turns. On a GPU seconds are those of the clock; on a CPU 
 hardly lengthen. Memory is the largest sum of tensors that one step adds to model and optimiser. Images are noise.
 
     python scripts/benchmark_methods.py --backbone google/mobilenet_v2_1.0_224 --set cam.train.batch_size=8
-    python scripts/benchmark_methods.py --recipe small_methods --backbone DIR --out runs/costs.json   # for the README
+
+The table of model_cards/results.md:
+
+    python scripts/benchmark_methods.py --recipe scripts/plans/rows/small_methods.yaml \\
+        --backbone google/mobilenet_v2_1.0_224 --out runs/costs.json
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import statistics
 import time
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -24,9 +29,9 @@ from transformers import logging as transformers_logging
 from wsss_hf import CamClassifier
 from wsss_hf.cli.launch import keep_freed_memory
 from wsss_hf.models.methods import METHODS
-from wsss_hf.recipes import load_recipe
-from wsss_hf.training.build import build_on_backbone, resolve_backbone
-from wsss_hf.training.optimizer import build_optimizer, freeze_batch_norm
+from wsss_hf.recipes import Recipe
+from wsss_hf.training.build import build_on_backbone
+from wsss_hf.training.loop import build_optimizer, freeze_batch_norm
 
 LIMITS = {"drs": 1.15, "icd": 1.6, "d2cam": 1.3, "plda": 2.2, "seam": 1.5}
 
@@ -34,19 +39,22 @@ LIMITS = {"drs": 1.15, "icd": 1.6, "d2cam": 1.3, "plda": 2.2, "seam": 1.5}
 class Variant:
     """A classifier with some methods, and its optimiser, halfway through a training."""
 
-    def __init__(self, recipe: dict, methods: dict, num_classes: int, device: torch.device):
+    def __init__(self, recipe: Recipe, methods: dict, num_classes: int, device: torch.device):
         torch.manual_seed(0)
-        self.model = build_on_backbone(
+        self.model: Any
+        self.model, _, _ = build_on_backbone(
             CamClassifier,
-            resolve_backbone(recipe, "cam", {}),
-            {},
-            output_stride=recipe["cam"]["output_stride"],
+            recipe.cam,
+            recipe.image,
+            "cam",
+            output_stride=recipe.cam.output_stride,
             id2label={c: f"class {c}" for c in range(num_classes)},
             **methods,
-        ).to(device, memory_format=torch.channels_last)  # as the training loop does
-        self.settings = recipe["cam"]["train"]
+        )
+        self.model.to(device, memory_format=torch.channels_last)  # as the training loop does
+        self.settings = recipe.cam.train
         self.model.train()
-        if self.settings["freeze_batch_norm"]:
+        if self.settings.freeze_batch_norm:
             freeze_batch_norm(self.model)
         self.model.progress = 0.5
         self.optimizer = build_optimizer(self.model, self.settings)
@@ -54,7 +62,7 @@ class Variant:
         self.seconds: list[float] = []
 
     def step(self, batch: dict) -> None:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["mixed_precision"] == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.mixed_precision == "bf16"):
             loss = self.model(**batch).loss
         loss.backward()
         self.optimizer.step()
@@ -89,9 +97,9 @@ class Variant:
         return max(accumulate(held))
 
 
-def random_batch(recipe: dict, num_classes: int, device: torch.device) -> dict:
+def random_batch(recipe: Recipe, num_classes: int, device: torch.device) -> dict:
     """Noise with one or two tags per image."""
-    size, count = recipe["image"]["size"], recipe["cam"]["train"]["batch_size"]
+    size, count = recipe.image.size, recipe.cam.train.batch_size
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(count, 3, size, size, generator=generator)
     tags = torch.zeros(count, num_classes).scatter_(1, torch.randint(num_classes, (count, 2), generator=generator), 1)
@@ -114,13 +122,12 @@ def main() -> None:
     keep_freed_memory()  # as the command line does
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    recipe = load_recipe(arguments.recipe, arguments.set)
-    recipe["cam"]["backbone"] = arguments.backbone or recipe["cam"]["backbone"]
+    recipe = Recipe.load(arguments.recipe, arguments.set, backbone=arguments.backbone)
     device = torch.device(arguments.device)
     batch = random_batch(recipe, arguments.classes, device)
 
-    options = {name: recipe["cam"]["methods"].get(name) or {} for name in arguments.only}
-    chosen = {"plain CAM": {}} | {name: {name: values} for name, values in options.items()}
+    options = {name: recipe.cam.methods.get(name) or {} for name in arguments.only}
+    chosen: dict[str, dict] = {"plain CAM": {}} | {name: {name: values} for name, values in options.items()}
     if len(options) > 1:
         chosen["all together"] = options
     variants = {name: Variant(recipe, methods, arguments.classes, device) for name, methods in chosen.items()}
@@ -133,7 +140,7 @@ def main() -> None:
             variant.timed_step(batch)
 
     plain = variants["plain CAM"].seconds
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, variant in variants.items():
         ratios = [seconds / reference for seconds, reference in zip(variant.seconds, plain, strict=True)]
         rows.append(
@@ -150,8 +157,8 @@ def main() -> None:
     for row in rows:
         if row["methods"] == "all together":
             row["limit"] = 1 + sum(time - 1 for time in alone)  # plain CAM and what each adds
-    precision = "bfloat16" if recipe["cam"]["train"]["mixed_precision"] == "bf16" else "float32"
-    size, stride = recipe["image"]["size"], recipe["cam"]["output_stride"]
+    precision = "bfloat16" if recipe.cam.train.mixed_precision == "bf16" else "float32"
+    size, stride = recipe.image.size, recipe.cam.output_stride
     title = f"{size} pixels, batch {len(batch['tags'])}, stride {stride}, {precision}, {device.type}"
     print(f"{title}; time and memory relative to plain CAM")
     for row in rows:

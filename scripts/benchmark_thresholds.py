@@ -2,7 +2,7 @@
 
 For every classifier: both thresholds and their mean IoU on the images of split "train" that have a mask, for the plain
 maps and, with --refine, for refined ones; beside it the share of the best that 0.4 would reach. With --confidence also
-how well the confidence of a pixel tells right labels from wrong ones (area under the ROC curve), against the absolute
+how well the confidence of a pixel separates correct from wrong labels (area under the ROC curve), against the absolute
 margin. The masks serve the measuring only.
 
     python scripts/benchmark_thresholds.py --data toy --recipe toy runs/demo/cam
@@ -12,6 +12,7 @@ margin. The masks serve the measuring only.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict, replace
 
 import numpy as np
 import torch
@@ -20,13 +21,15 @@ from scipy.stats import rankdata
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import class_names, decode_mask, undecoded
 from wsss_hf.inference.cam_maps import label_map
+from wsss_hf.inference.load import load_labeler
 from wsss_hf.metrics.mean_iou import MeanIoU
 from wsss_hf.models.background_threshold import THRESHOLDS
 from wsss_hf.models.maps import IGNORE_INDEX, add_background
-from wsss_hf.pseudo_labels.label_images import label_images, load_labeler
-from wsss_hf.pseudo_labels.refinement import build_refiner
+from wsss_hf.pseudo_labels.label_images import label_images
 from wsss_hf.pseudo_labels.threshold import auto_threshold
-from wsss_hf.recipes import load_recipe
+from wsss_hf.recipes import Recipe
+from wsss_hf.refinement.steps import build_refinement
+from wsss_hf.settings import MasksSettings
 from wsss_hf.stages.evaluate import rows_with
 
 
@@ -36,38 +39,38 @@ def area_under_curve(scores: np.ndarray, right: np.ndarray) -> float:
     return (rankdata(scores)[right].sum() - hits * (hits + 1) / 2) / max(1, hits * (len(right) - hits))
 
 
-def measure(model, processor, rows, settings: dict, steps: dict[str, list], confidence: bool) -> list[dict]:
+def measure(model, processor, rows, settings: MasksSettings, steps: dict[str, list], confidence: bool) -> list[dict]:
     """One row per entry of `steps`, the steps of refinement."""
     names = class_names(rows)
     metrics = {(name, t): MeanIoU(["background", *names]) for name in steps for t in THRESHOLDS}
-    refiners = {name: build_refiner(chain) for name, chain in steps.items()}
+    chains = {name: build_refinement(chain) for name, chain in steps.items()}
     found = {
-        name: auto_threshold(model, processor, rows, settings | {"refine": chain}) for name, chain in steps.items()
+        name: auto_threshold(model, processor, rows, replace(settings, refine=chain)) for name, chain in steps.items()
     }
-    certainty = {name: [] for name in steps}
+    certainty: dict[str, list[list[np.ndarray]]] = {name: [] for name in steps}
     masks = undecoded(rows.select_columns(["image_id", "mask"]))
-    for labelled in label_images(model, processor, rows, settings | {"background_threshold": 0.5, "refine": []}):
+    for labelled in label_images(model, processor, rows, replace(settings, background_threshold=0.5, refine=[])):
         truth = decode_mask(masks[labelled.index]["mask"], masks[labelled.index]["image_id"])
         maps, classes = torch.from_numpy(labelled.maps)[None], torch.from_numpy(labelled.classes)
         for (name, threshold), metric in metrics.items():
-            refined = refiners[name](add_background(maps, threshold)[0], np.asarray(labelled.image))
+            refined = chains[name](add_background(maps, threshold)[0], np.asarray(labelled.image))
             labels, relative = label_map(refined, classes)
             metric.add(prediction=labels, reference=truth)
             if confidence and threshold == found[name] and len(classes):
                 top = refined.topk(2, dim=0).values
                 counted = truth != IGNORE_INDEX
                 right = labels.numpy()[counted] == truth[counted]
-                margins = [values.numpy()[counted] for values in (relative, top[0] - top[1])]
-                certainty[name].append([right, *margins])
+                differences = [values.numpy()[counted] for values in (relative, top[0] - top[1])]
+                certainty[name].append([right, *differences])
     results = []
     for name in steps:
         means = {threshold: metrics[name, threshold].compute()["mean_iou"] for threshold in THRESHOLDS}
-        best = max(means, key=means.get)
+        best = max(means, key=lambda threshold: means[threshold])
         result = {"maps": name, "auto": found[name], "at auto": means[found[name]], "best": best}
         result |= {"at best": means[best], "ratio": means[found[name]] / means[best], "0.4": means[0.4] / means[best]}
         if confidence:
-            right, relative, absolute = (np.concatenate(parts) for parts in zip(*certainty[name], strict=True))
-            result |= {"confidence": area_under_curve(relative, right), "margin": area_under_curve(absolute, right)}
+            right, ratios, margins = (np.concatenate(parts) for parts in zip(*certainty[name], strict=True))
+            result |= {"confidence": area_under_curve(ratios, right), "margin": area_under_curve(margins, right)}
         results.append(result)
     return results
 
@@ -83,8 +86,8 @@ def main() -> None:
     parser.add_argument("--refine", nargs="+", default=[], choices=("pamr", "crf"), help="each by itself")
     parser.add_argument("--confidence", action="store_true")
     arguments = parser.parse_args()
-    recipe = load_recipe(arguments.recipe)
-    toy = recipe["toy"] if arguments.data == "toy" else None
+    recipe = Recipe.load(arguments.recipe)
+    toy = asdict(recipe.toy) if arguments.data == "toy" else None
     classes = arguments.classes.split(",") if arguments.classes else None
     data = load_data(arguments.data, root=arguments.root, classes=classes, toy=toy)
     rows = rows_with(data["train"], "mask")
@@ -95,7 +98,7 @@ def main() -> None:
         folder, _, maps = cam.partition(":")
         model, processor = load_labeler(folder, "cuda" if torch.cuda.is_available() else "cpu")
         model.config.maps = maps or model.config.maps
-        for row in measure(model, processor, rows, recipe["masks"], steps, arguments.confidence):
+        for row in measure(model, processor, rows, recipe.masks, steps, arguments.confidence):
             figures = "  ".join(
                 f"{key} {value:.3f}" if isinstance(value, float) else f"{value:8s}" for key, value in row.items()
             )

@@ -4,8 +4,12 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
+import signal
+from unittest import mock
+
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import DatasetDict, Image
 from transformers import ResNetConfig
 
@@ -14,7 +18,7 @@ from wsss_hf.data.toy import make_toy
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
-from wsss_hf.recipes import load_recipe
+from wsss_hf.recipes import Recipe, load_recipe
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
@@ -44,6 +48,26 @@ TINY_SETTINGS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def own_process():
+    """No test leaves environment variables (quietness, tokens) or signal handlers to the next one."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with mock.patch.dict(os.environ):
+        yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Whoever trains fails."""
+
+    def refused(*_arguments, **_options):
+        raise RuntimeError("this test trains nothing")
+
+    monkeypatch.setattr(Accelerator, "backward", refused)
+
+
 @pytest.fixture
 def resnet_config():
     return ResNetConfig(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 64, 128], embedding_size=16, layer_type="basic")
@@ -56,7 +80,7 @@ def tiny_settings() -> list[str]:
 
 
 @pytest.fixture
-def tiny_recipe() -> dict:
+def tiny_recipe() -> Recipe:
     """The default recipe on a ResNet of a few thousand weights, two epochs each; a test may change its copy."""
     return load_recipe("default", TINY_SETTINGS)
 

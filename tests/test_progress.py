@@ -1,8 +1,18 @@
+import subprocess
+import sys
+
 import pytest
+import torch
 from rich.console import Console
 
 from wsss_hf import progress as module
-from wsss_hf.progress import Progress
+from wsss_hf.progress import Progress, is_quiet, set_quiet
+
+
+@pytest.fixture(autouse=True)
+def loud_main_process(monkeypatch):
+    for name in ("WSSS_QUIET", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -52,12 +62,52 @@ def test_a_record_stays_on_the_screen(capsys):
     assert printed(capsys) == ["cam: epoch 3, loss 0.1235"]
 
 
-def test_quiet_prints_nothing(clock, capsys):
-    with Progress("cam", 2, quiet=True) as progress:
+def work(clock):
+    with Progress("cam", 2) as progress:
         clock(60)
         progress.advance(2)
         progress.log({"epoch": 1})
-    assert printed(capsys) == []
+
+
+def test_quiet_prints_nothing_until_it_is_over(clock, capsys):
+    set_quiet(True)
+    work(clock)
+    assert is_quiet() and printed(capsys) == []
+    set_quiet(False)
+    work(clock)
+    assert not is_quiet() and len(printed(capsys)) == 2
+
+
+def test_child_processes_inherit_quietness():
+    program = "from wsss_hf.progress import is_quiet; print(is_quiet())"
+    for quiet in (True, False):
+        set_quiet(quiet)
+        child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert child.stdout.strip() == str(quiet)
+
+
+@pytest.mark.parametrize(
+    ("environment", "speaks"),
+    [
+        ({"RANK": "1"}, False),
+        ({"RANK": "0"}, True),
+        ({"LOCAL_RANK": "3"}, False),
+        ({"RANK": "2", "LOCAL_RANK": "0"}, False),
+    ],
+)
+def test_only_the_main_process_speaks(clock, capsys, monkeypatch, environment, speaks):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    work(clock)
+    assert bool(printed(capsys)) == speaks
+
+
+def test_where_torch_distributed_is_initialised_its_rank_counts(clock, capsys, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank, speaks in ((1, False), (0, True)):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        work(clock)
+        assert bool(printed(capsys)) == speaks
 
 
 def test_a_terminal_gets_a_bar_with_figures_and_records_above_it(monkeypatch, capsys):

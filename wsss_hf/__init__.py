@@ -1,43 +1,64 @@
 """wsss_hf: image tags in, segmentation model out.
 
-Importing the package registers its models with the Auto classes of transformers, and its pipelines: beside
-`pipeline("image-segmentation")` and `pipeline("image-classification")`, `pipeline("weak-segmentation")`.
+Importing the package registers its models with the Auto classes of transformers, and its pipelines: our models get
+their own in `pipeline("image-segmentation")` and `pipeline("image-classification")`, those of others stay as they are;
+`pipeline("weak-segmentation")` is new. Everything but the models is imported when it is first asked for.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForSemanticSegmentation,
-)
-from transformers.pipelines import PIPELINE_REGISTRY
+import importlib
+from typing import TYPE_CHECKING
 
-from .models import (
-    CamClassifier,
-    CamConfig,
-    CamOutput,
-    D2camConfig,
-    DrsConfig,
-    IcdConfig,
-    MapRefiner,
-    MapRefinerConfig,
-    MaskPipeline,
-    Method,
-    PldaConfig,
-    SeamConfig,
-    Segmenter,
-    SegmenterConfig,
-    TagPipeline,
-    TrainingStep,
-    WeakSegmentationPipeline,
-    WsssImageProcessor,
-    register_method,
-)
+from .models import registration as _registration  # noqa: F401  (what its import does)
+from .models.configuration_cam import CamConfig
+from .models.configuration_segmenter import SegmenterConfig
+from .models.d2cam import D2camConfig
+from .models.drs import DrsConfig
+from .models.icd import IcdConfig
+from .models.image_processing_wsss import WsssImageProcessor
+from .models.methods import Method, TrainingStep, register_method
+from .models.modeling_cam import CamClassifier, CamOutput
+from .models.modeling_map_refiner import MapRefiner, MapRefinerConfig
+from .models.modeling_segmenter import Segmenter
+from .models.options import Options, option
+from .models.pipeline_image_segmentation import MaskPipeline, TagPipeline
+from .models.pipeline_weak_segmentation import WeakSegmentationPipeline
+from .models.plda import PldaConfig
+from .models.seam import SeamConfig
+from .version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .data.sources import load_data
+    from .recipes import Recipe
+    from .stages.add_saliency import add_saliency
+    from .stages.compare import compare
+    from .stages.evaluate import evaluate
+    from .stages.make_masks import make_masks
+    from .stages.predict import predict
+    from .stages.relabel import relabel
+    from .stages.run import run
+    from .stages.train_cam import train_cam
+    from .stages.train_refiner import train_refiner
+    from .stages.train_segmenter import train_segmenter
+    from .training.callbacks import ScheduleCallback
+
+_LAZY = {
+    "Recipe": "recipes",
+    "ScheduleCallback": "training.callbacks",
+    "add_saliency": "stages.add_saliency",
+    "compare": "stages.compare",
+    "evaluate": "stages.evaluate",
+    "load_data": "data.sources",
+    "make_masks": "stages.make_masks",
+    "predict": "stages.predict",
+    "relabel": "stages.relabel",
+    "run": "stages.run",
+    "train_cam": "stages.train_cam",
+    "train_refiner": "stages.train_refiner",
+    "train_segmenter": "stages.train_segmenter",
+}
 
 __all__ = [
+    "__version__",
     "CamClassifier",
     "CamConfig",
     "CamOutput",
@@ -48,7 +69,10 @@ __all__ = [
     "MapRefinerConfig",
     "MaskPipeline",
     "Method",
+    "Options",
     "PldaConfig",
+    "Recipe",
+    "ScheduleCallback",
     "SeamConfig",
     "Segmenter",
     "SegmenterConfig",
@@ -56,25 +80,29 @@ __all__ = [
     "TrainingStep",
     "WeakSegmentationPipeline",
     "WsssImageProcessor",
+    "add_saliency",
+    "compare",
+    "evaluate",
+    "load_data",
+    "make_masks",
+    "option",
+    "predict",
     "register_method",
+    "relabel",
+    "run",
+    "train_cam",
+    "train_refiner",
+    "train_segmenter",
 ]
 
-for _config_class, _model_class in (
-    (CamConfig, CamClassifier),
-    (MapRefinerConfig, MapRefiner),
-    (SegmenterConfig, Segmenter),
-):
-    AutoConfig.register(_config_class.model_type, _config_class)
-    AutoModel.register(_config_class, _model_class)
-    AutoModelForSemanticSegmentation.register(_config_class, _model_class)
-    AutoImageProcessor.register(_config_class, image_processor_classes={"pil": WsssImageProcessor})
-AutoModelForImageClassification.register(CamConfig, CamClassifier)
-# Ours does for every other model what the library's own does, so it takes its place without a warning.
-PIPELINE_REGISTRY.supported_tasks["image-segmentation"]["impl"] = MaskPipeline
-PIPELINE_REGISTRY.supported_tasks["image-classification"]["impl"] = TagPipeline
-PIPELINE_REGISTRY.register_pipeline(
-    "weak-segmentation",
-    pipeline_class=WeakSegmentationPipeline,
-    pt_model=AutoModelForSemanticSegmentation,
-    type="image",
-)
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """Another name to write the file under; it becomes `path` in the end, and is removed if anything fails."""
+    """A temporary name beside `path` to write to; renamed to `path` at the end, removed if anything fails."""
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -23,11 +23,14 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
-    """An empty folder to write to; it becomes `path` in the end, which may be an empty folder before."""
+    """A temporary folder beside `path` to write to; renamed to `path` at the end, removed if anything fails.
+
+    `path` must not exist, or be an empty folder.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        result = Path(folder) / "result"  # which, unlike a temporary folder, others may read
+        result = Path(folder) / "result"  # a temporary folder itself is readable for its owner only
         result.mkdir()
         yield result
         if path.is_dir():

@@ -1,35 +1,82 @@
-"""How long work shows itself: a bar with time left and throughput on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar with time left and throughput on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+if TYPE_CHECKING:  # imported where it is used: rich is slow to import
+    from rich.progress import Progress as RichProgress
+
+_QUIET = "WSSS_QUIET"  # the state is in the environment, so that child processes inherit it
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether every [`Progress`] prints nothing from now on, in this process and in those it starts.
+
+    The environment variable WSSS_QUIET=1 does the same from outside.
+    """
+    if quiet:
+        os.environ[_QUIET] = "1"
+    else:
+        os.environ.pop(_QUIET, None)
+
+
+def is_quiet() -> bool:
+    """Whether [`set_quiet`] or WSSS_QUIET=1 has silenced progress."""
+    return os.environ.get(_QUIET) == "1"
+
+
+def _is_main_process() -> bool:
+    torch = sys.modules.get("torch")  # whoever has initialised it has imported it
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    return rank in ("0", "-1")  # -1: not distributed
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, where a [`Progress`] would show."""
+    if not is_quiet() and _is_main_process():
+        print(line, file=sys.stderr)
 
 
 class Progress:
-    """A progress bar on standard error; where that is no terminal, a line every half minute; nothing when quiet.
+    """A progress bar on standard error; where that is no terminal, a line every half minute.
+
+    Prints nothing when quiet (see [`set_quiet`]) and in other processes than the main one.
 
     Args:
         title: what is being done.
         total: number of steps.
-        quiet: print nothing (other processes than the main one are always quiet).
         unit: what a step is, for the throughput.
     """
 
-    def __init__(self, title: str, total: int, quiet: bool = False, unit: str = "step"):
-        self.title, self.total, self.quiet, self.unit = title, total, quiet, unit
+    def __init__(self, title: str, total: int, unit: str = "step"):
+        from rich.console import Console
+
+        self.title, self.total, self.unit = title, total, unit
+        self.silent = is_quiet() or not _is_main_process()
         self.done = 0
         self.text = ""
         self._console = Console(stderr=True)
-        self._bar = None
+        self._bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
         self._started = self._last_line = time.monotonic()
-        self._first = None
-        if not self.quiet and self._console.is_terminal:
+        self._first: int | None = None
+        if not self.silent and self._console.is_terminal:
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TaskProgressColumn,
+                TextColumn,
+                TimeRemainingColumn,
+            )
+            from rich.progress import Progress as RichProgress
+
             self._bar = RichProgress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
@@ -56,7 +103,7 @@ class Progress:
         self.done += steps
         if self._first is None:
             self._first = self.done
-        if self.quiet:
+        if self.silent:
             return
         now = time.monotonic()
         rate = (self.done - self._first) / max(now - self._started, 1e-9)
@@ -71,7 +118,7 @@ class Progress:
 
     def log(self, record: dict) -> None:
         """A record that stays on the screen."""
-        if not self.quiet:
+        if not self.silent:
             text = ", ".join(
                 f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in record.items()
             )

@@ -61,21 +61,21 @@ class TrainSettings(Options):
     schedule: Literal["poly", "step"] = option("poly", "poly | step")
     power: float = option(0.9, "Of poly.", above=0)
     milestones: list[float] = option(
-        [0.33, 0.67], "Of step: fractions of the training after which the rate is divided by 10.", at_least=0, at_most=1
+        [0.33, 0.67],
+        "Of step: fractions of the training after which the rate is divided by 10.",
+        at_least=0,
+        at_most=1,
+        length=0,
     )
     warmup: float = option(0.0, "Fraction of the training in which the rate rises from 0.", at_least=0, at_most=1)
     clip_gradient: float = option(0.0, "Largest gradient norm; 0 does not clip.", at_least=0)
     freeze_batch_norm: bool = option(True, "Keep statistics and weights of pretrained batch norms.")
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "no | bf16 | fp16")
     gradient_checkpointing: bool = speed(False, "Less memory, about a third more time.")
-    scale: list[float] = option([0.7, 1.4], "Random scale: lowest, highest.", above=0, length=2)
+    scale: list[float] = option([0.7, 1.4], "Random scale: lowest, highest.", above=0, length=2, ascending=True)
     flip: float = option(0.5, "Probability of the mirror image.", at_least=0, at_most=1)
     color_jitter: float = option(0.2, "Brightness, contrast and saturation by 1 ± this.", at_least=0, below=1)
     workers: int = speed(0, "Processes that load images, for each training process.", at_least=0)
-
-    def check(self) -> None:
-        if self.scale[0] > self.scale[1]:
-            raise ValueError(f"scale: expected the lower number first, got {self.scale}")
 
 
 @dataclass
@@ -100,7 +100,9 @@ class CamSettings(Options):
     )
     methods: dict[str, Any] = option({}, "Method: its options, for example {drs: {mode: fixed}}; null turns one off.")
     method_warmup: float = option(0.0, "Fraction of the training before the methods begin.", at_least=0, below=1)
-    superpixels: bool = option(False, "Give methods superpixels (ICD uses them): the data's column, or felzenszwalb's.")
+    superpixels: bool = option(
+        False, "Give methods superpixels (ICD uses them): the data's column, or felzenszwalb's."
+    )
     felzenszwalb: FelzenszwalbSettings = dataclasses.field(default_factory=FelzenszwalbSettings)
     saliency: bool = option(False, "Give methods the data's column saliency.")
     maps: str = option("cam", "Whose maps make the masks: cam, or a method that has maps (icd, d2cam, seam).")
@@ -143,7 +145,8 @@ class MasksSettings(Options):
     )
     seeds: str = option(
         "argmax",
-        "Label rule: argmax | drs (needs a column saliency) | icd (needs cam.maps: icd) | mat_label (needs matting).",
+        "Label rule: argmax | saliency or drs (with a column saliency) | icd (with cam.maps: icd) | mat_label (with "
+        "matting).",
     )
     seed_options: dict[str, Any] = option({}, "Options of the label rule, for example {tie: 0.1}.")
     confidence: bool = option(False, "Also write a column confidence.")
@@ -187,13 +190,11 @@ class SelfTrainingSettings(Options):
     """Rounds in which a segmenter labels the images for the next one."""
 
     rounds: int = option(1, "Segmenters trained one after the other.", at_least=1)
-    threshold: float = option(
-        0.5, "Pixels whose label is less probable become 255 (ignore).", at_least=0, at_most=1
-    )
+    threshold: float = option(0.5, "Pixels whose label is less probable become 255 (ignore).", at_least=0, at_most=1)
     keep_area: bool = option(True, "Keep the object area of the labels that the segmenter was trained on.")
     scales: list[float] = option([0.75, 1.0, 1.25], "Test-time scales.", above=0)
     flip: bool = option(True, "Also average with the mirror image.")
-    window: int = option(0, "As evaluation.window.", at_least=0)
+    window: int | None = option(None, "As evaluation.window; null takes its value.", at_least=0)
     window_stride: int = option(0, "As evaluation.window_stride.", at_least=0)
     refine: list[Any] = option([], "Of the probabilities of the tagged classes, as masks.refine.", length=0)
     workers: int = speed(0, "As masks.workers.", at_least=0)

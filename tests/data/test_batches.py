@@ -65,8 +65,8 @@ def test_masks_are_not_read():
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        ({"bytes": b"no image", "path": None}, "row 'x1': cannot be decoded as an image"),
-        (None, "row 'x1': has no image"),
+        ({"bytes": b"no image", "path": None}, "row 'x1': expected an image, got a file that can't be decoded"),
+        (None, "row 'x1': expected an image, got none"),
     ],
 )
 def test_a_bad_image_is_named(broken, message):

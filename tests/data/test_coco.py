@@ -8,10 +8,10 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from pycocotools.mask import encode
 
-from wsss_hf.cli.main import main
 from wsss_hf.data.coco import load_coco
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import DataError, check_dataset, class_names
+from wsss_hf.progress import set_quiet
 
 HEIGHT, WIDTH = 6, 8
 CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}, {"id": 17, "name": "cat"}]
@@ -86,6 +86,7 @@ def coco(tmp_path, monkeypatch):
             Image.new("RGB", (WIDTH, HEIGHT), (9 * number, 90, 50)).save(root / f"{split}2017/{number:012d}.jpg")
         write_annotations(root, split)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.delenv("WSSS_QUIET", raising=False)
     return root
 
 
@@ -138,29 +139,40 @@ def test_restricted_classes_are_renumbered_in_the_order_given(coco):
 
 
 def test_masks_are_painted_once_until_annotations_or_classes_change(coco, tmp_path):
-    load_coco(coco, cache_dir=tmp_path / "mine")
-    (file,) = pngs(tmp_path / "mine")
+    load_coco(coco)
+    (file,) = pngs(tmp_path / "cache")
     file.write_bytes(b"kept")
-    again = load_coco(coco, cache_dir=tmp_path / "mine")["val"].cast_column("mask", ImageFeature(decode=False))
+    again = load_coco(coco)["val"].cast_column("mask", ImageFeature(decode=False))
     assert again[0]["mask"]["path"] == str(file)
     assert file.read_bytes() == b"kept"
     file.unlink()
-    load_coco(coco, cache_dir=tmp_path / "mine")
-    assert pngs(tmp_path / "mine") == [file]
-    load_coco(coco, classes=["cat"], cache_dir=tmp_path / "mine")
-    assert len(pngs(tmp_path / "mine")) == 2
+    load_coco(coco)
+    assert pngs(tmp_path / "cache") == [file]
+    load_coco(coco, classes=["cat"])
+    assert len(pngs(tmp_path / "cache")) == 2
     path = write_annotations(coco, "val", shapes=[shape(1, 9, CAT, columns(0, 8))])
     os.utime(path, (1, 1))
-    assert (np.asarray(load_coco(coco, cache_dir=tmp_path / "mine")["val"][0]["mask"]) == 2).all()
+    assert (np.asarray(load_coco(coco)["val"][0]["mask"]) == 2).all()
+
+
+def test_painting_shows_progress_unless_quiet(coco, capsys):
+    load_coco(coco)
+    assert "masks of val2017: 1/1" in capsys.readouterr().err
+    load_coco(coco)  # nothing is left to paint
+    set_quiet(True)
+    load_coco(coco, classes=["cat"])
+    assert capsys.readouterr().err == ""
 
 
 def test_limit_paints_no_mask_that_is_not_wanted(coco, tmp_path):
-    dataset = load_data("coco", root=coco, masks="all", limit=1, cache_dir=tmp_path / "mine")
+    dataset = load_data("coco", root=coco, masks="all", limit=1)
     assert [len(rows) for rows in dataset.values()] == [1, 1]
-    assert len(pngs(tmp_path / "mine")) == 2
+    assert len(pngs(tmp_path / "cache")) == 2
 
 
 def test_the_command_line_reads_it(coco, tmp_path, capsys):
+    from wsss_hf.cli.main import main
+
     masks = tmp_path / "masks"
     masks.mkdir()
     Image.fromarray(np.array(VAL_MASK, dtype=np.uint8) % 255).save(masks / "000000000009.png")
@@ -172,22 +184,29 @@ def test_the_command_line_reads_it(coco, tmp_path, capsys):
     written = json.loads(figures.read_text())
     assert written["results"][0]["mean_iou"] == 1 and written["data"]["source"] == "coco"
     train = ["evaluate", *data, "--masks", str(masks), "--split", "train"]
-    for options, culprit in (([], "no row of split 'train' has a mask"), (["--all-masks"], "000000000001.png")):
+    for options, culprit in (([], "mask"), (["--all-masks"], "000000000001.png")):
         with pytest.raises(SystemExit) as exit_:
             main([*train, *options, "--quiet"])
         assert exit_.value.code == 1 and culprit in capsys.readouterr().err  # there is no label map of it
     with pytest.raises(SystemExit) as exit_:
         main(["evaluate", *data, "--classes", "cat,yak", "--masks", str(masks)])
     err = capsys.readouterr().err
-    assert exit_.value.code == 1 and err.startswith("error: unknown COCO class 'yak'") and err.count("\n") == 1
+    assert (
+        exit_.value.code == 1
+        and err.startswith("error: classes: expected COCO classes, got 'yak'")
+        and err.count("\n") == 1
+    )
 
 
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("annotations/instances_train2017.json", "the annotations .*instances_train2017.json are missing; the root"),
-        ("annotations/instances_val2017.json", "the annotations .*instances_val2017.json are missing"),
-        ("train2017/000000000002.jpg", "instances_train2017.json, image 2: its file .*000000000002.jpg is missing"),
+        (
+            "annotations/instances_train2017.json",
+            "annotations/instances_train2017.json: no such file .root: expected a folder of annotations",
+        ),
+        ("annotations/instances_val2017.json", "annotations/instances_val2017.json: no such file"),
+        ("train2017/000000000002.jpg", "instances_train2017.json, image 2: no such file .*000000000002.jpg"),
     ],
 )
 def test_missing_files_are_named(coco, missing, message):
@@ -199,9 +218,12 @@ def test_missing_files_are_named(coco, missing, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes": ["cat", "unicorn"]}, "unknown COCO class 'unicorn'; .*train2017.json has person, cat, dog"),
-        ({"classes": ["cat", "cat"]}, "a class occurs twice in cat, cat"),
-        ({"masks": "some"}, "masks must be 'evaluation' or 'all', not 'some'"),
+        (
+            {"classes": ["cat", "unicorn"]},
+            "expected COCO classes, got 'unicorn' .*train2017.json has person, cat, dog",
+        ),
+        ({"classes": ["cat", "cat"]}, "classes: expected each name once, got cat, cat"),
+        ({"masks": "some"}, "masks: expected 'evaluation' or 'all', got 'some'"),
     ],
 )
 def test_bad_options_are_named(coco, options, message):
@@ -210,22 +232,25 @@ def test_bad_options_are_named(coco, options, message):
 
 
 def test_data_options_are_those_of_voc(coco):
-    with pytest.raises(DataError, match="source 'coco' needs root"):
+    with pytest.raises(DataError, match="root: expected the folder of annotations, .* for 'coco', got none"):
         load_data("coco")
-    with pytest.raises(DataError, match="columns maps .*'coco' is neither"):
+    with pytest.raises(DataError, match="columns: expected a saved or Hub data set, got 'coco'"):
         load_data("coco", root=coco, columns={"image": "img"})
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"shapes": []}, "split 'val' is empty: none of the 1 images of .*val2017.json shows person, cat, dog"),
-        ({"images": []}, "val2017.json, annotation 11: no image has its image_id 9"),
-        ({"images": [9, 9]}, "val2017.json: two of its images have the id 9"),
-        ({"shapes": [shape(5, 9, 3, [])]}, "val2017.json, annotation 5: no category has its category_id 3"),
-        ({"shapes": [shape(5, None, CAT, [])]}, r"annotations\[0\]: its image_id is None; of type int would be right"),
-        ({"categories": None}, "val2017.json has no list 'categories'"),
-        ({"categories": CATEGORIES[:2]}, "the categories of .*val2017.json are not those of train2017"),
+        ({"shapes": []}, "split 'val': expected images of person, cat, dog, got none among the 1 of .*val2017.json"),
+        ({"images": []}, "val2017.json, annotation 11: image_id: expected that of an image, got 9"),
+        ({"images": [9, 9]}, "val2017.json, images: expected ids that differ, got 9 twice"),
+        (
+            {"shapes": [shape(5, 9, 3, [])]},
+            "val2017.json, annotation 5: category_id: expected that of a category, got 3",
+        ),
+        ({"shapes": [shape(5, None, CAT, [])]}, r"annotations\[0\].image_id: expected int, got None"),
+        ({"categories": None}, "val2017.json: expected COCO's instance annotations, got no list 'categories'"),
+        ({"categories": CATEGORIES[:2]}, "val2017.json: expected the categories of train2017, got others"),
     ],
 )
 def test_bad_annotations_are_named(coco, content, message):
@@ -237,28 +262,28 @@ def test_bad_annotations_are_named(coco, content, message):
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        (None, "polygons .* or run lengths would be right"),
-        ([[0, 0, 1, 0, 1, 1, 0]], "polygons .* or run lengths would be right"),
+        (None, "expected polygons .* or run lengths, got None"),
+        ([[0, 0, 1, 0, 1, 1, 0]], "expected polygons .* or run lengths, got .*1, 0"),
         ([["a"] * 6], "could not convert string to float"),
-        ({"size": [WIDTH, HEIGHT], "counts": [48]}, r"its size is \[8, 6\], that of the image \[6, 8\]"),
-        ({"size": [HEIGHT, WIDTH], "counts": [40]}, "its run lengths are 40 pixels, the image has 48"),
+        ({"size": [WIDTH, HEIGHT], "counts": [48]}, r"expected the image's size \[6, 8\], got \[8, 6\]"),
+        ({"size": [HEIGHT, WIDTH], "counts": [40]}, "expected run lengths of 48 pixels, got 40"),
         ({"size": [HEIGHT, WIDTH]}, "counts"),
     ],
 )
 def test_bad_shapes_are_named_and_leave_no_mask(coco, segmentation, message):
     write_annotations(coco, "val", shapes=[shape(5, 9, CAT, segmentation)])
-    with pytest.raises(DataError, match=f"val2017.json, annotation 5: its segmentation is unfit .*{message}"):
+    with pytest.raises(DataError, match=f"val2017.json, annotation 5: segmentation: .*{message}"):
         load_coco(coco)
     assert not pngs(coco.parent)
 
 
 def test_what_is_not_json_is_named(coco):
     (coco / "annotations/instances_val2017.json").write_text("{")
-    with pytest.raises(DataError, match="the annotations .*val2017.json are not JSON"):
+    with pytest.raises(DataError, match="val2017.json: expected JSON"):
         load_coco(coco)
 
 
 def test_without_pycocotools_it_takes_one_line(coco, monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocotools", None)
-    with pytest.raises(DataError, match=r"COCO needs pycocotools: pip install wsss_hf\[coco\]"):
+    with pytest.raises(DataError, match=r'COCO needs pycocotools: pip install "wsss_hf\[coco\]"$'):
         load_coco(coco)

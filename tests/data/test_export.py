@@ -6,8 +6,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from wsss_hf.data.export import export_coco, export_voc, write_mask_pngs
-from wsss_hf.data.palette import voc_palette
 from wsss_hf.data.tagged import DataError
+from wsss_hf.models.label_colors import voc_palette
 
 NAMES = ["cat", "dog"]
 
@@ -70,13 +70,13 @@ def test_ids_that_lead_out_of_the_folder_are_refused(tmp_path, export, name):
 
 
 def test_two_images_of_one_file_name_are_refused(tmp_path):
-    with pytest.raises(DataError, match="'a.jpg' and 'a.png' would share the file a.png"):
+    with pytest.raises(DataError, match="row 'a.png': expected a file of its own, got a.png of row 'a.jpg'"):
         write_mask_pngs(tmp_path, [("a.jpg", some_labels()), ("a.png", some_labels())])
 
 
 @pytest.mark.parametrize("export", [export_voc, export_coco])
 def test_labels_of_no_class_are_named(tmp_path, export):
-    with pytest.raises(DataError, match="row 'b': its label map has the value 7; right are 0 to 2 and 255"):
+    with pytest.raises(DataError, match="row 'b': expected labels 0..2 and 255, got 7"):
         export(tmp_path / "out", [("a", some_labels()), ("b", np.full((2, 2), 7, np.uint8))], NAMES)
     assert not list(tmp_path.iterdir())
 
@@ -95,7 +95,7 @@ def test_nothing_is_overwritten_and_nothing_half_done_stays(tmp_path):
     export_coco(tmp_path / "coco.json", [("a", some_labels())], NAMES)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for export, name in ((export_voc, "empty"), (export_coco, "coco.json")):
-        with pytest.raises(DataError, match=f"{name}: exists already"):
+        with pytest.raises(DataError, match=f"{name}: expected a path that does not exist yet"):
             export(tmp_path / name, [("b", some_labels())], NAMES)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
@@ -6,7 +8,7 @@ from PIL import Image
 
 from wsss_hf.data import sources
 from wsss_hf.data.sources import load_data
-from wsss_hf.data.tagged import DataError, class_names, tagged_features
+from wsss_hf.data.tagged import DataError, class_names, source_of, tagged_features
 from wsss_hf.data.toy import TOY_CLASSES, make_toy
 
 PICTURE = Image.new("RGB", (6, 4))
@@ -68,32 +70,56 @@ def test_a_folder_of_tagged_images(tmp_path):
 )
 def test_hub_tags_may_be_names_or_labels_one_or_many(hub, tags, feature, names, wanted):
     hub["answer"] = DatasetDict(train=foreign(tags, feature), validation=foreign(tags, feature))
-    dataset = load_data(
-        "owner/pets", columns={"image": "img", "tags": "label"}, revision="v1", token="secret", cache_dir="here"
-    )
-    assert hub["call"] == ("owner/pets", {"revision": "v1", "token": "secret", "cache_dir": "here"})
+    dataset = load_data("owner/pets", columns={"image": "img", "tags": "label"}, revision="v1")
+    assert hub["call"] == ("owner/pets", {"revision": "v1"})
     assert list(dataset) == ["train", "val"] and class_names(dataset) == names
     assert dataset["train"]["tags"][:] == wanted
     assert sorted(dataset["train"].column_names) == ["image", "image_id", "tags"]
     assert dataset["val"]["image_id"][:] == ["val_000000", "val_000001", "val_000002"]
 
 
+def test_a_revision_may_follow_the_id(hub):
+    hub["answer"] = DatasetDict(train=foreign(["a"], Value("string")))
+    dataset = load_data("owner/pets@v1", columns={"image": "img", "tags": "label"})
+    assert hub["call"] == ("owner/pets", {"revision": "v1"})
+    columns = {"image": "img", "tags": "label"}
+    assert dataset.source == {"source": "owner/pets", "columns": columns, "revision": "v1"}
+
+
+def test_the_source_loads_the_same_data_again(unbalanced, tmp_path):
+    toy = {"num_train": 3, "num_val": 2, "image_size": 32}
+    assert load_data("toy", toy=toy).source == {"source": "toy", "toy": toy}
+    dataset = load_data(unbalanced, limit=8, seed=1)
+    assert dataset.source == {"source": str(unbalanced), "limit": 8, "seed": 1}
+    assert json.loads(json.dumps(dataset.source)) == source_of(dataset)
+    assert load_data(**dataset.source)["train"]["image_id"][:] == dataset["train"]["image_id"][:]
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    PICTURE.save(photos / "a.png")
+    (photos / "metadata.csv").write_text("file_name,tags\na.png,cat|hot dog\n")
+    dataset = load_data(photos, separator="|", classes=("hot dog", "cat"))
+    assert dataset.source == {"source": str(photos), "classes": ["hot dog", "cat"], "separator": "|"}
+
+
 def test_given_classes_order_the_names_of_the_hub(hub):
     hub["answer"] = DatasetDict(train=foreign(["b", "a"], Value("string")))
     columns = {"image": "img", "tags": "label"}
     assert load_data("owner/pets", columns=columns, classes=["b", "a"])["train"]["tags"][:] == [[0], [1]]
-    with pytest.raises(DataError, match="'owner/pets' has the unknown class 'b'; known are a, c"):
+    with pytest.raises(DataError, match="'owner/pets': tags: expected names from a, c, got 'b'"):
         load_data("owner/pets", columns=columns, classes=["a", "c"])
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({}, "'owner/pets' has no column 'image', only img, label, note; name yours in `columns`"),
-        ({"image": "img"}, "'owner/pets' has no column 'tags', only image, label, note"),
-        ({"image": "photo"}, "'owner/pets' has no column 'photo'; it has img, label, note"),
-        ({"picture": "img"}, "columns maps 'picture', which is none of image_id, image"),
-        ({"image": "img", "tags": "label"}, "column 'tags' of 'owner/pets' must hold class names or ClassLabels"),
+        ({}, "'owner/pets': expected a column 'image', got img, label, note .name yours in `columns`"),
+        ({"image": "img"}, "'owner/pets': expected a column 'tags', got image, label, note"),
+        ({"image": "photo"}, "columns: expected a column of 'owner/pets', img, label, note, got 'photo'"),
+        ({"picture": "img"}, "columns: expected one of image_id, image, .*, got 'picture'"),
+        (
+            {"image": "img", "tags": "label"},
+            "'owner/pets', column 'tags': expected class names or ClassLabels, .*, got Value",
+        ),
     ],
 )
 def test_foreign_columns_that_do_not_fit_are_named(hub, columns, message):
@@ -104,14 +130,16 @@ def test_foreign_columns_that_do_not_fit_are_named(hub, columns, message):
 
 def test_a_hub_data_set_needs_a_train_split(hub):
     hub["answer"] = DatasetDict(test=foreign(["a"], Value("string")))
-    with pytest.raises(DataError, match="'owner/pets' has no split 'train', only test"):
+    with pytest.raises(DataError, match="'owner/pets': expected a split 'train', got test"):
         load_data("owner/pets")
 
 
 @pytest.mark.parametrize("source", ["owner/pets", "/no/such/folder", "./nowhere"])
 def test_a_source_that_is_nothing_gets_the_five_forms_in_one_line(hub, source):
     hub["answer"] = FileNotFoundError("not on the Hub\nand more lines")
-    with pytest.raises(DataError, match=f"no data at '{source}'.*'toy', 'voc' .*save_to_disk.*tagged.*Hub") as caught:
+    with pytest.raises(
+        DataError, match=f"^source: expected 'toy', 'voc' .*save_to_disk.*tagged.*Hub.*, got '{source}'"
+    ) as caught:
         load_data(source)
     assert "\n" not in str(caught.value)
 
@@ -119,17 +147,19 @@ def test_a_source_that_is_nothing_gets_the_five_forms_in_one_line(hub, source):
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
-        ("voc", {}, "source 'voc' needs root"),
-        ("toy", {"limit": 0}, "limit must be at least 1 row, not 0"),
+        ("voc", {}, "root: expected the VOC2012 folder of a devkit for 'voc', got none"),
+        ("toy", {"limit": 0}, "limit: expected at least 1 row, got 0"),
         (
             "toy",
             {"columns": {"image": "img"}},
-            "columns maps the columns of saved and Hub data sets; 'toy' is neither",
+            "columns: expected a saved or Hub data set, got 'toy'",
         ),
+        ("toy", {"separator": ","}, "separator: expected a directory of tagged images, got 'toy'"),
+        ("owner/pets@v1", {"revision": "v2"}, "revision: expected one, got 'v1' in 'owner/pets@v1' and 'v2'"),
         (
             "toy",
             {"classes": ["cat"], "toy": {"num_train": 1, "num_val": 1}},
-            "classes cat are not those of the data set",
+            "classes: expected those of the data set, vixel, .*, got cat",
         ),
     ],
 )
@@ -148,8 +178,8 @@ def unbalanced(tmp_path):
         "mask": [Image.new("L", (6, 4)) if index >= 36 else None for index in range(40)],
     }
     rows = Dataset.from_dict(columns, features=tagged_features(["common", "rare"], "mask"))
-    DatasetDict(train=rows).save_to_disk(tmp_path)
-    return tmp_path
+    DatasetDict(train=rows).save_to_disk(tmp_path / "unbalanced")
+    return tmp_path / "unbalanced"
 
 
 def test_limit_keeps_every_class_then_masks_and_depends_on_the_seed_alone(unbalanced):
@@ -167,7 +197,7 @@ def test_what_is_loaded_is_checked(tmp_path):
         features=tagged_features(["cat"], "mask"),
     )
     rows.save_to_disk(tmp_path)
-    with pytest.raises(DataError, match="row 'a': the mask is 5x4 but its image is 6x4"):
+    with pytest.raises(DataError, match="row 'a': expected a mask of the image's size, 6x4, got one of 5x4"):
         load_data(tmp_path)
 
 

@@ -39,7 +39,7 @@ def test_they_follow_the_objects_of_the_embedded_data():
 
 def test_more_than_16_bits_can_number_are_refused(monkeypatch):
     monkeypatch.setattr(module, "_MOST", 1)
-    with pytest.raises(DataError, match="has [0-9] superpixels, 1 are possible; a larger min_size"):
+    with pytest.raises(DataError, match="expected at most 1 in an image, got [0-9]; use a larger min_size"):
         superpixels(two_halves((40, 30)), 100, **OPTIONS)
 
 
@@ -58,6 +58,6 @@ def test_a_column_is_computed_once(tmp_path, monkeypatch):
 def test_a_bad_image_is_named(tmp_path):
     columns = {"image_id": ["a"], "image": [{"bytes": b"no image", "path": None}], "tags": [[0]]}
     rows = Dataset.from_dict(columns, features=tagged_features(["cat"]))
-    with pytest.raises(DataError, match="row 'a': cannot be decoded as an image"):
+    with pytest.raises(DataError, match="row 'a': expected an image, got a file that can't be decoded"):
         superpixel_column(rows, 32, OPTIONS, tmp_path / "cache.arrow")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,6 @@
 import io
+import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,11 +9,15 @@ from PIL import Image
 
 from wsss_hf.data.tagged import (
     DataError,
+    TaggedData,
+    check_classes,
     check_dataset,
+    check_names,
     class_names,
     decode_image,
     decode_mask,
     has_value,
+    source_of,
     tagged_features,
     tags_to_multi_hot,
 )
@@ -45,21 +51,33 @@ def test_good_data_pass_and_tell_their_classes():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_id": ["one", "one"]}, "split 'train', row 'one': every row needs an image_id of its own"),
-        ({"image": [encoded(Image.new("RGB", (6, 4))), None]}, "row 'two', column image: has no image"),
+        (
+            {"image_id": ["one", "one"]},
+            "split 'train', row 'one': expected an image_id that no other row has, got 'one'",
+        ),
+        ({"image": [encoded(Image.new("RGB", (6, 4))), None]}, "row 'two', column image: expected an image, got none"),
         (
             {"image": [encoded(Image.new("RGB", (6, 4))), {"bytes": b"no", "path": "b.jpg"}]},
-            "row 'two', b.jpg: cannot be",
+            "row 'two', b.jpg: expected an image, got a file that can't be",
         ),
-        ({"mask": [None, encoded(Image.new("L", (4, 6)))]}, "row 'two': the mask is 4x6 but its image is 6x4"),
+        (
+            {"mask": [None, encoded(Image.new("L", (4, 6)))]},
+            "row 'two': expected a mask of the image's size, 6x4, got one of 4x6",
+        ),
         (
             {"mask": [None, encoded(Image.new("L", (6, 4), 3))]},
-            "row 'two': the mask has the value 3; right are 0 to 2 and",
+            "row 'two': mask: expected labels 0..2 and 255 .ignore., got 3",
         ),
-        ({"mask": [None, encoded(Image.new("RGB", (6, 4)))]}, "row 'two', column mask: the mask has mode RGB"),
-        ({"mask": [None, {"bytes": b"no", "path": None}]}, "row 'two', column mask: cannot be decoded"),
-        ({"tags": [[0], None]}, r"row 'two': tags None must be a list of class indices 0\.\.1"),
-        ({"tags": [[], []]}, "no row of split 'train' has tags"),
+        (
+            {"mask": [None, encoded(Image.new("RGB", (6, 4)))]},
+            "row 'two', column mask: expected one 8-bit channel of labels .*, got mode RGB",
+        ),
+        (
+            {"mask": [None, {"bytes": b"no", "path": None}]},
+            "row 'two', column mask: expected an image, got a file that can't be decoded",
+        ),
+        ({"tags": [[0], None]}, r"row 'two': tags: expected class indices 0\.\.1, got None"),
+        ({"tags": [[], []]}, "split 'train': expected images with tags, got none"),
     ],
 )
 def test_bad_rows_are_named(changes, message):
@@ -71,21 +89,24 @@ def test_bad_rows_are_named(changes, message):
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"val": rows()}, "no split 'train'"),
-        ({"train": rows(), "val": rows().select([])}, "split 'val' is empty"),
-        ({"train": rows().rename_column("tags", "labels")}, "lacks column tags; it has image_id, image, labels, mask"),
+        ({"val": rows()}, "expected a split 'train', got val"),
+        ({"train": rows(), "val": rows().select([])}, "split 'val': expected at least one row"),
+        (
+            {"train": rows().rename_column("tags", "labels")},
+            "expected a column tags, got image_id, image, labels, mask",
+        ),
         (
             {"train": rows().cast_column("image_id", Value("string")).remove_columns("image_id")},
-            "lacks column image_id",
+            "expected a column image_id, got",
         ),
         (
             {"train": rows().remove_columns("mask").add_column("mask", ["a.png", "b.png"])},
-            "column 'mask' of split 'train' must hold images",
+            "split 'train', column 'mask': expected images",
         ),
-        ({"train": rows().remove_columns("tags").add_column("tags", ["cat", "dog"])}, "column 'tags' must be List"),
+        ({"train": rows().remove_columns("tags").add_column("tags", ["cat", "dog"])}, "column 'tags': expected List"),
         (
             {"train": rows(), "val": rows().cast(tagged_features(["cow", "pig"], "mask"))},
-            "split 'val' has classes .'cow', 'pig'., 'train' has",
+            "split 'val': expected the classes of 'train', .'cat', 'dog'., got .'cow', 'pig'.",
         ),
     ],
 )
@@ -98,7 +119,7 @@ def test_tag_out_of_range_is_named():
     loose = rows().remove_columns("tags").add_column("tags", [[0], [-1]])
     features = rows().features
     loose = loose.cast(type(features)({name: features[name] for name in loose.column_names}))
-    with pytest.raises(DataError, match=r"row 'two': tags \[-1\]"):
+    with pytest.raises(DataError, match=r"row 'two': tags: .*got \[-1\]"):
         check_dataset(DatasetDict(train=loose))
 
 
@@ -133,10 +154,12 @@ def test_an_image_cut_short_is_named():
     noise = np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)
     whole = encoded(Image.fromarray(noise), "JPEG")["bytes"]
     with pytest.raises(
-        DataError, match=r"^row 'x': cannot be decoded as an image \(.*truncated.*\); replace or remove it$"
+        DataError, match=r"^row 'x': expected an image, got a file that can't be decoded \(.*truncated.*\)$"
     ):
         decode_image({"bytes": whole[: len(whole) // 2], "path": None}, "row 'x'")
-    with pytest.raises(DataError, match=r"^row 'x': cannot be decoded as an image \(.*gone\.jpg"):
+    with pytest.raises(
+        DataError, match=r"^row 'x': expected an image, got a file that can't be decoded \(.*gone\.jpg"
+    ):
         decode_image({"bytes": None, "path": "gone.jpg"}, "row 'x'")
 
 
@@ -149,7 +172,7 @@ def test_masks_keep_their_palette_indices():
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "1", "LA"])
 def test_color_masks_are_refused(mode):
-    with pytest.raises(DataError, match=f"^row 'x': the mask has mode {mode}; right is one 8-bit channel"):
+    with pytest.raises(DataError, match=f"^row 'x': expected one 8-bit channel .*, got mode {mode}$"):
         decode_mask(encoded(Image.new(mode, (2, 2))), "row 'x'")
 
 
@@ -157,15 +180,38 @@ def test_multi_hot():
     assert tags_to_multi_hot([2, 0, 2], 4).tolist() == [1, 0, 1, 0]
     assert tags_to_multi_hot([], 2).tolist() == [0, 0]
     for outside in (2, -1):
-        with pytest.raises(DataError, match=f"tag {outside} is not a class index 0..1"):
+        with pytest.raises(DataError, match=f"tags: expected class indices 0..1, got {outside}"):
             tags_to_multi_hot([outside], 2)
 
 
 @pytest.mark.parametrize("count", [0, 255])
 def test_number_of_classes_must_fit_a_mask(count):
-    with pytest.raises(DataError, match=f"1 to 254 classes, not {count}"):
+    with pytest.raises(DataError, match=f"classes: expected 1 to 254 names, got {count}"):
         tagged_features([str(number) for number in range(count)])
 
 
 def test_features_name_the_classes():
     assert tagged_features(["a", "b"])["tags"].feature == ClassLabel(names=["a", "b"])
+
+
+def test_tagged_data_are_a_dataset_dict_that_knows_its_source():
+    data = TaggedData({"train": rows()}, {"source": "photos", "limit": 2})
+    check_dataset(data)
+    assert isinstance(data, DatasetDict) and data["train"].num_rows == 2
+    assert source_of(data) == data.source == {"source": "photos", "limit": 2}
+    assert source_of(pickle.loads(pickle.dumps(data))) == data.source
+    source_of(data)["limit"] = 1  # a copy
+    assert data.source["limit"] == 2
+    assert source_of(DatasetDict(train=rows())) == source_of(TaggedData({"train": rows()})) == {}
+
+
+def test_a_model_must_have_the_classes_of_the_data():
+    model = SimpleNamespace(config=SimpleNamespace(id2label={2: "dog", 0: "background", 1: "cat"}))
+    assert check_classes(model, rows()) == check_classes(model, DatasetDict(train=rows()))
+    assert check_classes(model, rows()) == ["background", "cat", "dog"]
+    check_names(model, ("background", "cat", "dog"), "segmenter")
+    with pytest.raises(DataError, match="^classifier: expected the classes .*, cat, dog, got background, cat, dog$"):
+        check_names(model, ["cat", "dog"], "classifier")
+    model.config.id2label[2] = "cow"
+    with pytest.raises(DataError, match="^segmenter: .* background, cat, dog, got background, cat, cow$"):
+        check_classes(model, rows())

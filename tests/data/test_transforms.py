@@ -90,11 +90,11 @@ def test_colors_are_jittered_and_normalised_and_the_mask_is_optional():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"crop_size": 0}, "crop_size must be a positive number of pixels, not 0"),
-        ({"scale": (0, 1)}, r"scale must be two positive numbers, the smaller first, not \(0, 1\)"),
-        ({"scale": (2, 1)}, "scale must be"),
-        ({"flip": 2}, "flip must be in 0..1"),
-        ({"color_jitter": 1}, "color_jitter in 0..1"),
+        ({"crop_size": 0}, "crop_size: expected a positive number of pixels, got 0"),
+        ({"scale": (0, 1)}, r"scale: expected two positive numbers, the smaller first, got \(0, 1\)"),
+        ({"scale": (2, 1)}, "scale: expected"),
+        ({"flip": 2}, r"flip: expected a number in \[0, 1\], got 2"),
+        ({"color_jitter": 1}, r"color_jitter: expected a number in \[0, 1\), got 1"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wsss_hf.data.palette import voc_palette
 from wsss_hf.data.tagged import DataError
 from wsss_hf.data.voc import VOC_CLASSES
 from wsss_hf.data.voc_results import export_voc_results
+from wsss_hf.models.label_colors import voc_palette
 
 MAP = np.array([[0, 1], [2, 0]], np.uint8)
 
@@ -29,12 +29,12 @@ def test_archive_is_what_the_server_takes(tmp_path, name):
 @pytest.mark.parametrize(
     ("file", "maps", "classes", "message"),
     [
-        ("results.zip", [], ["cat"], "results.zip: a file .tar, .tgz, .tar.gz would be right"),
-        ("r.tgz", [], ["cat", "unicorn"], "VOC has no class 'unicorn'"),
-        ("r.tgz", [("photo_1", MAP)], ["cat", "dog"], "image_id 'photo_1': a name of VOC like 2008_000001"),
-        ("r.tgz", [("2008_000001", MAP)] * 2, ["cat", "dog"], "image_id '2008_000001': .* once"),
-        ("r.tgz", [("2008_000001", MAP)], ["cat"], "row '2008_000001': label 2; right are 0..1"),
-        ("r.tgz", [("2008_000001", np.full((2, 2), 255, np.uint8))], ["cat"], "label 255; right are 0..1"),
+        ("results.zip", [], ["cat"], "expected a file .tar, .tgz, .tar.gz, got .*results.zip"),
+        ("r.tgz", [], ["cat", "unicorn"], "expected VOC classes, got 'unicorn'"),
+        ("r.tgz", [("photo_1", MAP)], ["cat", "dog"], "expected names of VOC like 2008_000001, .* got 'photo_1'"),
+        ("r.tgz", [("2008_000001", MAP)] * 2, ["cat", "dog"], "expected names of VOC .* each once, got '2008_000001'"),
+        ("r.tgz", [("2008_000001", MAP)], ["cat"], "row '2008_000001': expected labels 0..1, got 2"),
+        ("r.tgz", [("2008_000001", np.full((2, 2), 255, np.uint8))], ["cat"], "expected labels 0..1, got 255"),
     ],
 )
 def test_what_the_server_would_refuse_leaves_nothing(tmp_path, file, maps, classes, message):
@@ -45,5 +45,5 @@ def test_what_the_server_would_refuse_leaves_nothing(tmp_path, file, maps, class
 
 def test_nothing_is_overwritten(tmp_path):
     (tmp_path / "r.tgz").write_text("mine")
-    with pytest.raises(DataError, match="r.tgz: exists already"):
+    with pytest.raises(DataError, match="r.tgz: expected a path that does not exist yet"):
         export_voc_results(tmp_path / "r.tgz", [], ["cat"])

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from wsss_hf.hub.cards import recipe_cards
-from wsss_hf.recipes import load_recipe
+from wsss_hf.recipes import Recipe
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 
@@ -38,6 +38,31 @@ def test_other_results_make_another_card(made):
     assert figures["mean_iou"] == 0.123
 
 
+@pytest.mark.parametrize(
+    ("masks", "saliency", "words"),
+    [
+        ("argmax", None, None),
+        ("argmax", {"source": "owner/net", "learnt_from": "DUTS"}, None),  # the data have maps, and nobody read them
+        ("drs", "maps", "saliency maps of maps; what their network learnt from is not recorded"),
+        ("saliency", None, "saliency maps that the data hold; what their network learnt from is not recorded"),
+        ("icd", None, None),
+        (
+            "icd",
+            {"source": "owner/net", "learnt_from": "DUTS"},
+            "saliency maps of owner/net; what they learnt from: DUTS",
+        ),
+    ],
+)
+def test_a_card_says_what_saliency_maps_a_result_rests_on(made, masks, saliency, words):
+    changed = json.loads(json.dumps(made))
+    changed["recipe"]["masks"]["seeds"], changed["data"]["saliency"], changed["command"] = masks, saliency, "run"
+    for card in recipe_cards("demo", changed, "apache-2.0").values():
+        assert ("image tags and saliency maps**" in card.text) == (words is not None)
+        assert ("image tags only**" in card.text) == (words is None)
+        assert words is None or card.text.count(f"but it rests on {words}.") == 1
+        assert ("--saliency maps" in card.text) == (saliency == "maps")
+
+
 def test_a_backbone_at_a_revision_is_known_by_its_id(made):
     changed = json.loads(json.dumps(made))
     changed["recipe"]["cam"] |= {"backbone": "owner/body@v2", "backbone_config": None}
@@ -50,5 +75,5 @@ def test_a_card_names_files_that_are_there_and_a_recipe_that_loads(made):
         text = (CARDS / f"demo-{folder}.md").read_text()
         assert "(demo.png)" in text and "--recipe demo.yaml" in text
     assert (CARDS / "demo.png").is_file()
-    recipe = load_recipe(str(CARDS / "demo.yaml"))
-    assert recipe["segmenter"]["train"]["epochs"] == made["recipe"]["segmenter"]["train"]["epochs"]
+    recipe = Recipe.load(str(CARDS / "demo.yaml"))
+    assert recipe.segmenter.train.epochs == made["recipe"]["segmenter"]["train"]["epochs"]

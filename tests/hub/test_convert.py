@@ -14,9 +14,9 @@ from wsss_hf import CamClassifier, MapRefiner, WsssImageProcessor
 from wsss_hf.cli.main import main
 from wsss_hf.data.voc import VOC_CLASSES
 from wsss_hf.hub.convert import ConvertError, convert_checkpoint
-from wsss_hf.models.backbone import Backbone, pretrained_body
-from wsss_hf.models.image_processing_wsss import backbone_normalization
-from wsss_hf.pseudo_labels.label_images import load_labeler
+from wsss_hf.inference.load import load_labeler
+from wsss_hf.models.backbone import Backbone
+from wsss_hf.models.pretrained import backbone_normalization, pretrained_body
 
 NAMES = ["cat", "cow", "dog"]
 LAYERS = {"1": (0, 2), "2": (5, 7), "3": (10, 12, 14), "4": (17, 19, 21), "5": (24, 26, 28)}
@@ -331,7 +331,7 @@ def test_a_released_refiner_takes_the_classifiers_place_in_making_masks(convert,
     weights = drs_weights(controllers=False)
     folder = convert({"model": weights}, class_names=NAMES, kind="refiner")
     model, processor = load_labeler(str(folder), "cpu")
-    assert type(model) is MapRefiner and processor.size["shortest_edge"] == 320
+    assert isinstance(model, MapRefiner) and processor.size["shortest_edge"] == 320
     with torch.no_grad():
         output = model(pixels)
     wanted = drs_forward(weights, pixels)
@@ -426,16 +426,16 @@ def missing_some():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        (missing_some, r"nearest is a DRS network without .*no keys missing and 7 keys \(layer1_relu1"),
+        (missing_some, r"nearest to a DRS network without .*no keys missing and 7 keys \(layer1_relu1"),
         (lambda: vgg_weights() | {"features.1.weight": torch.zeros(4)}, r"VGG-16, .* 1 key \(features.1.weight"),
         (lambda: {"fc.weight": torch.zeros(2)}, r"26 keys \(features\.0\.bias, (features[^,]*, ){4}…\) missing"),
         (lambda: without(seam_weights(), "f9"), r"SEAM, with 1 key \(f9.weight\) missing and no"),
         (lambda: without(plda_weights(), "head_list.1"), r"PLDA, with 2 keys .* missing and 2 keys \(head_list.2"),
-        (lambda: drs_weights() | {"layer2_conv1.weight": torch.zeros(5, 4, 3, 3)}, "hold different values"),
-        (lambda: vgg_weights() | {"features.5.weight": torch.zeros(5, 9, 3, 3)}, r"5.weight is \(5, 4, 3, 3\)"),
-        (lambda: {"model": [1, 2]}, "no dictionary of tensors"),
-        (lambda: {"weights": 3}, "no dictionary of tensors"),
-        (dict, "no dictionary of tensors"),
+        (lambda: drs_weights() | {"layer2_conv1.weight": torch.zeros(5, 4, 3, 3)}, "values of features.5.weight"),
+        (lambda: vgg_weights() | {"features.5.weight": torch.zeros(5, 9, 3, 3)}, r"5.weight: expected the shape"),
+        (lambda: {"model": [1, 2]}, "expected a dictionary of tensors .*, got list under 'model'"),
+        (lambda: {"weights": 3}, "expected a dictionary of tensors .*, got int under 'weights'"),
+        (dict, "expected a dictionary of tensors .*, got an empty one"),
     ],
 )  # fmt: skip
 def test_another_layout_is_refused_with_what_differs(tmp_path, weights, message):
@@ -450,16 +450,16 @@ def uncontrolled():
 @pytest.mark.parametrize(
     ("weights", "options", "message"),
     [
-        (drs_weights, {}, "it has 3 classes, which are not the 20 of VOC; 3 class names would be right"),
-        (drs_weights, {"class_names": ["cat"]}, "which are not the 1 that were given"),
-        (seam_weights, {}, "fc8 has 4 rows; names of 3 classes would be right, the first is background"),
-        (plda_weights, {"class_names": ["cat", "cow"]}, "it has 3 classes, which are not the 2 that were given"),
-        (vgg_weights, {"class_names": NAMES}, "an ImageNet VGG-16, to which class_names does not apply"),
-        (drs_weights, {"drs_delta": 0.5}, "a DRS classifier, to which drs_delta does not apply"),
-        (seam_weights, {"extra_channels": [8]}, "SEAM, to which extra_channels does not apply"),
-        (drs_weights, {"kind": "refiner"}, "a DRS classifier, to which kind does not apply"),
-        (uncontrolled, {"kind": "refiner", "drs_delta": 0.5}, "a refiner has no DRS; leave drs_delta out"),
-        (uncontrolled, {"kind": "segmenter"}, "kind 'segmenter': classifier or refiner would be right"),
+        (drs_weights, {}, "class_names: expected 3, the classes of the file, got none .VOC has 20"),
+        (drs_weights, {"class_names": ["cat"]}, "class_names: expected 3, .*, got 1"),
+        (seam_weights, {}, "class_names: expected 3 .fc8 has 4 rows, one of background., got none"),
+        (plda_weights, {"class_names": ["cat", "cow"]}, "class_names: expected 3, .*, got 2"),
+        (vgg_weights, {"class_names": NAMES}, "expected extra_channels for an ImageNet VGG-16, got class_names"),
+        (drs_weights, {"drs_delta": 0.5}, "expected class_names for a DRS classifier, got drs_delta"),
+        (seam_weights, {"extra_channels": [8]}, "expected class_names for SEAM, got extra_channels"),
+        (drs_weights, {"kind": "refiner"}, "expected class_names for a DRS classifier, got kind"),
+        (uncontrolled, {"kind": "refiner", "drs_delta": 0.5}, "drs_delta: expected none for a refiner, got 0.5"),
+        (uncontrolled, {"kind": "segmenter"}, "kind: expected classifier or refiner, got 'segmenter'"),
     ],
 )
 def test_options_that_do_not_fit_the_file_are_refused(tmp_path, weights, options, message):
@@ -475,16 +475,16 @@ class Surprise:
 def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(vgg_weights() | {"args": Surprise()}, tmp_path / "published.pth")
-    refused(tmp_path, "needs more than weights to be read, which could run any code")
+    refused(tmp_path, "expected a pickle of tensors.* got one with other objects, which could run any code")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("published.pth", b"", "not a PyTorch file"),
-        ("published.pth", b"PK\x03\x04 broken", "not a PyTorch file"),
-        ("published.safetensors", b"nonsense", "not a safetensors file"),
-        ("published.ckpt", b"", "a file .safetensors, .pth, .pt or .bin would be right"),
+        ("published.pth", b"", "expected a PyTorch file"),
+        ("published.pth", b"PK\x03\x04 broken", "expected a PyTorch file"),
+        ("published.safetensors", b"nonsense", "expected a safetensors file"),
+        ("published.ckpt", b"", "expected a file .safetensors, .pth, .pt or .bin"),
     ],
 )
 def test_an_unreadable_file_is_refused(tmp_path, name, content, message):
@@ -502,7 +502,7 @@ def test_nothing_is_overwritten_and_an_empty_folder_is_used(tmp_path, convert):
     folder = convert(vgg_weights())
     assert (folder / "config.json").is_file()
     before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(ConvertError, match=r"ours: it exists already; take another folder"):
+    with pytest.raises(ConvertError, match=r"ours: expected a folder that does not exist yet"):
         convert(vgg_weights())
     assert (folder / "model.safetensors").read_bytes() == before
 
@@ -547,7 +547,7 @@ def test_the_command_reads_numbers_of_channels(tmp_path, capsys):
     with pytest.raises(SystemExit) as done:
         main([*arguments, "9,x"])
     assert done.value.code == 1
-    assert capsys.readouterr().err == "error: --extra-channels 9,x: whole numbers a,b,c would be right\n"
+    assert capsys.readouterr().err == "error: --extra-channels: expected whole numbers a,b,c, got 9,x\n"
     with pytest.raises(SystemExit):
         main([*arguments, "9,10"])
     assert Backbone(AutoConfig.from_pretrained(tmp_path / "ours")).channels == [4, 5, 6, 7, 10]

@@ -10,10 +10,10 @@ from huggingface_hub import DatasetCard
 from loopback_hub import TOKEN
 
 from wsss_hf.cli.main import main
-from wsss_hf.data.palette import mask_image
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import class_names, undecoded
 from wsss_hf.hub.push import push_dataset
+from wsss_hf.models.label_colors import mask_image
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def run_folder(tmp_path, toy_data):
     return tmp_path / "run"
 
 
-def test_masks_come_back_from_the_hub_as_they_were(hub, run_folder, toy_data, tmp_path):
+def test_masks_come_back_from_the_hub_as_they_were(hub, run_folder, toy_data, tmp_path, monkeypatch):
     push_dataset(run_folder, "tester/masks", licence="apache-2.0")
     files = hub.files("tester/masks", kind="dataset")
     parquet = {"data/train-00000-of-00001.parquet", "data/val-00000-of-00001.parquet"}
@@ -53,7 +53,9 @@ def test_masks_come_back_from_the_hub_as_they_were(hub, run_folder, toy_data, tm
         assert np.array_equal(np.asarray(ours["mask"])[::-1], np.asarray(theirs["pseudo_mask"]))
         assert theirs["pseudo_mask"].mode == "P"
     # It is data for the next stage as it is.
-    again = load_data("tester/masks", cache_dir=tmp_path / "cache", token=TOKEN)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    again = load_data("tester/masks")
     assert "pseudo_mask" in again["train"].features and len(again["val"]) == 4
 
 
@@ -91,6 +93,6 @@ def test_a_second_push_sends_nothing(hub, run_folder, capsys):
 
 
 def test_what_holds_no_masks_is_refused(hub, cam_folder):
-    with pytest.raises(ValueError, match="nothing to push; a folder with dataset_dict.json, or a run with masks/"):
+    with pytest.raises(ValueError, match="expected a folder with dataset_dict.json, or a run with masks/"):
         push_dataset(cam_folder, "tester/masks")
     assert hub.requests == []

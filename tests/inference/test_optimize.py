@@ -6,16 +6,15 @@ from torch import nn
 from transformers import ConvNextConfig, MobileNetV1Config, MobileNetV2Config, ResNetConfig, SegformerConfig
 from transformers import SegformerForSemanticSegmentation as Segformer
 
-from wsss_hf.inference import optimize as inference
+from wsss_hf.inference import optimize
+from wsss_hf.inference.load import load_labeler, load_segmenter
 from wsss_hf.inference.optimize import for_inference
-from wsss_hf.inference.segmenter_scores import load_segmenter
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.configuration_segmenter import SegmenterConfig
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.models.vgg import Vgg16Config
 from wsss_hf.models.wide_resnet import WideResNet38Config
-from wsss_hf.pseudo_labels.label_images import load_labeler
 
 BACKBONES = {
     "resnet": lambda: ResNetConfig(depths=[1, 1, 2, 2], hidden_sizes=[16, 32, 48, 64], embedding_size=8),
@@ -58,7 +57,7 @@ def batch_norms(model):
 @torch.no_grad()
 def test_outputs_stay_the_same(backbone, kind):
     if (backbone, kind) == ("mobilenet_v1", "dilated"):
-        pytest.skip("it can't be")
+        pytest.skip("this backbone cannot be dilated")
     model = build(kind, backbone)
     faster = for_inference(copy.deepcopy(model), "cpu")
     for size in ((64, 96), (79, 81)):  # TensorFlow pads even and odd sides differently
@@ -80,7 +79,7 @@ def test_batch_norms_are_folded_where_a_convolution_feeds_them_alone(backbone, r
         assert model.backbone.body.b2_1.bn_branch2a in norms and model.backbone.body.bn7 in norms
 
 
-def test_activations_work_in_place_where_nobody_else_sees_their_input():
+def test_activations_work_in_place_where_nothing_else_reads_their_input():
     body = for_inference(build("classifier", "resnet"), "cpu").backbone.body
     block = body.encoder.stages[0].layers[0]
     assert block.layer[0].activation.inplace and not block.activation.inplace  # whose input is a sum
@@ -89,7 +88,7 @@ def test_activations_work_in_place_where_nobody_else_sees_their_input():
 
 
 @torch.no_grad()
-def test_convolutions_include_their_activation_unless_something_stands_between():
+def test_convolutions_include_their_activation_unless_something_is_between():
     body = for_inference(build("classifier", "resnet"), "cpu").backbone.body
     first, *_, second = (part.convolution for part in body.encoder.stages[0].layers[0].layer)
     assert first(torch.randn(2, first.in_channels, 8, 8)).min() == 0
@@ -120,7 +119,7 @@ def test_lower_precision_and_torch_without_onednn(backbone, monkeypatch):
         assert low.dtype == torch.bfloat16
         torch.testing.assert_close(low.float(), wanted, **near)
         torch.testing.assert_close(faster(images).cams, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
-    monkeypatch.setattr(inference, "_ONEDNN_FUNCTIONS", ("no such function",))
+    monkeypatch.setattr(optimize, "_ONEDNN_FUNCTIONS", ("no such function",))
     slower = for_inference(copy.deepcopy(model), "cpu")
     assert all("_conv_forward" not in vars(module) for module in slower.modules())
     torch.testing.assert_close(slower(images).cams, wanted, atol=1e-5 * float(wanted.abs().max()), rtol=0)
@@ -189,9 +188,57 @@ def test_loaded_models_are_ready_and_their_files_stay(cam_folder, tmp_path):
 
 
 @torch.no_grad()
-def test_models_of_others_keep_their_weights():
+def test_models_of_transformers_keep_their_weights():
     sizes = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8}
     model = Segformer(SegformerConfig(**sizes)).eval()
     faster, images = for_inference(copy.deepcopy(model), "cpu"), torch.randn(1, 3, 64, 64)
-    assert all(torch.equal(faster.state_dict()[name], value) for name, value in model.state_dict().items())
+    weights = dict(faster.named_parameters())
+    assert all(torch.equal(weights[name], value) for name, value in model.named_parameters())
     torch.testing.assert_close(faster(images).logits, model(images).logits, atol=1e-5, rtol=1e-5)
+
+
+REFUSED = "this model is optimised for inference: load it with from_pretrained to train or save it"
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_an_optimised_model_is_neither_trained_nor_saved(cam_folder, tmp_path, copied):
+    model, _ = load_labeler(cam_folder, "cpu")
+    if copied:
+        model = copy.deepcopy(model)
+    for forbidden in (
+        model.train,
+        model.state_dict,
+        lambda: model.save_pretrained(tmp_path / "model"),
+        lambda: model.push_to_hub("owner/name"),
+        lambda: nn.Sequential(model).train(),
+    ):
+        with pytest.raises(RuntimeError, match=REFUSED):
+            forbidden()
+    assert not (tmp_path / "model").exists()
+    assert isinstance(model, CamClassifier) and model.eval() is model and not model.training
+
+
+def test_an_optimised_model_of_transformers_is_not_saved_either(tmp_path):
+    sizes = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8}
+    with pytest.raises(RuntimeError, match=REFUSED):
+        for_inference(Segformer(SegformerConfig(**sizes)), "cpu").save_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize("switch", ["argument", "environment"])
+@torch.no_grad()
+def test_without_optimisation_a_model_is_the_saved_one(cam_folder, tmp_path, monkeypatch, switch):
+    if switch == "environment":
+        monkeypatch.setenv("WSSS_OPTIMIZE", "0")
+    optimised = {} if switch == "environment" else {"optimize": False}
+    build("segmenter", "mobilenet_v2").save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 64, 64)
+    for load, folder, kind in ((load_labeler, cam_folder, CamClassifier), (load_segmenter, tmp_path, Segmenter)):
+        model, plain = load(folder, "cpu", **optimised)[0], kind.from_pretrained(folder)
+        assert torch.equal(model(images).logits, plain(images).logits)
+        assert model.state_dict().keys() == plain.state_dict().keys() and model.train().training
+
+
+def test_another_kind_of_model_is_no_labeler(tmp_path):
+    build("segmenter", "resnet").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected a CAM classifier or map refiner, got a wsss_segmenter"):
+        load_labeler(tmp_path, "cpu")

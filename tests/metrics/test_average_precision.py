@@ -55,7 +55,7 @@ def test_no_tag_at_all_has_no_mean():
         (np.ones((3, 2)), np.ones((3, 1)), r"got \(3, 2\) and \(3, 1\)"),
         (np.ones((0, 2)), np.ones((0, 2)), r"got \(0, 2\)"),
         (np.array([[0.1], [np.nan]]), np.ones((2, 1)), "scores of image 1"),
-        (np.ones((2, 1)), np.full((2, 1), 2), "tags must be 0 or 1"),
+        (np.ones((2, 1)), np.full((2, 1), 2), "tags: expected 0 or 1, got 2"),
     ],
 )
 def test_bad_input(scores, tags, message):

@@ -129,13 +129,17 @@ def test_deep_inside_a_void_nothing_counts():
 @pytest.mark.parametrize(
     ("prediction", "reference", "message"),
     [
-        (np.zeros((4, 6), int), np.zeros((4, 5), int), "img_7: the prediction is 6x4 pixels and the reference 5x4"),
+        (
+            np.zeros((4, 6), int),
+            np.zeros((4, 5), int),
+            "img_7: prediction: expected the size of the reference, 5x4, got 6x4",
+        ),
         (
             np.full((2, 2), 5),
             np.zeros((2, 2), int),
-            r"img_7: prediction holds the labels \[5\]; right are 0..3 and 255",
+            r"img_7: prediction: expected labels 0..3 and 255, got \[5\]",
         ),
-        (np.zeros((2, 2), int), np.full((2, 2), 8), r"img_7: reference holds the labels \[8\]"),
+        (np.zeros((2, 2), int), np.full((2, 2), 8), r"img_7: reference: expected labels 0..3 and 255, got \[8\]"),
     ],
 )
 def test_bad_images_are_named_and_not_counted(prediction, reference, message):
@@ -146,7 +150,7 @@ def test_bad_images_are_named_and_not_counted(prediction, reference, message):
 
 
 def test_a_tolerance_in_pixels_is_refused():
-    with pytest.raises(ValueError, match="a share of the image diagonal: 0.008 would be right, not 5"):
+    with pytest.raises(ValueError, match="tolerance: expected a fraction of the image diagonal, like 0.008, got 5"):
         BoundaryF(NAMES, tolerance=5)
 
 

@@ -159,7 +159,7 @@ def test_compute_forgets_the_images():
     metric = stream(random_images(6))
     metric.compute()
     assert len(metric) == 0
-    with pytest.raises(ValueError, match="no image to evaluate"):
+    with pytest.raises(ValueError, match="expected at least one image, got none"):
         metric.compute()
 
 
@@ -203,25 +203,33 @@ def test_works_beside_other_metrics_in_combine():
 def test_classes_may_come_with_compute():
     figures = MeanIoU().compute(predictions=[[[0, 2]]], references=[[[0, 1]]], num_classes=3)
     assert figures["iou"] == {"0": 1.0, "1": 0.0, "2": 0.0}
-    with pytest.raises(ValueError, match="name the classes first"):
+    with pytest.raises(ValueError, match="class_names: expected names, got none"):
         MeanIoU().add(prediction=[[0]], reference=[[0]])
 
 
 @pytest.mark.parametrize(
     ("prediction", "reference", "message"),
     [
-        (np.zeros((4, 6), int), np.zeros((4, 5), int), "img_7: the prediction is 6x4 pixels and the reference 5x4"),
+        (
+            np.zeros((4, 6), int),
+            np.zeros((4, 5), int),
+            "img_7: prediction: expected the size of the reference, 5x4, got 6x4",
+        ),
         (
             np.full((2, 2), 5),
             np.zeros((2, 2), int),
-            r"img_7: prediction holds the labels \[5\]; right are 0..4 and 255",
+            r"img_7: prediction: expected labels 0..4 and 255, got \[5\]",
         ),
-        (np.full((2, 2), 9), np.full((2, 2), 255), r"img_7: prediction holds the labels \[9\]"),
-        (np.zeros((2, 2), int), np.full((2, 2), 8), r"img_7: reference holds the labels \[8\]"),
-        (np.full((2, 2), -1), np.zeros((2, 2), int), "img_7: prediction holds labels from -1 to -1"),
-        (np.full((2, 2), 256), np.zeros((2, 2), int), "img_7: prediction holds labels from 256 to 256"),
-        (np.zeros((2, 2, 3), int), np.zeros((2, 2, 3), int), r"img_7: prediction must be \(H, W\) integer labels"),
-        (np.zeros((2, 2)), np.zeros((2, 2), int), "img_7: prediction must be .* got float64"),
+        (np.full((2, 2), 9), np.full((2, 2), 255), r"img_7: prediction: expected labels 0..4 and 255, got \[9\]"),
+        (np.zeros((2, 2), int), np.full((2, 2), 8), r"img_7: reference: expected labels 0..4 and 255, got \[8\]"),
+        (np.full((2, 2), -1), np.zeros((2, 2), int), "img_7: prediction: expected labels in 0..255, got -1 to -1"),
+        (np.full((2, 2), 256), np.zeros((2, 2), int), "img_7: prediction: expected labels in 0..255, got 256 to 256"),
+        (
+            np.zeros((2, 2, 3), int),
+            np.zeros((2, 2, 3), int),
+            r"img_7: prediction: expected integer labels \(H, W\), got int64",
+        ),
+        (np.zeros((2, 2)), np.zeros((2, 2), int), "img_7: prediction: expected integer labels .* got float64"),
     ],
 )
 def test_bad_images_are_named_and_not_counted(prediction, reference, message):
@@ -234,10 +242,10 @@ def test_bad_images_are_named_and_not_counted(prediction, reference, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"class_names": ["a", "a"]}, "must differ"),
-        ({"class_names": ["a", "b"], "num_classes": 3}, "num_classes is 3, but class_names has 2"),
-        ({"class_names": ["a", "b"], "ignore_index": 1}, r"ignore_index must lie in 2..255"),
-        ({"num_classes": 256}, "ignore_index must lie in 256..255"),
+        ({"class_names": ["a", "a"]}, "class_names: expected names that differ"),
+        ({"class_names": ["a", "b"], "num_classes": 3}, "class_names: expected 3 names .num_classes., got 2"),
+        ({"class_names": ["a", "b"], "ignore_index": 1}, r"ignore_index: expected 2..255"),
+        ({"num_classes": 256}, "ignore_index: expected 256..255"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -246,16 +254,16 @@ def test_bad_settings(settings, message):
 
 
 def test_merging_other_classes_and_unequal_batches_fail():
-    with pytest.raises(ValueError, match="already counts the classes"):
+    with pytest.raises(ValueError, match="which are counted already, got"):
         MeanIoU(NAMES).merge(MeanIoU(NAMES[:2]))
-    with pytest.raises(ValueError, match="2 predictions, but 1 references"):
+    with pytest.raises(ValueError, match="expected as many predictions as references, 1, got 2"):
         MeanIoU(NAMES).add_batch(predictions=[[[0]], [[0]]], references=[[[0]]])
 
 
 def test_what_one_side_lacks_fails():
-    with pytest.raises(ValueError, match="both predictions and references"):
+    with pytest.raises(ValueError, match="expected both predictions and references"):
         MeanIoU(NAMES).compute(references=[[[0]]])
-    with pytest.raises(ValueError, match="agree on intervals"):
+    with pytest.raises(ValueError, match="merge: expected a MeanIoU with intervals=True"):
         MeanIoU(NAMES, intervals=True).merge(MeanIoU(NAMES))
 
 

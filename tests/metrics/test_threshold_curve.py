@@ -41,11 +41,15 @@ def test_best_threshold_separates_object_from_background():
 @pytest.mark.parametrize(
     ("scores", "truth", "message"),
     [
-        (np.zeros((3, 4, 4)), np.zeros((4, 5), int), r"img_7: maps of shape \(3, 4, 4\) do not fit 3 classes"),
-        (np.zeros((2, 4, 4)), np.zeros((4, 4), int), "do not fit 3 classes"),
-        (np.full((3, 2, 2), np.nan), np.zeros((2, 2), int), r"img_7: maps must lie in \[0, 1\], got nan"),
+        (
+            np.zeros((3, 4, 4)),
+            np.zeros((4, 5), int),
+            r"img_7: maps: expected the shape \(3, 4, 5\) .*, got \(3, 4, 4\)",
+        ),
+        (np.zeros((2, 4, 4)), np.zeros((4, 4), int), r"expected the shape \(3, 4, 4\)"),
+        (np.full((3, 2, 2), np.nan), np.zeros((2, 2), int), r"img_7: maps: expected values in \[0, 1\], got nan"),
         (np.full((3, 2, 2), 7.0), np.zeros((2, 2), int), "got 7.0 to 7.0"),
-        (np.zeros((3, 2, 2)), np.full((2, 2), 4), r"img_7: truth holds the labels \[4\]; right are 0..3 and 255"),
+        (np.zeros((3, 2, 2)), np.full((2, 2), 4), r"img_7: truth: expected labels 0..3 and 255, got \[4\]"),
     ],
 )
 def test_bad_images_are_named(scores, truth, message):
@@ -54,7 +58,7 @@ def test_bad_images_are_named(scores, truth, message):
 
 
 def test_bad_settings_and_nothing_counted():
-    with pytest.raises(ValueError, match="must ascend"):
+    with pytest.raises(ValueError, match="thresholds: expected ascending numbers"):
         ThresholdCurve(NAMES, [0.5, 0.2])
-    with pytest.raises(ValueError, match="no image to evaluate"):
+    with pytest.raises(ValueError, match="expected at least one image, got none"):
         ThresholdCurve(NAMES).compute()

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
 from wsss_hf import CamClassifier, CamConfig, MapRefiner, MapRefinerConfig, Segmenter, SegmenterConfig
 from wsss_hf.models.vgg import Vgg16Config
-from wsss_hf.training.optimizer import enable_checkpointing
+from wsss_hf.training.loop import enable_checkpointing
 
 TOKENS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CONVOLUTIONS = {"depths": [1, 1], "hidden_sizes": [8, 16]}
@@ -118,10 +118,10 @@ def test_missing_and_unexpected_weights_are_reported(model, tmp_path):
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     lost = next(name for name in weights if name.startswith(("classifier", "head")) and name.endswith("weight"))
-    weights["stranger.weight"] = weights.pop(lost).clone()
+    weights["unknown.weight"] = weights.pop(lost).clone()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert set(report["missing_keys"]) == {lost} and set(report["unexpected_keys"]) == {"stranger.weight"}
+    assert set(report["missing_keys"]) == {lost} and set(report["unexpected_keys"]) == {"unknown.weight"}
     assert loaded.state_dict()[lost].isfinite().all() and loaded.state_dict()[lost].std() > 0
 
 

@@ -304,17 +304,20 @@ def test_the_map_grows_from_the_certain_pixel_to_the_object():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"embedding_channels": 0}, "embedding_channels must be at least 1, but is 0"),
-        ({"foreground_threshold": 0.1}, "background_threshold <= foreground_threshold < 1, got 0.2 and 0.1"),
-        ({"temperature": 0}, "temperature must be positive, but is 0"),
-        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), but is 1.0"),
-        ({"ramp": -1}, r"ramp must lie in \[0, 1\], but is -1"),
-        ({"exclusivity_weight": -2}, "exclusivity_weight must not be negative, but is -2"),
+        ({"embedding_channels": 0}, "embedding_channels: expected a whole number >= 1, got 0"),
+        (
+            {"foreground_threshold": 0.1},
+            r"background_threshold: .* foreground_threshold \(0.1\), got 0.2",
+        ),
+        ({"temperature": 0}, "temperature: expected a number > 0, got 0"),
+        ({"momentum": 1.0}, r"momentum: expected a number in \[0, 1\), got 1.0"),
+        ({"ramp": -1}, r"ramp: expected a number in \[0, 1\], got -1"),
+        ({"exclusivity_weight": -2}, "exclusivity_weight: expected a number >= 0, got -2"),
     ],
 )
 def test_config_refuses_bad_values(options, words):
-    with pytest.raises(ValueError, match=f"d2cam: .*{words}"):
-        D2camConfig(**options)
+    with pytest.raises(ValueError, match=f"d2cam.{words}"):
+        D2camConfig.from_dict(options, "d2cam")
 
 
 def test_the_head_reads_the_stages_that_are_named():
@@ -327,7 +330,7 @@ def test_the_head_reads_the_stages_that_are_named():
             changed = [maps.clone() for maps in features]
             changed[stage] += 1
             assert torch.equal(method.embeddings(tuple(changed)), embeddings) is (stage not in read)
-    with pytest.raises(ValueError, match="d2cam: stages names stage -3, but this backbone has 2: -2 to 1"):
+    with pytest.raises(ValueError, match=r"d2cam.stages: expected stages of this backbone \(-2 to 1\), got -3"):
         make_method(stages=[-3])
-    with pytest.raises(ValueError, match="d2cam: stages must name one stage"):
+    with pytest.raises(ValueError, match="stages: expected a list of whole numbers or null"):
         make_method(stages=[])

@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from wsss_hf import CamClassifier, CamConfig, DrsConfig
+from wsss_hf.models import drs as drs_module
 from wsss_hf.models.backbone import Backbone
-from wsss_hf.models.drs import Drs, Suppression, suppress
+from wsss_hf.models.drs import Drs, Suppression, activation_outputs, suppress
 from wsss_hf.models.maps import normalize_maps
 from wsss_hf.models.vgg import Vgg16Config
 
@@ -175,7 +176,7 @@ def test_patterns_choose_the_activations():
 def test_only_the_chosen_activation_changes():
     backbone = tiny_backbone()
     seen = {}
-    for name in backbone.activations():
+    for name in activation_outputs(backbone):
         backbone.body.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: seen.update({name: out}))
     pixels = torch.randn(1, 3, 32, 32)
     backbone(pixels)
@@ -190,12 +191,14 @@ def test_only_the_chosen_activation_changes():
 @pytest.mark.parametrize(
     ("pattern", "near"),
     [
-        ("encoder.stages.0.layers.1.activation", "encoder.stages.0.layers.0.activation, "),
-        ("§§", "embedder.embedder.activation, encoder.stages.0.layers.0.activation$"),
+        ("encoder.stages.0.layers.1.activation", "encoder.stages.0.layers.0.activation.*"),
+        ("§§", "embedder.embedder.activation or encoder.stages.0.layers.0.activation"),
     ],
 )
 def test_a_pattern_that_meets_nothing_is_refused_with_names_near_it(pattern, near):
-    with pytest.raises(ValueError, match=f"named '{pattern}'; of its 3, near are {near}") as error:
+    with pytest.raises(
+        ValueError, match=f"drs.layers: expected one of .* 3 activations, such as {near}, got '{pattern}'"
+    ) as error:
         Drs(DrsConfig(layers=["*", pattern]), tiny_backbone(), num_classes=2)
     assert "\n" not in str(error.value)
 
@@ -257,25 +260,26 @@ def test_every_family_has_a_placement_that_changes_the_maps_and_is_saved(family,
         loaded = CamClassifier.from_pretrained(tmp_path).eval()
         assert torch.equal(loaded(pixels).cams, maps)
     chosen = loaded.config.drs.layers
-    known = list(model.backbone.activations())
+    known = list(activation_outputs(model.backbone))
     assert len(chosen) == (count or len(known)) and set(chosen) <= set(known)
     assert ends is None or [chosen[0], chosen[-1]] == ends
     assert drs.layers is None  # the options of one network may serve another one
 
 
 def test_a_network_without_activations_is_refused(monkeypatch):
-    monkeypatch.setattr(Backbone, "activations", lambda self: {})
-    with pytest.raises(ValueError, match="it has none, so DRS can't stand on it"):
+    monkeypatch.setattr(drs_module, "activation_outputs", lambda backbone: {})
+    with pytest.raises(ValueError, match="drs.layers: expected activations of the backbone, which has none"):
         Drs(DrsConfig(), tiny_backbone(), num_classes=2)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "fixd"}, "drs.mode='fixd': 'learnable' or 'fixed'"),
-        ({"delta": 0.0}, r"drs.delta=0.0: a number in \(0, 1\]"),
-        ({"delta": 1.5}, r"drs.delta=1.5: a number in \(0, 1\]"),
-        ({"modus": 1}, "drs.modus: no such option; drs has mode, delta, layers"),
+        ({"mode": "fixd"}, "drs.mode: expected learnable or fixed, got 'fixd'"),
+        ({"delta": 0.0}, r"drs.delta: expected a number in \(0, 1\], got 0.0"),
+        ({"delta": 1.5}, r"drs.delta: expected a number in \(0, 1\], got 1.5"),
+        ({"layers": []}, "drs.layers: expected a list of names or null, got \\[\\]"),
+        ({"modes": 1}, "drs.modes: unknown; did you mean drs.mode?"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -154,7 +154,7 @@ def test_superpixel_refinement_equals_a_plain_loop(several_tags):
 
 
 def test_superpixels_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"superpixels must be \(1, 4, 4\).*got \(1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"superpixels: expected .*, \(1, 4, 4\), got \(1, 8, 8\)"):
         icd.superpixel_refine(torch.zeros(1, 2, 4, 4), torch.zeros(1, 8, 8, dtype=torch.long), torch.ones(1, 2))
 
 
@@ -187,12 +187,42 @@ def test_seeds_of_one_tag_ignore_the_other_classes():
 
 def test_a_contested_seed_goes_to_the_larger_cam_times_score():
     top_down = [[4, 2, 3, -1, -1], [1, 2, 3, 2, -1]]  # pixel shares: 1, .5, .75 and 1/3, 2/3, 1
-    assert seeds_of(top_down, [[1, 1, -1, 1, 1], [2, 1, -1, -1, 1]], tags=[1, 1]) == [1, 2, 255, 2, 0]
+    assert seeds_of(top_down, [[1, 1, -1, 1, 1], [2, 1, -1, 1, 1]], tags=[1, 1]) == [1, 2, 255, 2, 0]
+
+
+def test_of_several_tags_an_object_pixel_without_any_cam_is_left_open():
+    top_down, cams = [[4, 2, -1], [-1, -1, -1]], [[1, -1, 1], [1, -1, 1]]
+    assert seeds_of(top_down, cams, tags=[1, 1]) == [1, 255, 0]
+    assert seeds_of(top_down, cams, tags=[1, 0]) == [1, 1, 0]  # one tag needs no CAM
 
 
 def test_saliency_replaces_the_background_of_the_seeds():
     seeds = seeds_of([[2, 2, -2, -2]], [[1, 1, 1, 1]], tags=[1], saliency=[0.5, 0.0, 0.5, 0.0])
     assert seeds == [1, 255, 255, 0]
+
+
+def test_saliency_that_covers_nothing_leaves_the_background_to_the_scores():
+    top_down, cams = [[2, 2, -2, 0] * 50], [[1] * 200]
+    assert seeds_of(top_down, cams, tags=[1], saliency=[0.0] * 200) == [1, 1, 0, 255] * 50
+    assert seeds_of(top_down, cams, tags=[1], saliency=[0.005] * 199 + [0.5]) == [1, 1, 0, 255] * 50
+    barely = seeds_of(top_down, cams, tags=[1], saliency=[0.5, 0.5] + [0.0] * 198)  # 1 %: it counts
+    assert barely[:8] == [1, 1, 0, 0, 255, 255, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["one", "two", "three", "empty"])
+def test_seeds_with_saliency_are_those_of_the_released_program(reference, name):
+    top_down, cams, classes, saliency, labels = (
+        reference[f"seed_{name}/{part}"] for part in ("top_down", "cams", "classes", "saliency", "labels")
+    )
+    classes = classes.long()
+    tags = torch.zeros(1, 20)
+    tags[0, classes] = 1
+    others = torch.randn(2, 1, 20, *labels.shape, generator=torch.Generator().manual_seed(0))
+    scores, maps = (
+        other.index_copy(1, classes, known[None]) for other, known in zip(others, (top_down, cams), strict=True)
+    )
+    assert {0, 255} < set(labels.unique().tolist())
+    assert torch.equal(icd.icd_seeds(scores, maps, tags, saliency[None])[0], labels.long())
 
 
 def test_an_image_without_tags_is_background():
@@ -341,5 +371,5 @@ def test_the_map_learns_the_object_from_tags_and_cams():
 )
 def test_config_refuses_bad_values(options):
     (name,) = options
-    with pytest.raises(ValueError, match=f"icd: {name} .* but is {options[name]}"):
-        IcdConfig(**options)
+    with pytest.raises(ValueError, match=f"icd.{name}: expected a .*number.*, got {options[name]}"):
+        IcdConfig.from_dict(options, "icd")

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from wsss_hf import CamClassifier, CamConfig, MapRefiner, Segmenter, SegmenterConfig, WsssImageProcessor
-from wsss_hf.models.image_processing_wsss import backbone_normalization
+from wsss_hf.models.pretrained import backbone_normalization
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -94,12 +94,12 @@ def test_label_maps_keep_the_size_of_the_logits_where_none_is_asked():
 
 
 def test_another_number_of_sizes_is_refused():
-    with pytest.raises(ValueError, match="1 target sizes for 2 images; one per image would be right"):
+    with pytest.raises(ValueError, match="target_sizes: expected 2, one per image, got 1"):
         WsssImageProcessor().post_process_semantic_segmentation(outputs(), [(20, 30)])
 
 
 def test_outputs_of_a_classifier_are_refused():
-    with pytest.raises(ValueError, match="outputs of a CAM classifier; .* model.segmentation_scores"):
+    with pytest.raises(ValueError, match=r"outputs: expected logits .*, got .* model.segmentation_scores"):
         WsssImageProcessor().post_process_semantic_segmentation(SimpleNamespace(logits=torch.zeros(2, 3)))
 
 

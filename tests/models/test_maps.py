@@ -1,6 +1,26 @@
+import pytest
 import torch
+from torch.nn import functional as F
 
-from wsss_hf.models.maps import add_background, normalize_maps
+from wsss_hf.models.maps import (
+    add_background,
+    at_all_classes,
+    fuse_maps,
+    normalize_maps,
+    upsample,
+)
+from wsss_hf.models.probabilities import class_probabilities, mean_probabilities
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+@pytest.mark.parametrize(("old", "new"), [((3, 5), (17, 9)), ((1, 4), (6, 4)), ((8, 8), (5, 3)), ((7, 2), (7, 2))])
+def test_upsampling_is_that_of_torch(old, new, align_corners):
+    maps = torch.randn(2, 3, *old, generator=torch.Generator().manual_seed(0))
+    wanted = F.interpolate(maps, size=new, mode="bilinear", align_corners=align_corners)
+    torch.testing.assert_close(upsample(maps, new, align_corners), wanted, atol=1e-5, rtol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(upsample(maps, new, align_corners), wanted, atol=1e-5, rtol=0)
+    assert upsample(maps.bfloat16(), new).dtype == torch.float32
 
 
 def test_each_class_is_divided_by_its_own_maximum_and_negatives_become_zero():
@@ -48,3 +68,29 @@ def test_background_wins_where_no_map_reaches_the_threshold():
     assert scores.shape == (1, 3, 1, 3)
     assert scores.argmax(dim=1)[0, 0].tolist() == [1, 2, 0]
     assert torch.equal(scores[:, 1:], maps)
+
+
+def test_fused_maps_find_their_way_back_to_their_classes():
+    tags = torch.tensor([[0, 1, 1], [0, 0, 0], [1, 0, 0]])
+    views = [torch.rand(3, 3, 4, 4), torch.rand(3, 3, 2, 6)]
+    for fusion, both in (("mean", torch.add), ("max", torch.maximum)):
+        fused = fuse_maps(iter(views), tags, (8, 8), fusion)
+        assert fused.shape == (3, 8, 8)
+        wanted = normalize_maps(both(*(normalize_maps(view, size=(8, 8)) for view in views)), tags)
+        torch.testing.assert_close(at_all_classes(fused, tags), wanted, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="views: expected at least one"):
+        fuse_maps([], tags, (8, 8))
+
+
+def test_probabilities_are_averaged_after_the_softmax():
+    views = [torch.randn(2, 4, 3, 3), 5 * torch.randn(2, 4, 5, 2)]
+    wanted = sum(F.interpolate(view, size=(9, 7), mode="bilinear").softmax(dim=1) for view in views) / 2
+    torch.testing.assert_close(mean_probabilities(views, (9, 7)), wanted, atol=1e-5, rtol=0)
+
+
+def test_known_classes_share_the_probability_of_the_others():
+    probabilities = torch.tensor([0.2, 0.3, 0.1, 0.4])[:, None, None]
+    found = class_probabilities(probabilities, torch.tensor([0, 2]), background_factor=0.5)
+    torch.testing.assert_close(found.flatten(), torch.tensor([0.1, 0.3, 0.4]) / 0.8)
+    assert class_probabilities(probabilities, torch.tensor([], dtype=torch.long)).flatten().tolist() == [1]
+    assert probabilities[0] == 0.2

@@ -93,15 +93,13 @@ def test_a_class_that_no_image_has_is_learnt_as_absent_and_keeps_its_statistics(
 
 @pytest.mark.parametrize("shape", [(4, 2), (4, 4), (3, 3), (4,)])
 def test_tags_of_another_width_are_refused_before_any_method_sees_them(shape):
-    with pytest.raises(ValueError, match=r"tags have shape .*; \(4, 3\) would be right"):
+    with pytest.raises(ValueError, match=r"tags: expected shape \(4, 3\), got "):
         build(*OPTIONS)(images(), tags=torch.zeros(shape))
 
 
 def test_a_backbone_of_one_stage_is_refused_by_the_method_that_reads_two():
     backbone = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32)
-    with pytest.raises(
-        ValueError, match="seam: stages names stage -2, but this backbone has 1: -1 to 0 would be right"
-    ):
+    with pytest.raises(ValueError, match=r"seam.stages: expected stages of this backbone \(-1 to 0\), got -2"):
         CamClassifier(CamConfig(backbone_config=backbone, seam={}))
 
 
@@ -146,9 +144,9 @@ def test_hidden_layers_are_as_wide_as_the_backbone_deserves(tmp_path):
 
 
 def test_maps_of_a_method_that_has_none_or_is_off():
-    with pytest.raises(ValueError, match="maps='drs'"):
+    with pytest.raises(ValueError, match="maps: .* got 'drs'"):
         build("drs", maps="drs")
-    with pytest.raises(ValueError, match="maps='icd'"):
+    with pytest.raises(ValueError, match="maps: .* got 'icd'"):
         build("drs", maps="icd")
 
 

@@ -14,7 +14,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from wsss_hf import CamClassifier, CamConfig, CamOutput, DrsConfig, Method, register_method
+from wsss_hf import CamClassifier, CamConfig, CamOutput, DrsConfig, Method, Options, option, register_method
 from wsss_hf.models.maps import normalize_maps
 from wsss_hf.models.methods import METHODS
 
@@ -22,8 +22,8 @@ NAMES = {0: "cat", 1: "cow", 2: "dog"}
 
 
 @dataclass
-class PeakConfig:
-    weight: float = 1.0
+class PeakConfig(Options):
+    weight: float = option(1.0, "Weight of the loss.", at_least=0)
     classes: list[int] | None = None
 
 
@@ -105,7 +105,7 @@ def test_integer_and_boolean_tags_mean_the_same(build):
 
 @pytest.mark.parametrize("shape", [(2, 4), (1, 3), (3,)])
 def test_tags_of_another_shape_are_refused(build, shape):
-    with pytest.raises(ValueError, match=r"tags have shape .*; \(2, 3\) would be right"):
+    with pytest.raises(ValueError, match=r"tags: expected shape \(2, 3\), got "):
         build()(batch()[0], tags=torch.zeros(shape))
 
 
@@ -185,7 +185,7 @@ def test_the_maps_of_the_named_method_are_the_maps(build, peak):
     torch.testing.assert_close(model(pixels).maps, expected)  # no tag known: every class may be there
     torch.testing.assert_close(output.logits, output.cams.mean(dim=(2, 3)))
     scores = model.segmentation_scores(output, (2, 3), tags=torch.ones(2, 3))
-    torch.testing.assert_close(scores[:, 1:], normalize_maps(output.maps))
+    torch.testing.assert_close(scores[:, 1:], normalize_maps(normalize_maps(output.maps)))
 
 
 def test_methods_wait_for_the_warmup_and_then_count_their_own_progress(build, peak):
@@ -202,7 +202,7 @@ def test_methods_wait_for_the_warmup_and_then_count_their_own_progress(build, pe
         assert set(model(*batch()).losses) == {"classification", "peak"}
         assert model.methods["peak"].seen[-1].progress == pytest.approx(counted)
 
-    with pytest.raises(ValueError, match=r"method_warmup=1: a share of the training in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"method_warmup: expected a number in \[0, 1\), got 1"):
         build(peak={}, method_warmup=1)
 
 
@@ -249,14 +249,14 @@ def test_the_maps_are_the_cams_unless_a_method_is_named(build, peak):
 
 
 def test_maps_of_a_method_that_is_off_are_refused(resnet_config):
-    with pytest.raises(ValueError, match="maps='icd': 'cam' or a method that is on"):
+    with pytest.raises(ValueError, match=r"maps: expected cam or a method .* \(none is\), got 'icd'"):
         CamConfig(backbone_config=resnet_config, maps="icd", drs={})
 
 
 def test_maps_of_a_method_that_has_none_are_refused(resnet_config):
-    with pytest.raises(ValueError, match=r"maps='drs': 'cam' or a method that is on and has maps \(none is\)"):
+    with pytest.raises(ValueError, match=r"maps: expected cam or a method .* \(none is\), got 'drs'"):
         CamConfig(backbone_config=resnet_config, maps="drs", drs={})
-    with pytest.raises(ValueError, match=r"plda.maps='seam': 'cam' or a method that is on and has maps \(d2cam\)"):
+    with pytest.raises(ValueError, match=r"plda.maps: expected cam or a method .* \(d2cam\), got 'seam'"):
         CamConfig(backbone_config=resnet_config, plda={"maps": "seam"}, d2cam={})
 
 
@@ -272,13 +272,26 @@ def test_the_options_of_a_registered_method_come_back(build, peak, tmp_path):
     assert (loaded.methods["peak"].projection.weight == 7).all()
 
 
-def test_an_unknown_option_of_a_method_is_refused(resnet_config, peak):
-    with pytest.raises(ValueError, match="peak.hight: no such option; peak has weight, classes"):
-        CamConfig(backbone_config=resnet_config, peak={"hight": 1})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wieght": 1}, "peak.wieght: unknown; did you mean peak.weight"),
+        ({"weight": -1}, "peak.weight: expected a number >= 0, got -1"),
+        (5, "peak: expected a mapping of options, got 5"),
+    ],
+)
+def test_unfit_options_of_a_method_are_refused(resnet_config, peak, options, message):
+    with pytest.raises(ValueError, match=message):
+        CamConfig(backbone_config=resnet_config, peak=options)
+
+
+def test_options_that_are_no_options_dataclass_are_refused():
+    with pytest.raises(TypeError, match="peak: expected a dataclass that inherits from wsss_hf.Options, got .*dict"):
+        register_method("peak", dict)
 
 
 def test_two_methods_of_one_name_are_refused(peak):
-    with pytest.raises(ValueError, match="method 'peak' is .*Peak already; give the new one another name"):
+    with pytest.raises(ValueError, match="method 'peak': expected a new name, got that of .*Peak"):
 
         @register_method("peak", PeakConfig)
         class Summit(Method):
@@ -288,9 +301,9 @@ def test_two_methods_of_one_name_are_refused(peak):
 
 
 def test_a_class_of_the_same_name_from_elsewhere_is_another_class(peak):
-    stranger = type("Peak", (Method,), {"__module__": "somebody.else", "__qualname__": "Peak"})
-    with pytest.raises(ValueError, match="method 'peak' is .*already"):
-        register_method("peak", PeakConfig)(stranger)
+    other = type("Peak", (Method,), {"__module__": "somebody.else", "__qualname__": "Peak"})
+    with pytest.raises(ValueError, match="method 'peak': expected a new name"):
+        register_method("peak", PeakConfig)(other)
 
 
 def test_a_method_may_be_defined_again(peak):

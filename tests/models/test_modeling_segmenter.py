@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForSemanticSegmentation,
     ConvNextConfig,
     ResNetModel,
+    Trainer,
+    TrainingArguments,
     ViTConfig,
     ViTModel,
     pipeline,
@@ -114,12 +116,44 @@ def test_of_several_scales_the_largest_logit_counts(build, training):
     torch.testing.assert_close(output.loss, sum(losses), atol=1e-4, rtol=1e-4)
 
 
+def test_trainer_takes_the_mean_loss_of_accumulated_batches(tmp_path):
+    backbone = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32
+    )
+    torch.manual_seed(0)
+    row = {"pixel_values": torch.randn(3, 32, 32), "labels": torch.arange(32 * 32).view(32, 32) % 3}
+    moved = []
+    for batches in (1, 2):
+        torch.manual_seed(0)
+        model = Segmenter(SegmenterConfig(backbone_config=backbone, id2label=NAMES, rates=[1]))
+        before = model.head[0].weight.detach().clone()
+        arguments = TrainingArguments(
+            tmp_path,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=batches,
+            max_steps=1,
+            learning_rate=0.1,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            max_grad_norm=0.0,
+            remove_unused_columns=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        Trainer(model, arguments, train_dataset=[row] * batches).train()
+        moved.append(model.head[0].weight.detach() - before)
+    assert moved[0].abs().max() > 0
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": "deeplab_v4"}, "head='deeplab_v4': there is no such head; deeplab_v2 or deeplab_v3_plus would be"),
-        ({"rates": [6, 0]}, r"rates=\[6, 0\], input_scales=\[1.0\]: positive numbers would be right"),
-        ({"input_scales": [-1, 1]}, r"input_scales=\[-1, 1\]: positive numbers would be right"),
+        ({"head": "deeplab_v4"}, "head: expected deeplab_v2 or deeplab_v3_plus, got 'deeplab_v4'"),
+        ({"rates": [6, 0]}, r"rates: expected numbers > 0, got \[6, 0\]"),
+        ({"input_scales": [-1, 1]}, r"input_scales: expected numbers > 0, got \[-1, 1\]"),
     ],
 )
 def test_impossible_heads_are_refused(build, options, message):

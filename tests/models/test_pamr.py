@@ -72,8 +72,8 @@ def test_has_no_gradient_and_computes_in_float32():
 @pytest.mark.parametrize(
     ("images", "scores", "dilations", "message"),
     [
-        ((2, 3, 8, 8), (1, 2, 8, 8), (1,), "one batch size"),
-        ((3, 8, 8), (1, 2, 8, 8), (1,), "one batch size"),
+        ((2, 3, 8, 8), (1, 2, 8, 8), (1,), "of one batch size"),
+        ((3, 8, 8), (1, 2, 8, 8), (1,), "of one batch size"),
         ((1, 3, 8, 8), (1, 2, 8, 8), (), "at least one dilation"),
         ((1, 3, 8, 8), (1, 2, 8, 8), (1, 0), "at least one dilation"),
     ],

@@ -11,9 +11,14 @@ from transformers import AutoModelForSemanticSegmentation, SegformerConfig, pipe
 
 from wsss_hf import Segmenter, SegmenterConfig, WeakSegmentationPipeline, WsssImageProcessor
 from wsss_hf.data.tagged import class_names
-from wsss_hf.models.background_threshold import THRESHOLDS, choose_threshold, value_histogram
+from wsss_hf.inference.load import load_labeler, load_segmenter
+from wsss_hf.inference.segmenter import score_images, segment_images
+from wsss_hf.models.background_threshold import THRESHOLDS, ThresholdSearch
 from wsss_hf.models.label_colors import overlay
 from wsss_hf.models.pamr import pamr
+from wsss_hf.pseudo_labels.label_images import label_images
+from wsss_hf.pseudo_labels.threshold import auto_threshold
+from wsss_hf.settings import EvaluationSettings, MasksSettings, SelfTrainingSettings
 
 TINY = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 
@@ -161,16 +166,16 @@ def test_scales_and_mirror_images_are_averaged(pipes, toy_data, image):
 
 def test_a_scale_of_one_is_the_image_itself(pipes, toy_data, image):
     tags = class_names(toy_data)[:2]
-    assert_same(pipes["segmenter"](image, tags=tags, scales=[1.0]), pipes["segmenter"](image, tags=tags))
-    twice = pipes["segmenter"](image, tags=tags, scales=[1.0, 1.0])
-    for name, scores in pipes["segmenter"](image, tags=tags)["maps"].items():
-        assert np.abs(twice["maps"][name] - scores).mean() < 0.02  # upsampled in two steps instead of one
+    for kind, pipe in pipes.items():
+        once = pipe(image, tags=tags)
+        for scales in ([1.0], [1.0, 1.0]):
+            assert_same(pipe(image, tags=tags, scales=scales), once), kind
 
 
 @KINDS
 def test_pamr_refines_the_scores(pipes, toy_data, image, kind):
     tags = class_names(toy_data)[:2]
-    plain, refined = (pipes[kind](image, tags=tags, refiner=refiner) for refiner in (None, "pamr"))
+    plain, refined = (pipes[kind](image, tags=tags, refine=refine) for refine in (None, "pamr"))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
     for name, scores in plain["maps"].items():
         expected = pamr(pixels, torch.from_numpy(scores)[None, None])[0, 0]
@@ -181,11 +186,11 @@ def test_pamr_refines_the_scores(pipes, toy_data, image, kind):
 @pytest.mark.parametrize(
     ("kind", "options", "words"),
     [
-        ("cam", {"tags": ["unicorn"]}, "tags: 'unicorn' is no class of this model"),
-        ("cam", {"refiner": "crf"}, "refiner: 'crf' is none; pamr or None would be right"),
-        ("cam", {"scales": []}, "scales: .*positive numbers"),
-        ("cam", {"scales": [1.0, -1.0]}, "scales: .*positive numbers"),
-        ("segmenter", {"threshold": 0.5}, "threshold: Segmenter can't use it"),
+        ("cam", {"tags": ["unicorn"]}, "tags: expected classes of this model .* got 'unicorn'"),
+        ("cam", {"refine": "crf"}, "refine: expected 'pamr' or None, got 'crf'"),
+        ("cam", {"scales": []}, "scales: expected positive numbers"),
+        ("cam", {"scales": [1.0, -1.0]}, "scales: expected positive numbers"),
+        ("segmenter", {"threshold": 0.5}, "threshold: expected none, as Segmenter has none, got 0.5"),
     ],
 )
 def test_impossible_options_are_refused(pipes, image, kind, options, words):
@@ -194,35 +199,115 @@ def test_impossible_options_are_refused(pipes, image, kind, options, words):
 
 
 @pytest.mark.parametrize("given", [np.zeros((4, 5, 7), np.uint8), np.zeros((4, 5, 3)), {"picture": None}])
-def test_what_is_no_image_is_refused(pipes, given):
-    with pytest.raises(ValueError, match="is no image|needs an image"):
+def test_other_things_than_images_are_refused(pipes, given):
+    with pytest.raises(ValueError, match="image: expected an array|row: expected an image"):
         pipes["cam"](given)
 
 
 def test_models_of_the_library_have_their_own_pipeline(pipes):
     tiny = {"depths": [1] * 4, "hidden_sizes": [8] * 4, "num_attention_heads": [1] * 4, "decoder_hidden_size": 8}
     segformer = AutoModelForSemanticSegmentation.from_config(SegformerConfig(**tiny))
-    with pytest.raises(ValueError, match='no model of wsss_hf; pipeline\\("image-segmentation"\\) would be right'):
+    with pytest.raises(ValueError, match="expected a model of wsss_hf, got SegformerForSemanticSegmentation"):
         pipeline("weak-segmentation", model=segformer, image_processor=pipes["cam"].image_processor)
 
 
-def test_auto_takes_the_threshold_that_separates_best_and_keeps_it_in_refinement(pipes, toy_data, image):
-    pipe, names = pipes["cam"], class_names(toy_data)[:2]
-    own, refined = (pipe(image, tags=names, threshold="auto", refiner=refiner) for refiner in (None, "pamr"))
-    maps = torch.tensor(np.stack([own["maps"][name] for name in names]))
-    chosen = choose_threshold(value_histogram(maps))
-    assert np.array_equal(own["mask"], pipe(image, tags=names, threshold=chosen)["mask"])
+def bits_of(result, names):
+    """Mask and maps of a result, for comparison to the bit."""
+    return np.asarray(result["mask"]), {names.index(name): scores for name, scores in result["maps"].items()}
 
-    def area(found):
-        return (np.asarray(found["mask"]) > 0).mean()
 
-    areas = [area(pipe(image, tags=names, threshold=limit, refiner="pamr")) for limit in THRESHOLDS]
-    nearest = min(abs(one - area(own)) for one in areas)
-    assert area(refined) in areas and abs(area(refined) - area(own)) == pytest.approx(nearest, abs=0.01)
+def check_identical(mask, maps, wanted_mask, wanted_maps):
+    assert np.array_equal(mask, wanted_mask) and maps.keys() == wanted_maps.keys()
+    assert all(np.array_equal(maps[c], wanted_maps[c]) for c in maps)
+
+
+@pytest.mark.parametrize("refine", [None, "pamr"])
+@pytest.mark.parametrize(("scales", "flip"), [([1.0], False), ([0.75, 1.0, 1.25], True)])
+def test_masks_are_those_of_make_masks(cam_folder, toy_data, refine, scales, flip):
+    """One path from the image to maps and masks: what labels a data set gives the same as both pipelines."""
+    rows, names = toy_data["train"].select(range(4)), class_names(toy_data)
+    settings = MasksSettings(
+        scales=scales, flip=flip, background_threshold=0.3, refine=[refine] if refine else [], batch_size=1
+    )
+    weak = pipeline("weak-segmentation", model=str(cam_folder))
+    built_in = pipeline("image-segmentation", model=str(cam_folder))
+    found = set()
+    for labelled in label_images(*load_labeler(cam_folder, "cpu", optimize=False), rows, settings):
+        tags, picture = [names[c] for c in labelled.classes], rows[labelled.index]["image"]
+        result = weak(picture, tags=tags, threshold=0.3, scales=scales, flip=flip, refine=refine)
+        mask, maps = bits_of(result, names)
+        wanted_maps = dict(zip(labelled.classes.tolist(), labelled.maps, strict=True))
+        check_identical(mask, maps if refine is None else wanted_maps, labelled.pseudo_mask, wanted_maps)
+        if (scales, flip, refine) == ([1.0], False, None):
+            for segment in built_in(picture, tags=tags, threshold=0.3):
+                here = np.asarray(segment["mask"]) == 255
+                assert np.array_equal(here, labelled.pseudo_mask == ["background", *names].index(segment["label"]))
+        found |= set(np.unique(mask))
+    assert len(found) > 3
+
+
+@pytest.mark.parametrize(("scales", "flip"), [([1.0], False), ([0.75, 1.25], True)])
+def test_labels_are_those_of_evaluation_and_relabelling(pipes, toy_data, tmp_path, scales, flip):
+    pipes["segmenter"].model.save_pretrained(tmp_path)
+    pipes["segmenter"].image_processor.save_pretrained(tmp_path)
+    model, processor = load_segmenter(tmp_path, "cpu", optimize=False)
+    rows, names = toy_data["train"].select(range(4)), class_names(toy_data)
+    weak = pipeline("weak-segmentation", model=str(tmp_path))
+    built_in = pipeline("image-segmentation", model=str(tmp_path))
+    settings = EvaluationSettings(scales=scales, flip=flip, batch_size=1)
+    for segmented in segment_images(model, processor, rows, settings):
+        picture = rows[segmented.index]["image"]
+        assert np.array_equal(weak(picture, scales=scales, flip=flip)["mask"], segmented.labels)
+        if not flip:
+            for segment in built_in(picture):
+                here = np.asarray(segment["mask"]) == 255
+                assert np.array_equal(here, segmented.labels == ["background", *names].index(segment["label"]))
+    settings = SelfTrainingSettings(scales=scales, flip=flip, batch_size=1, refine=["pamr"])
+    for scored in score_images(model, processor, rows, settings, only_tagged=True):
+        tags = [names[c] for c in scored.classes.tolist()]
+        result = weak(rows[scored.index]["image"], tags=tags, scales=scales, flip=flip, refine="pamr")
+        wanted_maps = dict(zip(scored.classes.tolist(), scored.scores[1:].numpy(), strict=True))
+        values = np.array([0, *(scored.classes + 1).tolist()])
+        check_identical(*bits_of(result, names), values[scored.scores.argmax(dim=0)], wanted_maps)
+
+
+@pytest.mark.parametrize("refine", [None, "pamr"])
+def test_auto_is_the_threshold_of_a_data_set_of_one_image(cam_folder, toy_data, refine):
+    names, weak = class_names(toy_data), pipeline("weak-segmentation", model=str(cam_folder))
+    settings = MasksSettings(
+        background_threshold="auto", scales=[1.0, 1.5], refine=[refine] if refine else [], batch_size=1
+    )
+    labeler, thresholds = load_labeler(cam_folder, "cpu", optimize=False), set()
+    for index in range(6):
+        row, rows = toy_data["train"][index], toy_data["train"].select([index])
+        options = {"tags": [names[tag] for tag in row["tags"]], "scales": [1.0, 1.5], "flip": True, "refine": refine}
+        masks = {
+            limit: np.asarray(weak(row["image"], threshold=limit, **options)["mask"])
+            for limit in ("auto", *THRESHOLDS)
+        }
+        chosen = auto_threshold(*labeler, rows, settings)
+        assert np.array_equal(masks["auto"], masks[chosen])
+        assert any(not np.array_equal(masks["auto"], mask) for mask in masks.values())
+        thresholds.add(chosen)
+    assert len(thresholds) > 1
+
+
+def test_auto_looks_at_the_features(pipes, toy_data, image, monkeypatch):
+    seen = []
+    add = ThresholdSearch.add
+    monkeypatch.setattr(ThresholdSearch, "add", lambda self, *given: seen.append(given) or add(self, *given))
+    pipes["cam"](image, tags=class_names(toy_data)[:2], threshold="auto")
+    ((maps, features),) = seen
+    assert maps.shape == (2, 40, 60)
+    assert [len(stage) for stage in features] == list(pipes["cam"].model.backbone.channels)
+
+
+def test_auto_without_tags_leaves_the_background(pipes, image):
+    assert not np.asarray(pipes["cam"](image, tags=[], threshold="auto")["mask"]).any()
 
 
 def test_a_threshold_is_a_number_or_auto(pipes, image):
-    with pytest.raises(ValueError, match="threshold: 'best'; a number in"):
+    with pytest.raises(ValueError, match="threshold: expected a number in .* got 'best'"):
         pipes["cam"](image, threshold="best")
-    with pytest.raises(ValueError, match="threshold: Segmenter can't use it"):
+    with pytest.raises(ValueError, match="threshold: expected none, as Segmenter has none, got 'auto'"):
         pipes["segmenter"](image, threshold="auto")

@@ -251,7 +251,7 @@ def test_stages_can_be_chosen_and_are_resized_to_the_map(network):
 
 
 def test_a_stage_that_does_not_exist_is_named(network):
-    with pytest.raises(ValueError, match="stage -4, but this backbone has 3"):
+    with pytest.raises(ValueError, match=r"seam.stages: expected stages of this backbone \(-3 to 2\), got -4"):
         Seam(SeamConfig(stages=[-4, -1]), network, CLASSES)
 
 

@@ -96,5 +96,5 @@ def test_it_is_saved_and_found_by_the_auto_classes(tmp_path):
 
 
 def test_another_number_of_widths_is_refused():
-    with pytest.raises(ValueError, match=r"widths=\[1, 2\]: the channels of 5 blocks would be right"):
+    with pytest.raises(ValueError, match=r"widths: expected 5 numbers, one per block, got \[1, 2\]"):
         Vgg16Config(widths=[1, 2])

@@ -4,7 +4,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from wsss_hf import CamClassifier, CamConfig, DrsConfig
-from wsss_hf.models.backbone import Backbone, pretrained_body
+from wsss_hf.models.backbone import Backbone
+from wsss_hf.models.pretrained import pretrained_body
 from wsss_hf.models.wide_resnet import WideResNet38Backbone, WideResNet38Config
 
 WIDTHS = [4, 5, 6, 7, 8, 12, 16]
@@ -131,8 +132,8 @@ def test_drs_stands_after_every_activation():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"widths": [1, 2]}, r"widths=\[1, 2\]: 7, of conv1a and b2 to b7, would be right"),
-        ({"dropout": [0.5]}, r"dropout=\[0.5\]: 2 probabilities, of b6 and b7, would be right"),
+        ({"widths": [1, 2]}, r"widths: expected 7 numbers, of conv1a and b2 to b7, got \[1, 2\]"),
+        ({"dropout": [0.5]}, r"dropout: expected 2 probabilities, of b6 and b7, got \[0.5\]"),
     ],
 )
 def test_settings_of_another_length_are_refused(arguments, message):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,12 +8,13 @@ from PIL import Image
 
 from wsss_hf.data.tagged import DataError, tagged_features
 from wsss_hf.inference.cam_maps import label_map, localize
+from wsss_hf.inference.load import load_labeler
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.maps import add_background
 from wsss_hf.models.modeling_cam import CamClassifier
-from wsss_hf.pseudo_labels.label_images import label_images, load_labeler
-from wsss_hf.pseudo_labels.rules import SeedError
-from wsss_hf.recipes import load_recipe
+from wsss_hf.pseudo_labels.label_images import label_images
+from wsss_hf.pseudo_labels.rules import RuleError
+from wsss_hf.settings import MasksSettings
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +24,7 @@ def labeler(cam_folder):
 
 @pytest.fixture
 def settings():
-    return load_recipe()["masks"] | {"batch_size": 4}
+    return MasksSettings(batch_size=4)
 
 
 def dataset(pictures, tags, **columns):
@@ -56,9 +59,9 @@ def test_masks_are_those_of_each_image_alone(labeler, toy_data, settings):
         pixel_values = processor(images=row["image"], return_tensors="pt")["pixel_values"]
         tags = torch.zeros(1, 8)
         tags[0, row["tags"]] = 1
-        maps, logits = localize(model, pixel_values, tags, (48, 48), settings["scales"], True, "mean")
+        maps, logits = localize(model, pixel_values, tags, (48, 48), settings.scales, True, "mean")
         labels, confidence = label_map(
-            add_background(maps[None], settings["background_threshold"])[0], tags[0].nonzero()[:, 0]
+            add_background(maps[None], settings.background_threshold)[0], tags[0].nonzero()[:, 0]
         )
         assert item.classes.tolist() == sorted(row["tags"])
         np.testing.assert_allclose(item.maps, maps, atol=1e-4)
@@ -76,7 +79,9 @@ def test_settings_reach_the_masks(labeler, toy_data, settings):
     rows = toy_data["train"].select(range(4))
 
     def area(**changes):
-        return sum((item.pseudo_mask > 0).mean() for item in label_images(*labeler, rows, settings | changes))
+        return sum(
+            (item.pseudo_mask > 0).mean() for item in label_images(*labeler, rows, replace(settings, **changes))
+        )
 
     assert area(background_threshold=0.1) > area() > area(background_threshold=0.9)
     for change in ({"fusion": "max"}, {"scales": [1.0]}, {"flip": False}):
@@ -85,7 +90,7 @@ def test_settings_reach_the_masks(labeler, toy_data, settings):
 
 def test_refinement_changes_masks_and_leaves_maps(labeler, toy_data, settings):
     rows = toy_data["train"].select(range(4))
-    plain, refined = (by_index(label_images(*labeler, rows, settings | {"refine": r})) for r in ([], ["pamr"]))
+    plain, refined = (by_index(label_images(*labeler, rows, replace(settings, refine=r))) for r in ([], ["pamr"]))
     assert any(not np.array_equal(a.pseudo_mask, b.pseudo_mask) for a, b in zip(plain, refined, strict=True))
     for a, b, tags in zip(plain, refined, rows["tags"], strict=True):
         assert np.array_equal(a.maps, b.maps) and set(np.unique(b.pseudo_mask)) <= {0, *(c + 1 for c in tags)}
@@ -110,7 +115,7 @@ def test_an_image_without_tags_is_background(labeler, settings):
 @pytest.mark.parametrize("steps", [[], ["pamr", "matting"]])
 def test_images_of_any_mode_and_size_are_labelled_at_their_own_size(labeler, settings, mode, width, height, steps):
     rows = dataset([noise(mode, width, height)], [[0, 3]])
-    (item,) = label_images(*labeler, rows, settings | {"refine": steps})
+    (item,) = label_images(*labeler, rows, replace(settings, refine=steps))
     assert item.pseudo_mask.shape == (height, width) and item.pseudo_mask.dtype == np.uint8
     assert item.image.mode == "RGB" and item.maps.shape == (2, height, width) and np.isfinite(item.maps).all()
     assert set(np.unique(item.pseudo_mask)) <= {0, 1, 4}
@@ -140,7 +145,7 @@ def test_one_colour_and_maps_of_zeros_still_give_a_mask(cam_folder, labeler, set
     silent.classifier.weight.data[2] = -1.0  # features are not negative after the last relu
     for steps in ([], ["pamr"], ["matting"]):
         rows = dataset([grey, noise("RGB", 40, 30)], [[2, 3], [2]])
-        both, one = by_index(label_images(silent, processor, rows, settings | {"refine": steps}))
+        both, one = by_index(label_images(silent, processor, rows, replace(settings, refine=steps)))
         assert both.note.fallbacks["map of zeros"] >= 1 and one.note.fallbacks["map of zeros"] == 1
         assert not one.pseudo_mask.any() and set(np.unique(both.pseudo_mask)) <= {0, 4}
         assert np.isfinite(both.confidence).all()
@@ -152,7 +157,8 @@ def test_drs_seeds_take_the_background_from_the_saliency(labeler, toy_data, sett
     saliency = [noise("L", 48, 48) for _ in range(3)]
     rows = dataset(rows["image"][:], rows["tags"][:], saliency=saliency)
     plain = by_index(label_images(*labeler, rows, settings))
-    ruled = by_index(label_images(*labeler, rows, settings | {"seeds": "drs"}))
+    settings = replace(settings, seeds="drs", seed_options={"saliency_threshold": 0.1961})
+    ruled = by_index(label_images(*labeler, rows, settings))
     assert any((item.pseudo_mask == 255).any() for item in ruled)
     for item, salient, unruled in zip(ruled, saliency, plain, strict=True):
         salient = np.asarray(salient) > 50
@@ -163,20 +169,44 @@ def test_drs_seeds_take_the_background_from_the_saliency(labeler, toy_data, sett
 
 def test_saliency_that_is_missing_or_does_not_fit_is_named(labeler, toy_data, settings):
     rows = toy_data["train"].select(range(2))
+    settings = replace(settings, seeds="drs", seed_options={"saliency_threshold": 0.5})
     images, tags = rows["image"][:], rows["tags"][:]
     for columns, message in (
-        ({}, "no column saliency"),
-        ({"saliency": [noise("L", 48, 48), None]}, "row 'x1', column saliency"),
-        ({"saliency": [noise("L", 48, 48), noise("L", 48, 47)]}, "row 'x1', column saliency: it is 48x47"),
+        ({}, "expected a column 'saliency' for masks.seeds: drs, got image_id"),
+        ({"saliency": [None, None]}, "expected a column 'saliency' for masks.seeds: drs, got an empty one"),
+        (
+            {"saliency": [noise("L", 48, 48), None]},
+            "column 'saliency': .* masks.seeds: drs, got none for 1 of 2 .*: x1",
+        ),
+        ({"saliency": [noise("L", 48, 48), noise("L", 48, 40)]}, "row 'x1', column saliency: expected .* got 48x40"),
     ):
         with pytest.raises(DataError, match=message):
-            list(label_images(*labeler, dataset(images, tags, **columns), settings | {"seeds": "drs"}))
+            list(label_images(*labeler, dataset(images, tags, **columns), settings))
+    rows = dataset(images, tags, saliency=[noise("L", 48, 48)] * 2)
+    with pytest.raises(RuleError, match="saliency_threshold: expected a number, got 'auto'"):
+        list(label_images(*labeler, rows, replace(settings, seed_options={})))
+
+
+def test_maps_that_say_nothing_are_counted(labeler, toy_data, settings):
+    images, tags = (toy_data["train"].select(range(6))[name][:] for name in ("image", "tags"))
+    half = Image.new("L", (48, 48))
+    half.paste(255, (0, 0, 24, 48))
+    bright = Image.fromarray(np.full((48, 48), 200, dtype=np.uint8))
+    bright.putpixel((0, 0), 210)
+    maps = [half, Image.new("L", (48, 48)), Image.new("L", (48, 48), 255), bright, Image.new("L", (48, 48), 9), half]
+    rows = dataset(images, tags, saliency=maps)
+    settings = replace(settings, seeds="saliency", seed_options={"saliency_threshold": 0.5})
+    labelled = by_index(label_images(*labeler, rows, settings))
+    found = [next((name for name in item.note.fallbacks if "saliency" in name), None) for item in labelled]
+    kinds = [None, "empty", "constant", "all-salient", "empty", None]
+    assert found == [kind and f"{kind} saliency map" for kind in kinds]
+    assert not labelled[1].pseudo_mask.any() and (labelled[2].pseudo_mask > 0).all()
 
 
 def test_icd_seeds_want_maps_that_are_probabilities(labeler, toy_data, settings):
     pytest.importorskip("pydensecrf")
-    with pytest.raises(SeedError, match="maps that are probabilities"):
-        list(label_images(*labeler, toy_data["train"].select(range(2)), settings | {"seeds": "icd"}))
+    with pytest.raises(RuleError, match="maps that are probabilities"):
+        list(label_images(*labeler, toy_data["train"].select(range(2)), replace(settings, seeds="icd")))
 
 
 def test_icd_seeds_follow_the_sign_of_its_scores(toy_data, settings, cam_folder):
@@ -190,7 +220,7 @@ def test_icd_seeds_follow_the_sign_of_its_scores(toy_data, settings, cam_folder)
     saliency = [Image.new("L", (48, 48), 255)] * 4  # nothing is background
     rows = dataset(rows["image"][:], rows["tags"][:], saliency=saliency)
     processor = load_labeler(str(cam_folder), "cpu")[1]
-    for item in label_images(model, processor, rows, settings | {"seeds": "icd", "scales": [1.0], "flip": False}):
+    for item in label_images(model, processor, rows, replace(settings, seeds="icd", scales=[1.0], flip=False)):
         pixel_values = processor(images=item.image, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             maps = model(pixel_values).maps[:, item.classes]
@@ -202,13 +232,13 @@ def test_icd_seeds_follow_the_sign_of_its_scores(toy_data, settings, cam_folder)
         assert np.array_equal(item.pseudo_mask.ravel()[single], winners)
 
 
-def test_mat_label_wants_alphas_and_leaves_a_band_open(labeler, toy_data, settings):
-    rows, settings = toy_data["train"].select(range(3)), settings | {"seeds": "mat_label"}
+def test_mat_label_wants_alphas_and_ignores_a_band(labeler, toy_data, settings):
+    rows, settings = toy_data["train"].select(range(3)), replace(settings, seeds="mat_label")
     for refine in ([], ["matting", "pamr"]):
-        with pytest.raises(SeedError, match="mat_label reads alphas; matting as the last step of masks.refine"):
-            list(label_images(*labeler, rows, settings | {"refine": refine}))
+        with pytest.raises(RuleError, match="mat_label: expected matting as the last step of masks.refine"):
+            list(label_images(*labeler, rows, replace(settings, refine=refine)))
     options = {"refine": ["matting"], "seed_options": {"uncertain": [0.3, 0.9]}}
-    for item in label_images(*labeler, rows, settings | options):
+    for item in label_images(*labeler, rows, replace(settings, **options)):
         alphas = item.note.pictures["alpha"].max(axis=0) / 255
         certain = (alphas < 0.29) | (alphas > 0.91)
         assert (item.pseudo_mask[~certain & (alphas > 0.31) & (alphas < 0.89)] == 255).all()

@@ -1,15 +1,30 @@
-"""Seed rules: DRS's and ICD's published ones, and what a recipe names."""
+"""Label rules: DRS's and ICD's published ones, and those that a recipe names."""
 
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from wsss_hf.data.tagged import DataError, encode_png
 from wsss_hf.inference.cam_maps import label_map
 from wsss_hf.models.icd import icd_seeds
-from wsss_hf.pseudo_labels.crf import refine_labels
-from wsss_hf.pseudo_labels.rules import Evidence, SeedError, build_seeds, class_labels, seed_drs, seed_icd
+from wsss_hf.models.options import OptionError
+from wsss_hf.pseudo_labels.rules import (
+    Evidence,
+    RuleError,
+    build_rule,
+    check_columns,
+    class_labels,
+    reads_saliency,
+    rows_to_label,
+    seed_drs,
+    seed_icd,
+)
+from wsss_hf.refinement.crf import refine_labels
+from wsss_hf.settings import MasksSettings
 
 
 @pytest.fixture
@@ -23,12 +38,12 @@ def evidence():
 
 
 def test_argmax_is_the_label_map(evidence):
-    labels = build_seeds("argmax").label(evidence)
+    labels = build_rule("argmax").label(evidence)
     assert torch.equal(labels, label_map(evidence.scores, evidence.classes)[0])
 
 
-def test_drs_speaks_of_classes_of_the_data_set(evidence):
-    rule = build_seeds("drs")
+def test_drs_labels_are_classes_of_the_data_set(evidence):
+    rule = build_rule("drs", {"saliency_threshold": 0.1961})
     assert rule.saliency == "needed" and not rule.averages
     labels = rule.label(evidence)
     assert torch.equal(labels, class_labels(seed_drs(evidence.scores, evidence.saliency), evidence.classes))
@@ -36,15 +51,16 @@ def test_drs_speaks_of_classes_of_the_data_set(evidence):
 
 
 def test_icd_reads_maps_as_probabilities(evidence):
-    rule = build_seeds("icd")
+    rule = build_rule("icd")
     assert rule.saliency == "optional" and rule.averages
     maps, cams = evidence.averages
     evidence.saliency = evidence.saliency * 0.03
     seeds = seed_icd(torch.logit(maps), cams, evidence.saliency)
     assert torch.equal(rule.label(evidence), class_labels(seeds, evidence.classes))
     single = (maps[0] > 0.5) != (maps[1] > 0.5)
-    labels = rule.label(evidence)[single & (evidence.saliency >= 0.01)]
-    wanted = torch.where(maps[0] > 0.5, 2, 5)[single & (evidence.saliency >= 0.01)]
+    single &= (evidence.saliency >= 0.01) & (cams.amin(dim=0) > 0.01)
+    labels = rule.label(evidence)[single]
+    wanted = torch.where(maps[0] > 0.5, 2, 5)[single]
     assert torch.equal(labels.long(), wanted)
 
 
@@ -53,25 +69,81 @@ def test_icd_without_saliency_closes_the_seeds(evidence):
     evidence.saliency = None
     maps, cams = evidence.averages
     seeds = class_labels(seed_icd(torch.logit(maps), cams), evidence.classes)
-    labels = build_seeds("icd").label(evidence)
+    labels = build_rule("icd").label(evidence)
     np.testing.assert_array_equal(labels, refine_labels(seeds.numpy(), evidence.image, 7))
     evidence.scores, evidence.classes = evidence.scores[:1], evidence.classes[:0]
     evidence.averages = (maps[:0], cams[:0])
-    assert not build_seeds("icd").label(evidence).any()  # no tag, no object
+    assert not build_rule("icd").label(evidence).any()  # no tag, no object
 
 
 def test_icd_wants_probabilities(evidence):
     evidence.averages = (evidence.averages[0] * 3, evidence.averages[1])
-    with pytest.raises(SeedError, match="maps that are probabilities.*cam.maps: icd"):
-        build_seeds("icd").label(evidence)
+    with pytest.raises(RuleError, match="maps that are probabilities.*cam.maps: icd"):
+        build_rule("icd").label(evidence)
 
 
 def test_what_is_not_there_is_named(monkeypatch):
-    with pytest.raises(SeedError, match="masks.seeds is 'sign'; there are argmax, drs, icd"):
-        build_seeds("sign")
+    with pytest.raises(
+        OptionError, match="masks.seeds: 'sign': unknown; expected argmax, saliency, drs, icd or mat_label"
+    ):
+        build_rule("sign")
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
-    with pytest.raises(SeedError, match=r"icd: .*pip install wsss_hf\[crf\]"):
-        build_seeds("icd")
+    with pytest.raises(RuleError, match="icd: .*pip install pydensecrf2"):
+        build_rule("icd").prepare()
+
+
+def test_saliency_is_read_where_the_rule_uses_it(toy_data):
+    rows = toy_data["train"]
+    salient = rows.add_column("saliency", rows["image_id"][:])
+    picture = encode_png(Image.new("L", (48, 48)))
+    empty, some = (
+        rows.add_column("saliency", [picture] * filled + [None] * (12 - filled), feature=rows.features["image"])
+        for filled in (0, 9)
+    )
+    wanted = {
+        "argmax": (False, False, False, False),
+        "saliency": (True, True, True, True),
+        "drs": (True, True, True, True),
+        "icd": (False, True, False, True),
+    }
+    for name, expected in wanted.items():
+        settings = MasksSettings(seeds=name)
+        assert tuple(reads_saliency(settings, data) for data in (rows, salient, empty, some)) == expected
+        counts = [len(rows_to_label(settings, data)) for data in (rows, salient, empty, some)]
+        needs = expected[0]
+        assert counts == [0 if needs else 12, 12, 0 if needs else 12, 9 if expected[3] else 12]
+        for data, is_whole in ((rows, not needs), (salient, True), (empty, not needs), (some, not expected[3])):
+            with nullcontext() if is_whole else pytest.raises(DataError, match=f"for masks.seeds: {name}, got "):
+                check_columns(settings, data)
+
+
+def test_a_saliency_threshold_that_is_not_found_yet_is_named(evidence):
+    for name in ("drs", "saliency"):
+        assert build_rule(name).saliency_threshold == "auto"
+        with pytest.raises(RuleError, match="saliency_threshold: expected a number, got 'auto'"):
+            build_rule(name).label(evidence)
+
+
+def test_the_saliency_threshold_says_what_is_salient(evidence):
+    for name in ("drs", "saliency"):
+        low, high = (build_rule(name, {"saliency_threshold": level}).label(evidence) for level in (0.2, 0.8))
+        assert (low == 0).float().mean() < 0.35 and (high == 0).float().mean() > 0.7
+    expected = seed_drs(evidence.scores, evidence.saliency, saliency_threshold=0.8)
+    labels = build_rule("drs", {"saliency_threshold": 0.8}).label(evidence)
+    assert torch.equal(labels, class_labels(expected, evidence.classes))
+
+
+def test_the_saliency_rule_gives_salient_pixels_their_best_class(evidence):
+    scores = torch.tensor([[0.9, 0.9, 0.9, 0.0, 0.9], [0.3, 0.1, 0.0, 0.95, 0.0], [0.2, 0.4, 0.0, 0.0, 0.5]])
+    evidence.scores = scores[:, None]
+    evidence.saliency = torch.tensor([[0.6, 0.6, 0.6, 0.5, 0.5]])  # 0.5 is not above 0.5
+    rule = build_rule("saliency", {"saliency_threshold": 0.5})
+    assert rule.saliency == "needed" and rule.label(evidence).tolist() == [[2, 5, 255, 0, 0]]
+    certain = build_rule("saliency", {"saliency_threshold": 0.5, "object_threshold": 0.9})
+    assert certain.label(evidence).tolist() == [[2, 5, 255, 2, 0]]
+    evidence.scores, evidence.classes = evidence.scores[:1], evidence.classes[:0]
+    labels = rule.label(evidence)
+    assert labels.tolist() == [[0] * 5] and labels.dtype == torch.uint8  # no tag, no object
 
 
 def test_drs_seeds_pixel_by_pixel():
@@ -93,7 +165,7 @@ def test_drs_seeds_pixel_by_pixel():
             expected[y, x] = label
     assert set(expected.unique().tolist()) == {0, 1, 2, 3, 255}
     assert torch.equal(seed_drs(scores, saliency), expected)
-    with pytest.raises(SeedError, match="saliency"):
+    with pytest.raises(RuleError, match="saliency"):
         seed_drs(scores, saliency[1:])
 
 
@@ -122,32 +194,41 @@ def test_labels_become_classes_of_the_data_set():
     assert class_labels(labels, torch.tensor([3, 17])).tolist() == [[0, 4, 18, 255]]
 
 
-def test_mat_label_leaves_uncertain_alphas_and_near_ties_open(evidence):
-    rule = build_seeds("mat_label", {"uncertain": [0.45, 0.55], "tie": 0.2})
+def test_mat_label_makes_uncertain_alphas_and_near_ties_ignored(evidence):
+    rule = build_rule("mat_label", {"uncertain": [0.45, 0.55], "tie": 0.2})
     assert rule.alphas and rule.saliency == "unused"
     alphas = torch.tensor([[0.9, 0.5, 0.1, 0.8], [0.1, 0.2, 0.3, 0.7]])[:, None]
     evidence.scores = torch.cat([1 - alphas.amax(dim=0, keepdim=True), alphas])
     assert rule.label(evidence).tolist() == [[2, 255, 0, 255]]
-    assert build_seeds("mat_label", {"uncertain": [0.5, 0.5], "tie": 0}).label(evidence).tolist() == [[2, 2, 0, 2]]
+    assert build_rule("mat_label", {"uncertain": [0.5, 0.5], "tie": 0}).label(evidence).tolist() == [[2, 2, 0, 2]]
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mat_label", {"band": [0, 1]}, "seed_options.band: no such option; mat_label has uncertain, tie"),
-        ("argmax", {"tie": 0.1}, "seed_options.tie: no such option; argmax has none"),
-        ("mat_label", {"tie": "much"}, "seed_options.tie is 'much'; something like 0.1 would be right"),
-        ("mat_label", {"uncertain": [0.6, 0.4]}, r"uncertain=\(0.6, 0.4\): \(lowest, highest\)"),
-        ("mat_label", {"uncertain": [0.6]}, r"uncertain=\(0.6,\): \(lowest, highest\)"),
+        ("mat_label", {"band": [0, 1]}, "masks.seed_options.band: unknown; expected uncertain or tie"),
+        ("argmax", {"tie": 0.1}, "masks.seed_options.tie: unknown; expected none"),
+        ("mat_label", {"tie": "much"}, r"masks.seed_options.tie: expected a number in \[0, 1\], got 'much'"),
+        ("mat_label", {"uncertain": [0.6, 0.4]}, "masks.seed_options.uncertain: expected the lower number first"),
+        ("mat_label", {"uncertain": [0.6]}, "masks.seed_options.uncertain: expected a list of 2 numbers"),
+        (
+            "drs",
+            {"saliency_threshold": "high"},
+            r"saliency_threshold: expected a number in \[0, 1\] or auto, got 'high'",
+        ),
+        ("saliency", {"saliency_threshold": 50}, r"saliency_threshold: expected a number in \[0, 1\] or auto, got 50"),
+        ("drs", {"object_threshold": 2}, "masks.seed_options.object_threshold: expected a number in"),
+        ("icd", {"iterations": 0}, "masks.seed_options.iterations: expected a whole number >= 1, got 0"),
     ],
 )
-def test_senseless_options_are_told(name, options, message):
-    with pytest.raises(ValueError, match=message):
-        build_seeds(name, options)
+def test_unfit_options_are_named(name, options, message):
+    with pytest.raises(OptionError, match=message):
+        build_rule(name, options)
 
 
 def test_options_reach_the_published_rules(evidence):
-    labels = build_seeds("drs", {"conflict_threshold": 0.5}).label(evidence)
+    published = {"saliency_threshold": 0.1961}
+    labels = build_rule("drs", published | {"conflict_threshold": 0.5}).label(evidence)
     seeds = seed_drs(evidence.scores, evidence.saliency, conflict_threshold=0.5)
     assert torch.equal(labels, class_labels(seeds, evidence.classes))
-    assert not torch.equal(labels, build_seeds("drs").label(evidence))
+    assert not torch.equal(labels, build_rule("drs", published).label(evidence))

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,14 +10,14 @@ from torch import nn
 from wsss_hf.data.tagged import encode_png
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.pseudo_labels.area_prior import background_factor, labelled_objects
-from wsss_hf.pseudo_labels.refinement import build_refiner
 from wsss_hf.pseudo_labels.self_training import confident_labels, relabel_images
-from wsss_hf.recipes import load_recipe
+from wsss_hf.refinement.steps import build_refinement
+from wsss_hf.settings import SelfTrainingSettings
 
-SETTINGS = load_recipe()["self_training"] | {"scales": [1.0], "batch_size": 1}
+SETTINGS = SelfTrainingSettings(scales=[1.0], batch_size=1)
 
 
-def test_doubt_is_ignored():
+def test_uncertain_pixels_are_ignored():
     # one row of four pixels: background and the tagged classes 0 and 2
     scores = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.2, 0.7], [0.3, 0.35, 0.35], [0.1, 0.5, 0.4]]).T[:, None]
     labels, confidence = confident_labels(scores, torch.tensor([0, 2]), threshold=0.6)
@@ -51,7 +52,7 @@ def test_logits_that_are_no_numbers_label_nothing(toy_data):
             return SimpleNamespace(logits=super().forward(pixel_values).logits * float("nan"))
 
     rows, settings = toy_data["train"], SETTINGS
-    with pytest.raises(ValueError, match=f"row '{rows['image_id'][0]}': the segmenter's logits are not finite"):
+    with pytest.raises(ValueError, match=f"row '{rows['image_id'][0]}': expected finite logits"):
         list(relabel_images(Broken(), WsssImageProcessor(), rows, settings))
 
 
@@ -61,7 +62,7 @@ def test_every_row_gets_its_labels_at_its_own_size(toy_data, batch_size):
     processor = WsssImageProcessor(
         size={"shortest_edge": 48, "longest_edge": 192}, image_mean=[0.0] * 3, image_std=[1.0] * 3
     )
-    settings = SETTINGS | {"threshold": 0.0, "batch_size": batch_size}
+    settings = replace(SETTINGS, threshold=0.0, batch_size=batch_size)
     found = {relabelled.index: relabelled for relabelled in relabel_images(Colours(), processor, rows, settings)}
     assert sorted(found) == list(range(5))
     for index, row in enumerate(rows):
@@ -82,14 +83,14 @@ def test_refinement_sees_background_and_tagged_classes_only(toy_data):
         size={"shortest_edge": 48, "longest_edge": 192}, image_mean=[0.0] * 3, image_std=[1.0] * 3
     )
     steps = [{"pamr": {"iterations": 3}}]
-    settings = SETTINGS | {"threshold": 0.0, "refine": steps, "batch_size": 2, "flip": False}
+    settings = replace(SETTINGS, threshold=0.0, refine=steps, batch_size=2, flip=False)
     changed = []
     for relabelled in relabel_images(Colours(), processor, rows, settings):
         row = rows[relabelled.index]
         image = np.asarray(row["image"].convert("RGB"))
         logits = torch.from_numpy(np.concatenate([image / 255 * 6, np.zeros((*image.shape[:2], 6))], axis=-1)).float()
         labels = [0, *(tag + 1 for tag in row["tags"])]
-        refined = build_refiner(steps)(logits[..., labels].softmax(dim=-1).permute(2, 0, 1), image)
+        refined = build_refinement(steps)(logits[..., labels].softmax(dim=-1).permute(2, 0, 1), image)
         top = refined.topk(2, dim=0).values
         sure = (top[0] - top[1] > 1e-4).numpy()
         assert np.array_equal(relabelled.pseudo_mask[sure], np.array(labels)[refined.argmax(dim=0)][sure])
@@ -102,16 +103,16 @@ def test_objects_stay_as_large_as_the_labels_that_were_learnt(toy_data, share):
     processor = WsssImageProcessor(
         size={"shortest_edge": 48, "longest_edge": 192}, image_mean=[0.0] * 3, image_std=[1.0] * 3
     )
-    settings = SETTINGS | {"threshold": 0.0, "batch_size": 4, "flip": False}
+    settings = replace(SETTINGS, threshold=0.0, batch_size=4, flip=False)
     earlier = np.zeros((48, 48), dtype=np.uint8)
     earlier[: round(48 * share * 0.9)] = 1
-    earlier[round(48 * 0.9) :] = 255  # open pixels say nothing of the area
+    earlier[round(48 * 0.9) :] = 255  # ignored pixels do not count
     encoded = encode_png(Image.fromarray(earlier))
     rows = toy_data["train"].add_column("pseudo_mask", [encoded] * len(toy_data["train"]))
     factor = background_factor(Colours(), processor, rows, settings)
 
     def area(factor):
-        found = relabel_images(Colours(), processor, rows, settings | {"background_factor": factor})
+        found = relabel_images(Colours(), processor, rows, settings, factor)
         return np.mean([(relabelled.pseudo_mask > 0).mean() for relabelled in found])
 
     wanted = (earlier[earlier != 255] > 0).mean()

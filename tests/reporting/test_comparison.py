@@ -62,7 +62,7 @@ def test_markdown_says_what_masks_have_chosen():
     assert cells["masks, mean IoU"] == "45.0 ± 7.1" and cells["best threshold, by masks"] == "50.0 ± 7.1"
     assert cells["| data"] == "| pets" and cells["at"] == "0.40" and cells["threshold"] == "auto: 0.35"
     assert cars.startswith("| cars | plain | 1 | 30.0 |")
-    assert "reads true\nmasks" in text and "| plain, masks | 45.0 | 45.0 | 50.0 |" in text
+    assert "oracle threshold" in text and "| plain, masks | 45.0 | 45.0 | 50.0 |" in text
 
 
 def test_page_holds_curves_costs_and_a_column_per_row(tmp_path):

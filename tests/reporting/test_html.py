@@ -160,5 +160,5 @@ def test_gallery_is_one_sheet_with_a_column_per_kind(tmp_path, examples):
     three_kinds_less = Image.open(write_gallery(tmp_path / "h.png", [example(1)], side=80))
     assert sheet.width - three_kinds_less.width == 3 * (80 + 12)
     assert sheet.height > 2 * 60
-    with pytest.raises(ValueError, match="at least one example"):
+    with pytest.raises(ValueError, match="expected at least one, got none"):
         write_gallery(tmp_path / "i.png", [])

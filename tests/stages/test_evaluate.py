@@ -1,3 +1,4 @@
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,12 +8,14 @@ from datasets import Dataset
 from PIL import Image
 from torch.nn import functional as F
 
-from wsss_hf.data.palette import mask_image, save_mask_png
+from wsss_hf.data.palette import save_mask_png
 from wsss_hf.data.tagged import DataError, class_names, tagged_features, undecoded
+from wsss_hf.inference.load import load_labeler
 from wsss_hf.metrics.average_precision import mean_average_precision
 from wsss_hf.metrics.mean_iou import MeanIoU
-from wsss_hf.pseudo_labels.label_images import label_images, load_labeler
-from wsss_hf.recipes import load_recipe
+from wsss_hf.models.label_colors import mask_image
+from wsss_hf.pseudo_labels.label_images import label_images
+from wsss_hf.settings import EvaluationSettings, MasksSettings
 from wsss_hf.stages.evaluate import evaluate_cam, evaluate_files, evaluate_masks, evaluate_segmenter, rows_with
 
 
@@ -41,10 +44,10 @@ def test_rows_without_a_value_are_left_out(toy_data):
 def test_nothing_to_evaluate_on_is_said(toy_data, unmasked_data):
     empty = with_columns(toy_data["train"], mask=[None] * 12, pseudo_mask=[None] * 12)
     for rows in (unmasked_data["train"], empty):
-        with pytest.raises(DataError, match="no row has a mask: there is nothing to evaluate on"):
-            evaluate_masks(rows, quiet=True)
-    with pytest.raises(DataError, match="no row has a pseudo_mask"):
-        evaluate_masks(toy_data["train"], quiet=True)
+        with pytest.raises(DataError, match="column 'mask': expected masks to evaluate on, and no row has one"):
+            evaluate_masks(rows)
+    with pytest.raises(DataError, match="column 'pseudo_mask': expected masks to evaluate on, and no row has one"):
+        evaluate_masks(toy_data["train"])
 
 
 def test_masks_are_judged_where_both_are_there(toy_data):
@@ -53,7 +56,7 @@ def test_masks_are_judged_where_both_are_there(toy_data):
     rows = with_columns(
         toy_data["train"], mask=some(masks, 0), pseudo_mask=some([*masks[:5], masks[6], *masks[6:]], 1)
     )
-    figures = evaluate_masks(rows, quiet=True)
+    figures = evaluate_masks(rows)
     metric = MeanIoU(["background", *class_names(rows)])
     for index in range(2, 12):
         prediction = toy_data["train"][6 if index == 5 else index]["mask"]
@@ -61,19 +64,19 @@ def test_masks_are_judged_where_both_are_there(toy_data):
     wanted = metric.compute()
     assert figures["num_images"] == 10 and 0 < figures["mean_iou"] < 1
     assert figures["mean_iou"] == pytest.approx(wanted["mean_iou"]) and figures["iou"] == wanted["iou"]
-    assert evaluate_masks(with_columns(rows, mask=masks, pseudo_mask=masks), quiet=True)["mean_iou"] == 1
+    assert evaluate_masks(with_columns(rows, mask=masks, pseudo_mask=masks))["mean_iou"] == 1
 
 
 def test_a_mask_of_another_size_is_named(toy_data):
     rows = toy_data["train"].select(range(2))
     small = [mask.resize((20, 20)) for mask in rows["mask"]]
     with pytest.raises(ValueError, match=rows[0]["image_id"]):
-        evaluate_masks(with_columns(rows, mask=undecoded(rows)["mask"][:], pseudo_mask=small), quiet=True)
+        evaluate_masks(with_columns(rows, mask=undecoded(rows)["mask"][:], pseudo_mask=small))
 
 
 def test_a_classifier_is_judged_by_its_masks_maps_and_tags(labeler, toy_data):
-    rows, settings = toy_data["train"], load_recipe()["masks"]
-    figures = evaluate_cam(*labeler, rows, settings, quiet=True)
+    rows, settings = toy_data["train"], MasksSettings()
+    figures = evaluate_cam(*labeler, rows, settings)
     metric = MeanIoU(["background", *class_names(rows)])
     logits, tags = np.zeros((12, 8)), np.zeros((12, 8))
     for item in label_images(*labeler, rows, settings):
@@ -85,7 +88,7 @@ def test_a_classifier_is_judged_by_its_masks_maps_and_tags(labeler, toy_data):
         mean_average_precision(logits, tags)["mean_average_precision"]
     )
     curve = dict(map(tuple, figures["threshold_curve"]))
-    at_ours = min(curve, key=lambda threshold: abs(threshold - settings["background_threshold"]))
+    at_ours = min(curve, key=lambda threshold: abs(threshold - settings.background_threshold))
     assert curve[at_ours] == pytest.approx(figures["mean_iou"], abs=0.02)
     assert max(curve.values()) >= figures["mean_iou"] - 0.02
 
@@ -123,15 +126,15 @@ def processor(images, return_tensors):
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_a_perfect_segmenter_scores_one(toy_data, flip):
-    settings = load_recipe()["evaluation"] | {"batch_size": 3, "flip": flip}
-    figures = evaluate_segmenter(Oracle(toy_data["val"]), processor, toy_data["val"], settings, quiet=True)
+    settings = dataclasses.replace(EvaluationSettings(), batch_size=3, flip=flip)
+    figures = evaluate_segmenter(Oracle(toy_data["val"]), processor, toy_data["val"], settings)
     assert figures["mean_iou"] == figures["pixel_accuracy"] == 1 and figures["num_images"] == 4
 
 
 def test_a_segmenter_that_always_says_background_scores_its_share(toy_data):
     oracle = Oracle(toy_data["val"])
     oracle.known = [(image, torch.zeros_like(mask)) for image, mask in oracle.known]
-    figures = evaluate_segmenter(oracle, processor, toy_data["val"], load_recipe()["evaluation"], quiet=True)
+    figures = evaluate_segmenter(oracle, processor, toy_data["val"], EvaluationSettings())
     truth = np.stack([np.array(mask) for mask in toy_data["val"]["mask"]])
     share = (truth == 0).sum() / (truth != 255).sum()
     assert figures["pixel_accuracy"] == pytest.approx(share)
@@ -142,8 +145,8 @@ def test_a_segmenter_that_always_says_background_scores_its_share(toy_data):
 def test_a_segmenter_of_other_classes_is_refused(toy_data):
     oracle = Oracle(toy_data["val"])
     oracle.config.id2label[3] = "unicorn"
-    with pytest.raises(DataError, match="the segmenter knows background, .*unicorn.*; the data have background, "):
-        evaluate_segmenter(oracle, processor, toy_data["val"], load_recipe()["evaluation"], quiet=True)
+    with pytest.raises(DataError, match="segmenter: expected the classes of the data, .*, got background, .*unicorn"):
+        evaluate_segmenter(oracle, processor, toy_data["val"], EvaluationSettings())
 
 
 @pytest.fixture
@@ -158,7 +161,7 @@ def predictions(toy_data, tmp_path):
 def test_files_are_judged_as_columns_are(toy_data, predictions):
     masks = undecoded(toy_data["val"])["mask"][:]
     rows = with_columns(toy_data["val"], mask=masks, pseudo_mask=[*masks[1:], masks[0]])
-    assert evaluate_files(predictions, toy_data["val"], quiet=True) == evaluate_masks(rows, quiet=True)
+    assert evaluate_files(predictions, toy_data["val"]) == evaluate_masks(rows)
 
 
 def remove(file):
@@ -190,16 +193,16 @@ def no_picture(file):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (remove, "1 of 4 predictions are missing, the first is .*{name}"),
-        (shrink, "{name}: the prediction is 48x24 pixels and the reference 48x48"),
-        (color, "{name}: the mask has mode RGB; right is one 8-bit channel of labels"),
-        (renumber, "{name}: value 1 is drawn in the colour of label 3, so the labels were renumbered"),
-        (other_classes, r"{name}: prediction holds the labels \[9\]; right are 0..8 and 255"),
-        (no_picture, "{name}: cannot be decoded as an image"),
+        (remove, "{name}: expected a label map of every image, 1 of 4 missing"),
+        (shrink, "{name}: prediction: expected the size of the reference, 48x48, got 48x24"),
+        (color, "{name}: expected one 8-bit channel of labels .*, got mode RGB"),
+        (renumber, "{name}: expected pixel values that are the labels, got value 1 in the colour of label 3"),
+        (other_classes, r"{name}: prediction: expected labels 0..8 and 255, got \[9\]"),
+        (no_picture, "{name}: expected an image, got a file that can't be decoded"),
     ],
 )
 def test_bad_files_are_named(toy_data, predictions, spoil, message):
     name = f"{toy_data['val']['image_id'][2]}.png"
     spoil(predictions / name)
     with pytest.raises(ValueError, match=message.format(name=name)):
-        evaluate_files(predictions, toy_data["val"], quiet=True)
+        evaluate_files(predictions, toy_data["val"])

@@ -10,10 +10,10 @@ from wsss_hf import MapRefiner, Segmenter, SegmenterConfig, WsssImageProcessor
 from wsss_hf.data.batches import batches_by_size
 from wsss_hf.data.tagged import class_names, decode_gray
 from wsss_hf.inference.cam_maps import localize
+from wsss_hf.inference.load import load_labeler
 from wsss_hf.models.modeling_cam import CamClassifier
-from wsss_hf.pseudo_labels.label_images import load_labeler
 from wsss_hf.stages import train_refiner as module
-from wsss_hf.stages.cache import OutputError
+from wsss_hf.stages.fingerprint import model_fingerprint
 from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.run import run
 from wsss_hf.stages.train_refiner import train_refiner
@@ -21,20 +21,24 @@ from wsss_hf.stages.train_refiner import train_refiner
 
 @pytest.fixture
 def recipe(tiny_recipe):
-    tiny_recipe["refiner"] |= {"batch_size": 4, "shard_size": 5}
-    tiny_recipe["refiner"]["train"] |= {"epochs": 2, "batch_size": 4}
+    tiny_recipe.refiner.batch_size = 4
+    vars(tiny_recipe.refiner.train).update({"epochs": 2, "batch_size": 4})
     return tiny_recipe
 
 
-def stored_maps(rows, cam, recipe, folder):
-    """(rows with maps, one list of arrays per row)"""
-    found = module._with_maps(rows, cam, recipe["refiner"], folder, {}, quiet=True)
-    return [[decode_gray({"bytes": png}, "map") for png in pngs] for pngs in found["localization_maps"]]
+def test_stored_maps_are_the_maximum_over_the_scales_one_for_each_tag(
+    toy_data, cam_folder, recipe, tmp_path, monkeypatch
+):
+    rows, seen = toy_data["train"], []
 
+    def watched(accelerator, model, processor, rows, *arguments, **options):
+        seen.append(rows)
+        raise KeyboardInterrupt
 
-def test_stored_maps_are_the_maximum_over_the_scales_one_for_each_tag(toy_data, cam_folder, recipe, tmp_path):
-    rows = toy_data["train"]
-    stored = stored_maps(rows, cam_folder, recipe, tmp_path)
+    monkeypatch.setattr(module, "train_model", watched)
+    with pytest.raises(KeyboardInterrupt):
+        train_refiner(toy_data, cam_folder, recipe, tmp_path / "refiner")
+    stored = [[decode_gray({"bytes": png}, "map") for png in pngs] for pngs in seen[0]["localization_maps"]]
     model, processor = load_labeler(str(cam_folder), "cpu")
     (batch,) = batches_by_size(rows.select([3]), processor, 1)
     maps, _ = localize(model, batch.pixel_values, batch.tags, (12, 12), (0.8, 1.0, 1.2), flip=False, fusion="max")
@@ -45,9 +49,9 @@ def test_stored_maps_are_the_maximum_over_the_scales_one_for_each_tag(toy_data, 
 
 
 def test_a_refiner_learns_the_maps_of_the_classifier(toy_data, cam_folder, recipe, tmp_path):
-    recipe["refiner"]["train"] |= {"epochs": 20, "lr": 3e-3, "freeze_batch_norm": False}
-    recipe["refiner"]["train"] |= {"scale": [1.0, 1.0], "color_jitter": 0.0}
-    out = train_refiner(toy_data, cam_folder, recipe, tmp_path / "refiner", {"source": "toy"}, quiet=True)
+    vars(recipe.refiner.train).update({"epochs": 20, "lr": 3e-3, "freeze_batch_norm": False})
+    vars(recipe.refiner.train).update({"scale": [1.0, 1.0], "color_jitter": 0.0})
+    out = train_refiner(toy_data, cam_folder, recipe, tmp_path / "refiner")
     losses = [record["refinement"] for record in json.loads((out / "training_log.json").read_text())]
     assert losses[-1] < 0.7 * losses[0]
     model = MapRefiner.from_pretrained(out)
@@ -56,14 +60,14 @@ def test_a_refiner_learns_the_maps_of_the_classifier(toy_data, cam_folder, recip
     assert WsssImageProcessor.from_pretrained(out).size["shortest_edge"] == 48
     assert [path.name for path in tmp_path.iterdir()] == ["refiner"]  # the maps are gone
     model, processor = load_labeler(str(out), "cpu")
-    assert type(model) is MapRefiner
-    masks = load_from_disk(str(make_masks(toy_data, out, recipe, tmp_path / "masks", quiet=True)))
+    assert isinstance(model, MapRefiner)
+    masks = load_from_disk(str(make_masks(toy_data, out, recipe, tmp_path / "masks")))
     assert len(np.unique(np.stack(masks["train"]["pseudo_mask"]))) > 2
 
 
 def test_true_masks_are_never_read(toy_data, poisoned_data, cam_folder, recipe, tmp_path):
     first, second = (
-        train_refiner(data, cam_folder, recipe, tmp_path / name, quiet=True)
+        train_refiner(data, cam_folder, recipe, tmp_path / name)
         for name, data in (("clean", toy_data), ("poisoned", poisoned_data))
     )
     first, second = (load_file(folder / "model.safetensors") for folder in (first, second))
@@ -71,7 +75,7 @@ def test_true_masks_are_never_read(toy_data, poisoned_data, cam_folder, recipe, 
 
 
 def test_a_killed_stage_goes_on_where_it_was(toy_data, cam_folder, recipe, tmp_path, monkeypatch):
-    unbroken = train_refiner(toy_data, cam_folder, recipe, tmp_path / "unbroken", quiet=True)
+    unbroken = train_refiner(toy_data, cam_folder, recipe, tmp_path / "unbroken")
     forward, calls = MapRefiner.forward, []
 
     def mortal(self, *args, **kwargs):
@@ -82,45 +86,42 @@ def test_a_killed_stage_goes_on_where_it_was(toy_data, cam_folder, recipe, tmp_p
 
     monkeypatch.setattr(MapRefiner, "forward", mortal)
     with pytest.raises(KeyboardInterrupt):
-        train_refiner(toy_data, cam_folder, recipe, tmp_path / "broken", quiet=True)
+        train_refiner(toy_data, cam_folder, recipe, tmp_path / "broken")
     monkeypatch.setattr(module, "localize", None)  # the maps are there
-    out = train_refiner(toy_data, cam_folder, recipe, tmp_path / "broken", quiet=True)
+    out = train_refiner(toy_data, cam_folder, recipe, tmp_path / "broken")
     assert calls[5:] == pytest.approx([3 / 6, 4 / 6, 5 / 6])
     first, second = (load_file(folder / "model.safetensors") for folder in (unbroken, out))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def test_it_may_start_from_the_classifiers_backbone(toy_data, cam_folder, recipe, tmp_path):
-    recipe["cam"]["backbone_config"] = None
-    recipe["refiner"]["from_cam"] = True
-    recipe["refiner"]["train"]["lr"] = 0.0
-    with pytest.raises(ValueError, match="cam.backbone is empty"):
-        train_refiner(
-            toy_data, cam_folder, recipe | {"refiner": recipe["refiner"] | {"from_cam": False}}, tmp_path / "x"
-        )
-    out = train_refiner(toy_data, cam_folder, recipe, tmp_path / "refiner", quiet=True)
+    recipe.cam.backbone_config = None
+    recipe.refiner.from_cam = True
+    with pytest.raises(ValueError, match="cam.backbone: expected a directory or Hub id"):
+        train_refiner(toy_data, cam_folder, recipe.changed("refiner.from_cam=false"), tmp_path / "x")
+    recipe.refiner.train.lr = 0.0
+    out = train_refiner(toy_data, cam_folder, recipe, tmp_path / "refiner")
     teacher, model = CamClassifier.from_pretrained(cam_folder), MapRefiner.from_pretrained(out)
     for name, value in teacher.backbone.state_dict().items():
         assert torch.equal(model.backbone.state_dict()[name], value), name
     assert model.config.image_mean == teacher.config.image_mean
 
 
+@pytest.mark.slow
 def test_a_run_may_include_it(toy_data, recipe, tmp_path, monkeypatch):
-    recipe["refiner"]["use"] = True
-    rows = run(toy_data, recipe, tmp_path / "run", quiet=True)
-    assert type(load_labeler(str(tmp_path / "run" / "refiner"), "cpu")[0]) is MapRefiner
-    assert "cam: " + str(tmp_path / "run" / "refiner") in (tmp_path / "run" / "masks" / "recipe.yaml").read_text()
-    assert rows[0]["mean_iou"] >= 0
-    recipe["refiner"]["use"] = False  # a stage of its own takes the same result for its own
-    assert train_refiner(toy_data, tmp_path / "run" / "cam", recipe, tmp_path / "run" / "refiner", quiet=True)
-    recipe["refiner"]["fusion"] = "mean"
-    with pytest.raises(OutputError, match="refiner.fusion is 'max' there and 'mean' here"):
-        train_refiner(toy_data, tmp_path / "run" / "cam", recipe, tmp_path / "run" / "refiner", quiet=True)
+    recipe.refiner.use = True
+    result = run(toy_data, recipe, tmp_path / "run")
+    assert isinstance(load_labeler(str(tmp_path / "run" / "refiner"), "cpu")[0], MapRefiner)
+    assert result.masks.record["inputs"]["cam"] == model_fingerprint(result.refiner)
+    assert result.results[0]["mean_iou"] >= 0
+    monkeypatch.setattr(module, "train_model", None)
+    recipe.refiner.use = False  # a stage of its own takes the same result for its own
+    assert train_refiner(toy_data, result.cam, recipe, tmp_path / "run" / "refiner") == result.refiner
 
 
 def test_a_segmenter_is_no_classifier(toy_data, tiny_recipe, tmp_path):
-    config = SegmenterConfig(backbone_config=tiny_recipe["cam"]["backbone_config"], rates=[1])
+    config = SegmenterConfig(backbone_config=tiny_recipe.cam.backbone_config, rates=[1])
     Segmenter(config).save_pretrained(tmp_path / "segmenter")
-    with pytest.raises(ValueError, match="segmenter is a wsss_segmenter; a CAM classifier or a map refiner"):
-        train_refiner(toy_data, tmp_path / "segmenter", tiny_recipe, tmp_path / "refiner", quiet=True)
+    with pytest.raises(ValueError, match="segmenter: expected a CAM classifier or map refiner, got a wsss_segmenter"):
+        train_refiner(toy_data, tmp_path / "segmenter", tiny_recipe, tmp_path / "refiner")
     assert [path.name for path in tmp_path.iterdir()] == ["segmenter"]

@@ -27,28 +27,29 @@ from transformers import (
     ResNetModel,
     SegformerConfig,
     SegformerForSemanticSegmentation,
-    SegformerImageProcessorPil,
     SegformerModel,
     SwinConfig,
     UperNetConfig,
     pipeline,
 )
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
 from wsss_hf.data.tagged import class_names, undecoded
 from wsss_hf.data.transforms import TrainTransform
-from wsss_hf.inference.segmenter_scores import load_segmenter, predict_scores
+from wsss_hf.inference.load import load_segmenter
+from wsss_hf.inference.segmenter import predict_scores
 from wsss_hf.models.mask_classifiers import auto_class
 from wsss_hf.pseudo_labels.area_prior import multiply_background, output_bias
-from wsss_hf.recipes import RecipeError
-from wsss_hf.stages.evaluate import evaluate_segmenter
+from wsss_hf.settings import RecipeError, TrainSettings
+from wsss_hf.stages.evaluate import evaluate_segmenter, segmenter_gap
 from wsss_hf.stages.relabel import relabel
-from wsss_hf.stages.run import run, segmenter_gap
+from wsss_hf.stages.run import run
 from wsss_hf.stages.train_segmenter import train_segmenter
-from wsss_hf.training.build import pixel_statistics
 from wsss_hf.training.library_segmenter import build_library_segmenter
+from wsss_hf.training.loop import freeze_batch_norm, parameter_groups
 from wsss_hf.training.losses import SegmentationObjective, build_loss
-from wsss_hf.training.optimizer import freeze_batch_norm, parameter_groups
+from wsss_hf.training.train import pixel_statistics
 
 NAMES = ["background", "cat", "dog"]
 VIT = {
@@ -181,8 +182,8 @@ def learn_once(model, new):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_background_gets_likelier_by_a_factor(published, name):
-    model, _, _ = build_library_segmenter(str(published / name), NAMES, 64, {})
-    bias = output_bias(model.eval())
+    model, processor, _ = build_library_segmenter(str(published / name), NAMES, 64)
+    bias = output_bias(model.eval(), processor)
     if name in MASK_CLASSIFIERS:
         assert bias is None
         return
@@ -197,7 +198,7 @@ def test_background_gets_likelier_by_a_factor(published, name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_model_gets_our_classes_and_keeps_its_weights_and_normalisation(published, name):
-    model, processor, new = build_library_segmenter(str(published / name), NAMES, 64, {})
+    model, processor, new = build_library_segmenter(str(published / name), NAMES, 64)
     assert list(model.config.id2label.values()) == NAMES and model.config.label2id["dog"] == 2
     before = auto_class(model.config).from_pretrained(published / name).state_dict()
     after = dict(model.named_parameters())
@@ -219,11 +220,11 @@ def test_every_model_gets_our_classes_and_keeps_its_weights_and_normalisation(pu
 
 def test_an_encoder_alone_gets_a_new_head_that_learns_faster(published, tmp_path):
     SegformerModel(SegformerConfig(**SEGFORMER)).save_pretrained(tmp_path)
-    model, _, new = build_library_segmenter(str(tmp_path), NAMES, 64, {})
+    model, _, new = build_library_segmenter(str(tmp_path), NAMES, 64)
     head = {name for name, _ in model.named_parameters() if name.startswith("decode_head.")}
     assert head <= new and not any(name.startswith("segformer.") for name in new)
     objective = SegmentationObjective(model, build_loss("cross_entropy"), new)
-    settings = {"lr": 0.1, "head_lr_factor": 10.0, "bias_lr_factor": 1.0, "weight_decay": 0.0}
+    settings = TrainSettings(lr=0.1, head_lr_factor=10.0, bias_lr_factor=1.0, weight_decay=0.0)
     rates = {id(p): group["lr"] for group in parameter_groups(objective, settings) for p in group["params"]}
     for name, parameter in model.named_parameters():
         assert rates[id(parameter)] == pytest.approx(1.0 if name in head else 0.1)
@@ -233,7 +234,7 @@ def test_an_encoder_alone_gets_a_new_head_that_learns_faster(published, tmp_path
 
 
 def test_pretrained_batch_norms_can_be_frozen(segformer):
-    model, _, new = build_library_segmenter(segformer, NAMES, 64, {})
+    model, _, new = build_library_segmenter(segformer, NAMES, 64)
     freeze_batch_norm(SegmentationObjective(model, build_loss("cross_entropy"), new).train())
     assert not model.decode_head.batch_norm.training
 
@@ -242,10 +243,10 @@ def test_as_many_other_classes_are_learnt_anew_and_the_same_ones_kept(tmp_path):
     config = SegformerConfig(**SEGFORMER, id2label={0: "background", 1: "cat", 2: "cow"})
     SegformerForSemanticSegmentation(config).save_pretrained(tmp_path)
     before = AutoModelForSemanticSegmentation.from_pretrained(tmp_path).decode_head.classifier
-    other, _, new = build_library_segmenter(str(tmp_path), NAMES, 64, {})
+    other, _, new = build_library_segmenter(str(tmp_path), NAMES, 64)
     assert new == {"decode_head.classifier.weight", "decode_head.classifier.bias"}
     assert not torch.equal(other.decode_head.classifier.weight, before.weight)
-    same, _, new = build_library_segmenter(str(tmp_path), ["background", "cat", "cow"], 64, {})
+    same, _, new = build_library_segmenter(str(tmp_path), ["background", "cat", "cow"], 64)
     assert not new and torch.equal(same.decode_head.classifier.weight, before.weight)
 
 
@@ -261,15 +262,15 @@ def labelled(toy_data):
 def test_it_is_trained_saved_evaluated_and_loaded_as_transformers_own(
     labelled, tiny_recipe, segformer, cam_folder, tmp_path
 ):
-    tiny_recipe["segmenter"] |= {"model": segformer, "size": 64}
-    tiny_recipe["segmenter"]["train"] |= {"epochs": 5, "lr": 1e-2}
-    out = train_segmenter(labelled, tiny_recipe, tmp_path / "segmenter", cam=cam_folder, quiet=True)
+    vars(tiny_recipe.segmenter).update({"model": segformer, "size": 64})
+    vars(tiny_recipe.segmenter.train).update({"epochs": 5, "lr": 1e-2})
+    out = train_segmenter(labelled, tiny_recipe, tmp_path / "segmenter", cam=cam_folder)
     losses = [record["loss"] for record in json.loads((out / "training_log.json").read_text())]
     assert losses[-1] < 0.9 * losses[0]
-    files = {path.name for path in out.iterdir()}
+    files = {path.name for path in out.folder.iterdir()}
     assert not any(name.endswith(".py") for name in files)  # nobody needs our code for it
     model, processor = load_segmenter(str(out), "cpu")
-    assert type(model) is SegformerForSemanticSegmentation and not model.training
+    assert isinstance(model, SegformerForSemanticSegmentation) and not model.training
     assert list(model.config.id2label.values()) == ["background", *class_names(labelled)]
     assert list(AutoImageProcessor.from_pretrained(out).image_mean) == [0.4, 0.5, 0.6]
     segments = pipeline("image-segmentation", model=str(out))(Image.new("RGB", (70, 50), "green"))
@@ -277,16 +278,18 @@ def test_it_is_trained_saved_evaluated_and_loaded_as_transformers_own(
     assert sum(np.asarray(entry["mask"]).astype(bool).sum() for entry in segments) == 70 * 50
 
 
+@pytest.mark.slow
 def test_a_whole_run_may_end_in_one(toy_data, tiny_recipe, segformer, tmp_path):
-    tiny_recipe["segmenter"] |= {"model": segformer, "size": 64}
-    _, segmenter = run(toy_data, tiny_recipe, tmp_path / "run", quiet=True)
+    vars(tiny_recipe.segmenter).update({"model": segformer, "size": 64})
+    _, segmenter = run(toy_data, tiny_recipe, tmp_path / "run").results
     assert 0 <= segmenter["mean_iou"] <= 1 and segmenter["num_images"] == 4
-    assert type(load_segmenter(str(tmp_path / "run" / "segmenter"), "cpu")[0]) is SegformerForSemanticSegmentation
+    model, _ = load_segmenter(str(tmp_path / "run" / "segmenter"), "cpu")
+    assert isinstance(model, SegformerForSemanticSegmentation)
 
 
 @pytest.mark.parametrize("name", MASK_CLASSIFIERS)
 def test_ignored_pixels_teach_a_mask_classifier_nothing_and_half_precision_is_enough(published, name):
-    model, _, new = build_library_segmenter(str(published / name), NAMES, 64, {})
+    model, _, new = build_library_segmenter(str(published / name), NAMES, 64)
     seen = []
     model.register_forward_hook(lambda _model, _inputs, output: seen.append(output.logits))
     model.register_forward_hook(lambda _model, _inputs, output: output.logits.retain_grad())
@@ -305,7 +308,7 @@ def test_ignored_pixels_teach_a_mask_classifier_nothing_and_half_precision_is_en
 
 @pytest.mark.parametrize("name", ["eomt", "mask2former", "maskformer"])
 def test_its_processor_takes_our_label_maps_as_they_are(published, name):
-    _, processor, _ = build_library_segmenter(str(published / name), NAMES, 64, {})
+    _, processor, _ = build_library_segmenter(str(published / name), NAMES, 64)
     labels = np.zeros((64, 64), dtype=np.uint8)
     labels[:20], labels[40:] = 2, 0 if name == "eomt" else 255  # EoMT's knows no label to ignore but background
     inputs = processor(images=[Image.new("RGB", (64, 64))], segmentation_maps=[labels], return_tensors="pt")
@@ -314,12 +317,12 @@ def test_its_processor_takes_our_label_maps_as_they_are(published, name):
 
 @pytest.mark.parametrize("name", ["eomt", "mask2former"])
 def test_a_mask_classifier_of_as_many_other_classes_is_learnt_anew(published, name, tmp_path):
-    first, _, _ = build_library_segmenter(str(published / name), ["background", "cat", "cow"], 64, {})
+    first, _, _ = build_library_segmenter(str(published / name), ["background", "cat", "cow"], 64)
     first.save_pretrained(tmp_path)
-    other, _, new = build_library_segmenter(str(tmp_path), NAMES, 64, {})
+    other, _, new = build_library_segmenter(str(tmp_path), NAMES, 64)
     assert new == {"class_predictor.weight", "class_predictor.bias"}
     assert not torch.equal(first.class_predictor.weight, other.class_predictor.weight)
-    same, _, new = build_library_segmenter(str(tmp_path), ["background", "cat", "cow"], 64, {})
+    same, _, new = build_library_segmenter(str(tmp_path), ["background", "cat", "cow"], 64)
     assert not new and torch.equal(first.class_predictor.weight, same.class_predictor.weight)
 
 
@@ -327,7 +330,7 @@ def test_a_mask_classifier_of_as_many_other_classes_is_learnt_anew(published, na
 def learnt(request, published, tmp_path_factory):
     """A mask classifier that has learnt the colours of a picture by heart, its processor, its folder, the picture."""
     torch.manual_seed(0)
-    model, processor, new = build_library_segmenter(str(published / request.param), NAMES, 64, {})
+    model, processor, new = build_library_segmenter(str(published / request.param), NAMES, 64)
     labels = torch.zeros(64, 128, dtype=torch.long)
     labels[8:40, 8:40], labels[20:60, 70:110] = 1, 2
     colours = torch.randint(0, 50, (64, 128, 3)) + 200 * torch.nn.functional.one_hot(labels, 3)
@@ -378,13 +381,13 @@ def test_a_saved_mask_classifier_is_the_librarys_and_labels_images_as_its_pipeli
     assert not loading["missing_keys"] and not loading["unexpected_keys"]
     assert list(plain.config.id2label.values()) == NAMES
     model, processor = load_segmenter(str(folder), "cpu")
-    assert type(model) is type(trained) and not model.training
+    assert isinstance(model, type(trained)) and not model.training
 
     image = picture.crop(box)
     library = pipeline("image-segmentation", model=str(folder), pipeline_class=ImageSegmentationPipeline)
     segments = library(image, subtask="semantic")
     assert {found["label"] for found in segments} <= set(NAMES) and len(segments) > 1
-    assert pipeline("image-segmentation", model=str(folder))(image) == segments
+    assert pipeline("image-segmentation", model=str(folder))(image, subtask="semantic") == segments
     pixel_values = processor(images=[image], return_tensors="pt")["pixel_values"]
     ours = predict_scores(model, pixel_values, image.size[::-1], flip=False)[0].argmax(dim=0).numpy()
     theirs = sum(NAMES.index(found["label"]) * (np.array(found["mask"]) > 0) for found in segments)
@@ -402,44 +405,45 @@ def test_an_image_smaller_than_the_squares_of_a_model_is_padded(learnt):
     torch.testing.assert_close(scores, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eomt", "mask2former"])
 def test_a_mask_classifier_goes_the_whole_way(labelled, tiny_recipe, published, name, tmp_path):
-    tiny_recipe["segmenter"] |= {"model": str(published / name), "size": 64}
-    tiny_recipe["segmenter"]["train"] |= {"epochs": 6, "lr": 3e-3}
-    out = train_segmenter(labelled, tiny_recipe, tmp_path / "segmenter", quiet=True)
+    vars(tiny_recipe.segmenter).update({"model": str(published / name), "size": 64})
+    vars(tiny_recipe.segmenter.train).update({"epochs": 6, "lr": 3e-3})
+    out = train_segmenter(labelled, tiny_recipe, tmp_path / "segmenter")
     losses = [record["loss"] for record in json.loads((out / "training_log.json").read_text())]
     assert losses[-1] < 0.9 * losses[0]
-    relabelled = load_from_disk(str(relabel(labelled, out, tiny_recipe, tmp_path / "masks", quiet=True)))
-    tiny_recipe["segmenter"]["model"] = str(out)
-    tiny_recipe["segmenter"]["train"] |= {"epochs": 1}
-    again = train_segmenter(relabelled, tiny_recipe, tmp_path / "again", quiet=True)
-    settings = tiny_recipe["evaluation"]
-    figures = evaluate_segmenter(*load_segmenter(str(again), "cpu"), labelled["val"], settings, quiet=True)
+    relabelled = load_from_disk(str(relabel(labelled, out, tiny_recipe, tmp_path / "masks")))
+    tiny_recipe.segmenter.model = str(out)
+    vars(tiny_recipe.segmenter.train).update({"epochs": 1})
+    again = train_segmenter(relabelled, tiny_recipe, tmp_path / "again")
+    settings = tiny_recipe.evaluation
+    figures = evaluate_segmenter(*load_segmenter(str(again), "cpu"), labelled["val"], settings)
     assert 0 < figures["mean_iou"] <= 1
-    assert segmenter_gap(again, out, labelled["val"], settings, quiet=True)["num_images"] == 4
+    assert segmenter_gap(again, out, labelled["val"], settings)["num_images"] == 4
 
 
 def oneformer(folder):
     OneFormerConfig(backbone_config=SwinConfig(**SWIN)).save_pretrained(folder)
-    return folder, r"\(oneformer\) wants a task beside each image; .* EoMT, Mask2Former or MaskFormer would be right"
+    return folder, r"expected .* EoMT, Mask2Former or MaskFormer, got .* \(oneformer, which needs a task"
 
 
 def classifier_of_tags(folder):
     sizes = {"depths": [1], "hidden_sizes": [8], "embedding_size": 8}
     ResNetModel(ResNetConfig(**sizes)).save_pretrained(folder)
-    return folder, r"\(resnet\) labels no pixels; a model of AutoModelForSemanticSegmentation"
+    return folder, r"expected a model of AutoModelForSemanticSegmentation .*, got .* \(resnet\)"
 
 
 def of_fixed_size(folder):
     AutoModelForSemanticSegmentation.from_config(
         Data2VecVisionConfig(**VIT | {"image_size": 32}, out_indices=[1, 2, 3, 4])
     ).save_pretrained(folder)
-    return folder, "takes no images of 64 pixels .*image.size=32 would be right"
+    return folder, "expected image.size=32, got 64"
 
 
 def of_other_squares(folder):
     auto_class(EomtConfig()).from_config(EomtConfig(**EOMT | {"image_size": 96})).save_pretrained(folder)
-    return folder, "takes no images of 64 pixels .*image.size=96 would be right"
+    return folder, "expected image.size=96, got 64"
 
 
 def pickled(folder):
@@ -453,10 +457,10 @@ def pickled(folder):
 def test_what_can_not_be_trained_is_refused_in_one_line(kind, tmp_path):
     folder, message = kind(tmp_path)
     with pytest.raises(RecipeError, match=message) as caught:
-        build_library_segmenter(str(folder), NAMES, 64, {})
+        build_library_segmenter(str(folder), NAMES, 64)
     assert "\n" not in str(caught.value)
 
 
 def test_a_classifier_of_ours_is_no_segmenter(cam_folder):
-    with pytest.raises(RecipeError, match=r"gives logits of shape \(1, 3\); \(1, 3, h, w\) would be right"):
-        build_library_segmenter(str(cam_folder), NAMES, 48, {})
+    with pytest.raises(RecipeError, match=r"expected logits of shape \(1, 3, h, w\), .*, got \(1, 3\)"):
+        build_library_segmenter(str(cam_folder), NAMES, 48)

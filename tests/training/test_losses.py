@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from wsss_hf.models.modeling_segmenter import Segmenter, SegmenterConfig
-from wsss_hf.recipes import RecipeError
+from wsss_hf.models.configuration_segmenter import SegmenterConfig
+from wsss_hf.models.modeling_segmenter import Segmenter
+from wsss_hf.models.options import OptionError
 from wsss_hf.training.losses import LOSSES, SegmentationObjective, build_loss
 
 
@@ -117,11 +118,12 @@ def test_what_is_new_is_known_by_name():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("focal", {}, "segmenter.loss: 'focal'; cross_entropy, symmetric, bootstrapped would be right"),
-        ("symmetric", {"gamma": 1}, "segmenter.loss_options.gamma: no such option; symmetric has alpha, beta, log_ze"),
-        ("cross_entropy", {"q": 1}, "segmenter.loss_options.q: no such option; cross_entropy has none"),
+        ("focal", {}, "segmenter.loss: 'focal': unknown; expected cross_entropy, symmetric or bootstrapped"),
+        ("symmetric", {"gamma": 1}, "segmenter.loss_options.gamma: unknown; expected alpha, beta or log_zero"),
+        ("cross_entropy", {"q": 1}, "segmenter.loss_options.q: unknown; expected none"),
+        ("bootstrapped", {"beta": 2}, r"segmenter.loss_options.beta: expected a number in \[0, 1\], got 2"),
     ],
 )
 def test_unknown_losses_and_options_are_refused(name, options, message):
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(OptionError, match=message):
         build_loss(name, options)

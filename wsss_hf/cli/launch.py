@@ -1,22 +1,102 @@
-"""What a process needs before it works: on CPUs the other processes that `accelerate launch` leaves to MPI, and memory
-and kernels that stay."""
+"""What a process of the command line does around its command: signals, launchers, memory, errors in one line."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
-import subprocess
+import signal
 import sys
+from types import FrameType
 
-import psutil
-from accelerate.commands.launch import launch_command_parser
+import typer
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LAUNCHERS = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
+_ACCELERATE = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
+_LAUNCHERS = (*_ACCELERATE, "torchrun", "torch.distributed.run", "torch.distributed.elastic.multiprocessing")
+
+
+class Interrupted(BaseException):
+    """A signal asked this process to end; no `except Exception` swallows it."""
+
+    def __init__(self, number: int):
+        self.number = number
+        super().__init__(signal.Signals(number).name)
+
+
+def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
+    """Run a command; what the user can mend is one line on standard error and exit status 1."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
+    end_with_launcher()
+    start_missing_processes()
+    keep_freed_memory()
+    keep_kernels()
+    status = 1
+    try:
+        app(args=arguments)
+    except Interrupted as interruption:
+        status = 128 + interruption.number
+        print(f"interrupted by {interruption}; the same command goes on where it was", file=sys.stderr)
+    except Exception as error:
+        if os.environ.get("WSSS_TRACEBACK") or not _is_for_users(error):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+    finally:
+        _leave_process_group()
+    sys.exit(status)  # an error, and no longer with its frames; without one `app` has raised SystemExit
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def _is_for_users(error: Exception) -> bool:
+    if isinstance(error, ValueError | OSError | ImportError):  # a library that is missing, too
+        return True
+    return type(error).__name__ in ("TrainingError", "CompareError")
+
+
+def _leave_process_group() -> None:
+    """End the process group before the interpreter ends.
+
+    Its threads must not outlive the interpreter, nor may a model in training be the last to hold the group: it would
+    wait for the threads under the lock that they wait for.
+    """
+    accelerate = sys.modules.get("accelerate")
+    if accelerate is not None and accelerate.PartialState().use_distributed:
+        gc.collect()
+        accelerate.PartialState().destroy_process_group()
+
+
+def prepare_libraries() -> None:
+    """Let libraries say nothing by themselves, and settle which processes there are; before a command works."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    from datasets import logging as datasets_logging
+    from datasets.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    datasets_logging.set_verbosity_error()
+    disable_progress_bars()
+    hub_logging.set_verbosity_error()
+    # Whoever asks first decides whether there are other processes, and a bare PartialState() ignores this flag.
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def end_with_launcher() -> None:
+    """Let the system end this process when the launcher that started it has ended, even if that was killed (Linux)."""
+    if sys.platform == "linux" and any(os.path.basename(part) in _LAUNCHERS for part in _parent_command()):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def start_missing_processes() -> None:
-    """Start the processes that `accelerate launch --cpu --num_processes N` asked for, and end with their status.
+    """Become the launcher of the processes that `accelerate launch --cpu --num_processes N` asked for.
 
     Without MPI accelerate starts one process, whatever N is. Its request is then in the environment and in its command
     line; a process that has been started as one of several has WORLD_SIZE or its MPI's own variable, and goes on.
@@ -26,15 +106,27 @@ def start_missing_processes() -> None:
     # accelerate names a port only where it wants several processes.
     if environment.get("ACCELERATE_USE_CPU") != "True" or "MASTER_PORT" not in environment or started:
         return
-    command = psutil.Process().parent().cmdline()
-    launchers = [i for i, part in enumerate(command) if os.path.basename(part) in _LAUNCHERS]
+    command = _parent_command()
+    launchers = [i for i, part in enumerate(command) if os.path.basename(part) in _ACCELERATE]
     if not launchers:
         return
+    from accelerate.commands.launch import launch_command_parser
+
     wanted = launch_command_parser().parse_args(command[launchers[0] + 1 :]).num_processes
     if wanted is None or wanted < 2:
         return
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={wanted}"]
-    sys.exit(subprocess.run([*launcher, *sys.argv]).returncode)
+    os.execv(sys.executable, [*launcher, *sys.argv])
+
+
+def _parent_command() -> list[str]:
+    import psutil
+
+    try:
+        parent = psutil.Process().parent()
+        return parent.cmdline() if parent is not None else []
+    except psutil.Error:  # it has ended, or belongs to somebody else
+        return []
 
 
 def keep_freed_memory() -> None:

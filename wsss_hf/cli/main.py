@@ -1,46 +1,22 @@
-"""The command line: `wsss STAGE …`."""
+"""The command line: `wsss STAGE …`. A command is parsing and one call of the Python API of the same name."""
 
-import gc
+from __future__ import annotations
+
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
-from datasets import logging as datasets_logging
-from datasets.utils import disable_progress_bars as disable_datasets_progress
-from huggingface_hub.utils import logging as hub_logging
-from transformers import logging as transformers_logging
 
-from ..metrics.errors import gap_markdown
-from ..recipes import RecipeError
-from ..reporting.comparison import print_comparison
-from ..reporting.tables import print_table
-from ..stages.cache import write_atomically
-from ..stages.compare import CompareError
-from ..stages.compare import compare as run_compare
-from ..stages.demo import demo as run_demo
-from ..stages.evaluate import evaluate_files
-from ..stages.make_masks import check_exports, export_masks
-from ..stages.make_masks import make_masks as run_make_masks
-from ..stages.plan import read_plan, with_data_options
-from ..stages.predict_masks import predict_masks
-from ..stages.run import COLUMNS, has_masks, maps_row, masks_row, needs_masks, segmenter_gap, segmenter_row
-from ..stages.run import run as run_all
-from ..stages.train_cam import train_cam as run_train_cam
-from ..stages.train_refiner import train_refiner as run_train_refiner
-from ..stages.train_segmenter import train_segmenter as run_train_segmenter
-from ..training.loop import TrainingError
+from ..version import __version__
 from .hub import convert, export_onnx, push, push_metric
-from .launch import keep_freed_memory, keep_kernels, start_missing_processes
+from .launch import run_app
 from .options import (
     BackboneName,
     CacheDir,
     Classes,
     Columns,
+    Force,
     Inputs,
     Limit,
     Out,
@@ -48,11 +24,17 @@ from .options import (
     RecipeName,
     Revision,
     Root,
+    SaliencyMaps,
+    Seed,
+    Separator,
     Set,
     Token,
-    data_settings,
+    data_options,
     integers,
     load_inputs,
+    numbers,
+    prepare,
+    set_hub_environment,
     with_inputs,
 )
 
@@ -61,17 +43,41 @@ DETAILS = ["result", "boundary_f", "mean_precision", "mean_recall", "false_posit
 app = typer.Typer(
     help="Image tags in, segmentation model out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"wsss_hf {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
 @app.command()
-def demo(out: Out = Path("runs/demo"), recipe: RecipeName = "toy", changes: Set = None, quiet: Quiet = False):
-    """The whole way on generated images, in minutes, with plain CAM and full supervision for scale."""
+def demo(
+    out: Out = Path("runs/demo"),
+    recipe: RecipeName = "toy",
+    changes: Set = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """All stages on generated images, in minutes, with plain CAM and full supervision for scale."""
+    from ..stages.demo import demo
+
+    prepare(quiet)
     inputs = load_inputs("toy", recipe=recipe, changes=changes)
-    run_demo(inputs.data, inputs.recipe, out, inputs.settings, quiet)
+    demo(inputs.data, inputs.recipe, out, force=force)
 
 
 @app.command()
@@ -80,25 +86,102 @@ def run(
     inputs: Inputs,
     out: Out,
     rounds: Annotated[
-        int | None,
-        typer.Option(help="Segmenters trained one after the other, each on what the last one says (self-training)."),
+        int | None, typer.Option(help="Rounds of self-training: segmenters trained one after the other.")
     ] = None,
-    quiet: Quiet = False,
-):
+    force: Force = False,
+) -> None:
     """All stages in order: train-cam, train-refiner if refiner.use, make-masks, train-segmenter, evaluate, report."""
-    recipe = inputs.recipe
-    if rounds is not None:
-        if rounds < 1:
-            raise RecipeError(f"--rounds {rounds}: 1 or more would be right")
-        recipe["self_training"]["rounds"] = rounds
-    run_all(inputs.data, recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
+    from ..stages.run import run
+
+    recipe = inputs.recipe if rounds is None else inputs.recipe.changed(f"self_training.rounds={rounds}")
+    run(inputs.data, recipe, out, force=force)
 
 
 @app.command()
 @with_inputs
-def train_cam(inputs: Inputs, out: Out, quiet: Quiet = False):
+def add_saliency(
+    inputs: Inputs,
+    out: Out,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A network: an ONNX file, or a folder or Hub id (ID@REVISION) of ONNX or transformers."),
+    ] = None,
+    spectral: Annotated[
+        str | None,
+        typer.Option(help="Instead, a backbone (directory or Hub id): normalised cut on its features, no masks."),
+    ] = None,
+    learnt_from: Annotated[
+        str | None, typer.Option(help="The labels that --model has learnt from, in words, for records and cards.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that --model brings; read it first.")
+    ] = False,
+    size: Annotated[int | None, typer.Option(help="Input in pixels: side (--model), short side (--spectral).")] = None,
+    mean: Annotated[str | None, typer.Option(help="Of --model, per channel: 0.5,0.5,0.5.")] = None,
+    std: Annotated[str | None, typer.Option(help="Of --model, as --mean.")] = None,
+    letterbox: Annotated[
+        bool | None, typer.Option("--letterbox", help="Of --model: pad images to a square instead of stretching them.")
+    ] = None,
+    resample: Annotated[str | None, typer.Option(help="Of --model: area | bilinear | bicubic | lanczos.")] = None,
+    activation: Annotated[
+        str | None, typer.Option(help="Of --model's output: auto | sigmoid | none | min_max.")
+    ] = None,
+    output: Annotated[int | None, typer.Option(help="Which output of --model is the map, from 0.")] = None,
+    file: Annotated[str | None, typer.Option(help="Which ONNX file of --model.")] = None,
+    stage: Annotated[int | None, typer.Option(help="Of --spectral: whose features; -1 is the last.")] = None,
+    tau: Annotated[float | None, typer.Option(help="Of --spectral: threshold of the cosines.")] = None,
+    center: Annotated[
+        bool | None,
+        typer.Option(
+            "--center/--no-center",
+            help="Of --spectral: subtract the image's mean feature; default: on convolutional backbones.",
+        ),
+    ] = None,
+    refine: Annotated[
+        bool | None, typer.Option("--refine", help="Of --spectral: let maps follow the colours (PAMR).")
+    ] = None,
+    output_stride: Annotated[int | None, typer.Option(help="Of --spectral, in pixels.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images that are computed together.")] = None,
+    force: Force = False,
+) -> None:
+    """Images → the data set with a column saliency in every split: from a network, or without one (--spectral)."""
+    from ..stages.add_saliency import add_saliency
+
+    given = {
+        "size": size,
+        "mean": None if mean is None else mean.split(","),
+        "std": None if std is None else std.split(","),
+        "letterbox": letterbox,
+        "resample": resample,
+        "activation": activation,
+        "output": output,
+        "file": file,
+        "stage": stage,
+        "tau": tau,
+        "center": center,
+        "refine": refine,
+        "output_stride": output_stride,
+        "batch_size": batch_size,
+    }
+    add_saliency(
+        inputs.data,
+        out,
+        model=model,
+        spectral=spectral,
+        settings={name: value for name, value in given.items() if value is not None},
+        learnt_from=learnt_from,
+        trust_remote_code=trust_remote_code,
+        force=force,
+    )
+
+
+@app.command()
+@with_inputs
+def train_cam(inputs: Inputs, out: Out, force: Force = False) -> None:
     """Tagged images → CAM classifier."""
-    run_train_cam(inputs.data, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
+    from ..stages.train_cam import train_cam
+
+    train_cam(inputs.data, inputs.recipe, out, force=force)
 
 
 @app.command()
@@ -107,10 +190,12 @@ def train_refiner(
     inputs: Inputs,
     cam: Annotated[str, typer.Argument(help="A trained CAM classifier, directory or Hub id (ID@REVISION).")],
     out: Out,
-    quiet: Quiet = False,
-):
+    force: Force = False,
+) -> None:
     """Tagged images and a CAM classifier → map refiner, which can take its place in make-masks."""
-    run_train_refiner(inputs.data, cam, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
+    from ..stages.train_refiner import train_refiner
+
+    train_refiner(inputs.data, cam, inputs.recipe, out, force=force)
 
 
 @app.command()
@@ -123,12 +208,13 @@ def make_masks(
         Path | None, typer.Option(help="Folder: also write palette PNGs in the layout of a VOC devkit.")
     ] = None,
     export_coco: Annotated[Path | None, typer.Option(help="File: also write COCO-JSON, run-length encoded.")] = None,
-    quiet: Quiet = False,
-):
+    force: Force = False,
+) -> None:
     """Tagged images and a CAM classifier → the data set with a column pseudo_mask."""
+    from ..stages.make_masks import check_exports, export_masks, make_masks
+
     check_exports(export_voc, export_coco)
-    masks = run_make_masks(inputs.data, cam, inputs.recipe, out, inputs.settings, inputs.hub_kwargs, quiet)
-    export_masks(masks, export_voc, export_coco)
+    export_masks(make_masks(inputs.data, cam, inputs.recipe, out, force=force), export_voc, export_coco)
 
 
 @app.command()
@@ -138,34 +224,33 @@ def train_segmenter(
     out: Out,
     cam: Annotated[str | None, typer.Option(help="CAM classifier to start from (segmenter.from_cam).")] = None,
     supervised: Annotated[bool, typer.Option("--supervised", help="Train on TRUE masks: the upper bound.")] = False,
-    quiet: Quiet = False,
-):
+    force: Force = False,
+) -> None:
     """Images with pseudo masks → segmenter."""
+    from ..stages.train_segmenter import train_segmenter
+
     column = "mask" if supervised else "pseudo_mask"
-    run_train_segmenter(inputs.data, inputs.recipe, out, column, cam, inputs.settings, inputs.hub_kwargs, quiet)
+    train_segmenter(inputs.data, inputs.recipe, out, mask_column=column, cam=cam, force=force)
 
 
 @app.command()
 @with_inputs
 def evaluate(
     inputs: Inputs,
-    model: Annotated[str | None, typer.Option(help="A segmenter, held against split val.")] = None,
-    cam: Annotated[str | None, typer.Option(help="A CAM classifier, its masks held against split train.")] = None,
+    model: Annotated[str | None, typer.Option(help="A segmenter, measured on --split.")] = None,
+    cam: Annotated[str | None, typer.Option(help="A CAM classifier, its masks measured on split train.")] = None,
     against: Annotated[
-        str | None, typer.Option(help="A second segmenter: what lies between it and --model, by kinds of errors.")
+        str | None, typer.Option(help="Compares two segmenters: the gap of --model to this one, by kind of error.")
     ] = None,
     masks: Annotated[
-        Path | None, typer.Option(help="A folder of label maps IMAGE_ID.png, held against split val (or --split).")
+        Path | None, typer.Option(help="A folder of label maps IMAGE_ID.png, measured on --split.")
     ] = None,
-    model_revision: Annotated[
-        str | None, typer.Option(help="Revision of --model or --cam, if it comes from the Hub.")
-    ] = None,
-    split: Annotated[str, typer.Option(help="train | val: what --model and --masks are held against.")] = "val",
+    model_revision: Annotated[str | None, typer.Option(help="Revision of --model or --cam on the Hub.")] = None,
+    split: Annotated[str, typer.Option(help="train | val: what --model and --masks are measured on.")] = "val",
     all_masks: Annotated[  # acts where the data are loaded
-        bool,
-        typer.Option("--all-masks", help="Read the true masks of all training images, as COCO and VOC have them."),
+        bool, typer.Option("--all-masks", help="Read the true masks of all training images of COCO and VOC.")
     ] = False,
-    scales: Annotated[str | None, typer.Option(help="Test scales 0.5,1.0,1.5; as evaluation.scales.")] = None,
+    scales: Annotated[str | None, typer.Option(help="Test-time scales 0.5,1.0,1.5; as evaluation.scales.")] = None,
     window: Annotated[int | None, typer.Option(help="Sliding window, pixels; as evaluation.window.")] = None,
     crf: Annotated[bool, typer.Option("--crf", help="Dense CRF at the end; as evaluation.refine=[crf].")] = False,
     save_masks: Annotated[
@@ -176,74 +261,93 @@ def evaluate(
     ] = None,
     export_coco: Annotated[Path | None, typer.Option(help="File: also write COCO-JSON, run-length encoded.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="File: also write all figures.")] = None,
-    quiet: Quiet = False,
-):
-    """Hold pseudo masks, a segmenter (--model), a CAM classifier (--cam) or a folder of PNGs against true masks."""
-    settings = _test_protocol(inputs.recipe["evaluation"], scales, window, crf)
-    files = {"voc_archive": voc_archive, "coco": export_coco}
-    exports = save_masks is not None or any(files.values())
-    common = {"quiet": quiet, "hub_kwargs": inputs.hub_kwargs}
-    if model_revision is not None:
-        common["hub_kwargs"] = inputs.hub_kwargs | {"revision": model_revision}
-    if exports and (model is None or save_masks is None):
-        raise RecipeError("--voc-archive and --export-coco go with --model and --save-masks, the folder of the PNGs")
-    if against is not None and (model is None or exports):
-        raise RecipeError("--against goes with --model, without files to write but --json")
-    rows, gap = [], None
-    if cam is not None:
-        needs_masks(inputs.data, "train")
-        rows.append(maps_row(f"masks of {cam}", cam, inputs.data, inputs.recipe, **common))
-    if model is not None and exports:
-        if split not in inputs.data:
-            raise RecipeError(f"--split {split}: the data have {', '.join(inputs.data)}")
-        predict_masks(model, inputs.data[split], settings, save_masks, **files, **common)
-        if has_masks(inputs.data, split):
-            figures = evaluate_files(save_masks, inputs.data[split], quiet)
-            rows.append({"result": f"segmenter {model}", "split": split, "of": Path(model).name} | figures)
-    elif against is not None:
-        needs_masks(inputs.data, split)
-        gap = segmenter_gap(model, against, inputs.data[split], settings, **common)
-    elif model is not None:
-        needs_masks(inputs.data, split)
-        recipe = inputs.recipe | {"evaluation": settings}
-        rows.append(segmenter_row(f"segmenter {model}", model, inputs.data, recipe, split=split, **common))
-    if masks is not None:
-        needs_masks(inputs.data, split)
-        figures = evaluate_files(masks, inputs.data[split], quiet)
-        rows.append({"result": f"files in {masks}", "split": split, "of": masks.name} | figures)
-    if cam is None and model is None and masks is None:
-        needs_masks(inputs.data, "train")
-        rows.append(masks_row(f"pseudo masks of {inputs.settings['source']}", inputs.data, quiet))
-    if PartialState().is_main_process:
-        if rows:
-            print_table(rows, "Results (percent)", columns=COLUMNS)
-            print_table(rows, "Boundaries, over- and under-activation (percent)", columns=DETAILS)
-            per_class = [{"class": n} | {r["result"]: r["iou"].get(n) for r in rows} for n in rows[0]["iou"]]
-            print_table(per_class, "IoU per class (percent)")
-        if gap is not None:
-            print(gap_markdown(gap, model, against))
-        if json_file is not None:
-            written = {"data": inputs.settings, "results": rows} | ({} if gap is None else {"gap": gap})
-            write_atomically(json_file, json.dumps(written, indent=1))
+) -> None:
+    """Figures of pseudo masks, a segmenter (--model), a CAM classifier (--cam) or a folder of PNGs (--masks)."""
+    from accelerate import PartialState
 
+    from ..reporting.error_analysis import errors_markdown
+    from ..reporting.tables import RESULT_COLUMNS, print_table
+    from ..stages.cache import write_atomically
+    from ..stages.evaluate import evaluate
 
-def _test_protocol(settings: dict, scales: str | None, window: int | None, crf: bool) -> dict:
-    """The `evaluation` section of a recipe, changed by the options of `wsss evaluate`."""
-    changed = dict(settings)
+    recipe = inputs.recipe
     if scales is not None:
-        try:
-            changed["scales"] = [float(scale) for scale in scales.split(",")]
-        except ValueError:
-            changed["scales"] = []
-        if not changed["scales"] or min(changed["scales"]) <= 0:
-            raise RecipeError(f"--scales {scales}: positive numbers a,b,c would be right")
+        recipe = recipe.changed(f"evaluation.scales={numbers('--scales', scales)}")
     if window is not None:
-        if window < 0:
-            raise RecipeError(f"--window {window}: pixels, or 0, would be right")
-        changed["window"] = window
-    if crf and not any("crf" in step for step in settings["refine"]):
-        changed["refine"] = [*settings["refine"], "crf"]
-    return changed
+        recipe = recipe.changed(f"evaluation.window={window}")
+    if crf and not any("crf" in step for step in recipe.evaluation.refine):
+        recipe = recipe.changed(f"evaluation.refine={json.dumps([*recipe.evaluation.refine, 'crf'])}")
+    found = evaluate(
+        inputs.data,
+        recipe,
+        cam=_pinned(cam, model_revision),
+        segmenter=_pinned(model, model_revision),
+        against=against,
+        masks=masks,
+        split=split,
+        save_masks=save_masks,
+        voc_archive=voc_archive,
+        export_coco=export_coco,
+    )
+    if not PartialState().is_main_process:
+        return
+    rows = found.results
+    if rows:
+        print_table(rows, "Results (percent)", columns=RESULT_COLUMNS)
+        print_table(rows, "Boundaries, over- and under-activation (percent)", columns=DETAILS)
+        per_class = [{"class": n} | {r["result"]: r["iou"].get(n) for r in rows} for n in rows[0]["iou"]]
+        print_table(per_class, "IoU per class (percent)")
+    if found.gap is not None:
+        print(errors_markdown(found.gap, str(model), str(against)))
+    if json_file is not None:
+        written = {"data": found.data, "results": rows} | ({} if found.gap is None else {"gap": found.gap})
+        write_atomically(json_file, json.dumps(written, indent=1))
+
+
+def _pinned(name: str | None, revision: str | None) -> str | None:
+    return name if name is None or revision is None else f"{name}@{revision}"
+
+
+@app.command()
+def predict(
+    images: Annotated[list[str], typer.Argument(help="Files, folders, or quoted patterns: 'photos/*/*.jpg'.")],
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A segmenter, also of transformers, or a CAM classifier: directory or Hub id (ID@REVISION)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Output folder: new, or one of predict; what is there is kept.")],
+    tags: Annotated[
+        str | None, typer.Option(help="Classes a,b that are in every image; default: those the model finds.")
+    ] = None,
+    scales: Annotated[str, typer.Option(help="Test-time scales 0.5,1.0,1.5.")] = "1.0",
+    flip: Annotated[bool, typer.Option("--flip/--no-flip", help="Also average with the mirror image.")] = True,
+    window: Annotated[int, typer.Option(help="Side of a sliding window, pixels; 0 takes whole images.")] = 0,
+    crf: Annotated[bool, typer.Option("--crf", help="Dense CRF at the end.")] = False,
+    workers: Annotated[int, typer.Option(help="Processes for the CRF.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images of one size that are labelled together.")] = 16,
+    overlays: Annotated[bool, typer.Option("--overlays/--no-overlays", help="Draw the objects on the images.")] = True,
+    coco: Annotated[bool, typer.Option("--coco", help="Also write predictions.coco.json.")] = False,
+    token: Token = None,
+    cache_dir: CacheDir = None,
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Photographs and a trained model → masks as palette PNGs, overlays, COCO-JSON. Exit status 1: some failed."""
+    prepare(quiet)
+    set_hub_environment(token, cache_dir)
+    from ..settings import EvaluationSettings
+    from ..stages.predict import predict, print_summary
+
+    protocol = {"scales": numbers("--scales", scales), "flip": flip, "window": window, "workers": workers}
+    protocol |= {"batch_size": batch_size, "refine": ["crf"] if crf else []}
+    settings = EvaluationSettings.from_dict(protocol, "")
+    named = None if tags is None else [tag.strip() for tag in tags.split(",")]
+    found = predict(images, model, out, settings=settings, tags=named, overlays=overlays, coco=coco, force=force)
+    print_summary(found)
+    if found.failures:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -262,17 +366,21 @@ def compare(
         typer.Option(help="Another comparison (or several): its CAM classifiers of the same recipe, seed and data."),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option(help="So many at the same time; without it, one per GPU.", show_default=False)
+        int | None, typer.Option(help="Cells to train in parallel; default: one per GPU.", show_default=False)
     ] = None,
     source: Annotated[
         str | None,
         typer.Option(
-            "--data", help="Instead of the plan's data; without it, what follows changes them.", rich_help_panel="Data"
+            "--data",
+            help="Replace the plan's data; otherwise the options below override its fields.",
+            rich_help_panel="Data",
         ),
     ] = None,
     root: Root = None,
     classes: Classes = None,
     columns: Columns = None,
+    separator: Separator = ";",
+    saliency: SaliencyMaps = None,
     limit: Limit = None,
     revision: Revision = None,
     token: Token = None,
@@ -280,9 +388,17 @@ def compare(
     recipe: RecipeName = None,
     changes: Set = None,
     backbone: BackboneName = None,
+    force: Force = False,
     quiet: Quiet = False,
-):
+) -> None:
     """Methods x seeds x data under one condition → table, plots and pictures side by side."""
+    prepare(quiet)
+    set_hub_environment(token, cache_dir)
+    from ..progress import is_quiet
+    from ..reporting.comparison import print_comparison
+    from ..stages.compare import compare
+    from ..stages.plan import read_plan, with_data_options
+
     wanted = read_plan(plan) if plan is not None else {}
     if recipes is not None:
         wanted["rows"] = [name.strip() for name in recipes.split(",")]
@@ -290,25 +406,35 @@ def compare(
         wanted["seeds"] = integers("--seeds", seeds)
     if segmenter:
         wanted["segmenter"] = True
-    named = data_settings(source, root, classes, columns, limit, revision)
-    named = {key: value for key, value in named.items() if value is not None}
+    named = data_options(source, root, classes, columns, separator, saliency, limit, revision)
     if source is not None:
         wanted["data"] = named
     elif named:
         wanted = with_data_options(wanted, named)
     if recipe is not None:
         wanted["recipe"] = recipe
-    bodies = [f"{part}.backbone={json.dumps(backbone)}" for part in ("cam", "segmenter")] if backbone else []
-    if bodies or changes:
+    backbones = [f"{part}.backbone={json.dumps(backbone)}" for part in ("cam", "segmenter")] if backbone else []
+    if backbones or changes:
         held = wanted.get("set") or []
         held = [f"{key}={json.dumps(value)}" for key, value in held.items()] if isinstance(held, dict) else held
-        wanted["set"] = [*held, *bodies, *(changes or [])]
-    hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
-    given = {key: value for key, value in hub_kwargs.items() if value is not None}
-    results = run_compare(wanted, out, given, jobs, quiet, cams or [])
-    print_comparison(results["rows"])
-    if not quiet:
+        wanted["set"] = [*held, *backbones, *(changes or [])]
+    comparison = compare(wanted, out, jobs=jobs, cams=cams or [], force=force)
+    print_comparison(comparison.rows)
+    if not is_quiet():
         print(f"tables, plots and pictures: {out}/comparison.md, {out}/comparison*.html, {out}/results.json")
+
+
+@app.command()
+def recipe(
+    name: Annotated[str, typer.Argument(help="A recipe of the package, or a YAML file; several as a+b.")] = "default",
+    changes: Set = None,
+    backbone: BackboneName = None,
+    seed: Seed = None,
+) -> None:
+    """Print a resolved recipe, every setting with its meaning."""
+    from ..recipes import Recipe
+
+    print(Recipe.load(name, changes or [], backbone=backbone, seed=seed).to_yaml(), end="")
 
 
 for _command in (convert, push, push_metric, export_onnx):
@@ -317,30 +443,7 @@ for _command in (convert, push, push_metric, export_onnx):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what the user can mend is one line on standard error and exit status 1."""
-    start_missing_processes()
-    keep_freed_memory()
-    keep_kernels()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets_logging.set_verbosity_error()
-    disable_datasets_progress()
-    hub_logging.set_verbosity_error()
-    # Whoever asks first decides whether there are other processes, and a bare PartialState() ignores this flag.
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    try:
-        app(args=arguments)
-    except (ValueError, OSError, ImportError, TrainingError, CompareError) as error:  # a library that is missing, too
-        if os.environ.get("WSSS_TRACEBACK"):
-            raise
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
-    finally:
-        # The threads of the process group must not outlive the interpreter, nor may a model in training be the last
-        # to hold the group: it would wait for the threads under the lock that they wait for.
-        if PartialState().use_distributed:
-            gc.collect()
-            PartialState().destroy_process_group()
-    sys.exit(1)  # an error, and no longer with its frames; without one `app` has raised SystemExit
+    run_app(app, arguments)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,30 @@
-"""Options that commands share, and what they name: data and a recipe."""
+"""Options that commands share, and what they name: data and a recipe. Imports nothing heavy, for `wsss --help`."""
+
+from __future__ import annotations
 
 import functools
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from accelerate import PartialState
-from datasets import DatasetDict
 
-from ..data.sources import load_data
-from ..recipes import RecipeError, load_recipe, recipe_names
+from ..progress import is_quiet, set_quiet
+from ..settings import RecipeError
+from .launch import prepare_libraries
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+
+    from ..recipes import Recipe
+
+_FILES = [path.name for path in (resources.files("wsss_hf") / "recipes").iterdir()]
+_RECIPES = sorted(name.removesuffix(".yaml") for name in _FILES if name.endswith(".yaml"))
 
 Source = Annotated[
     str,
@@ -25,7 +37,7 @@ Source = Annotated[
 Root = Annotated[
     Path | None,
     typer.Option(
-        help="For --data voc, the VOC2012 folder of a devkit; for --data coco, the one above train2017.",
+        help="Of --data voc: the VOC2012 folder of a devkit; of --data coco: the folder above train2017.",
         rich_help_panel="Data",
     ),
 ]
@@ -34,20 +46,33 @@ Classes = Annotated[
 ]
 Columns = Annotated[
     str | None,
-    typer.Option(help="Names of our columns in your data: image=img,tags=labels.", rich_help_panel="Data"),
+    typer.Option(help="Map columns: expected=yours,… for example image=img,tags=labels.", rich_help_panel="Data"),
 ]
-Limit = Annotated[int | None, typer.Option(help="At most so many images per split.", rich_help_panel="Data")]
+Separator = Annotated[
+    str, typer.Option(help="Between the tags in a cell of metadata.csv: ';' | ',' | '|'.", rich_help_panel="Data")
+]
+SaliencyMaps = Annotated[
+    Path | None,
+    typer.Option(
+        "--saliency",
+        help="Folder of saliency maps IMAGE_ID.png or .jpg, for rules and methods that use them.",
+        rich_help_panel="Data",
+    ),
+]
+Limit = Annotated[int | None, typer.Option(help="At most this many images per split.", rich_help_panel="Data")]
 Revision = Annotated[str | None, typer.Option(help="Revision of data from the Hub.", rich_help_panel="Data")]
 Token = Annotated[
     str | None, typer.Option(help="Hub token.", envvar="HF_TOKEN", show_envvar=True, rich_help_panel="Data")
 ]
 CacheDir = Annotated[
-    Path | None, typer.Option(help="Where Hub downloads and COCO's masks are kept.", rich_help_panel="Data")
+    Path | None, typer.Option(help="Folder of Hub downloads and of COCO's masks.", rich_help_panel="Data")
 ]
 RecipeName = Annotated[
     str | None,
     typer.Option(
-        "--recipe", help=f"{' | '.join(recipe_names())} | a YAML file; several as a+b.", rich_help_panel="Recipe"
+        "--recipe",
+        help=f"default | {' | '.join(_RECIPES)} | a YAML file; several as a+b.",
+        rich_help_panel="Recipe",
     ),
 ]
 Set = Annotated[
@@ -58,25 +83,22 @@ BackboneName = Annotated[
     typer.Option("--backbone", help="Directory or Hub id (ID@REVISION) of the backbone.", rich_help_panel="Recipe"),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the recipe.", rich_help_panel="Recipe")]
-Out = Annotated[Path, typer.Option("--out", help="Folder to write; must not hold something else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, for logs.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "--out", help="Output folder: new, or one of the same command, of which only what changed is redone."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Run again even if nothing has changed.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Disable progress bars.")]
 
 
 @dataclass
 class Inputs:
-    """Data and recipe as the options of a command name them.
-
-    Attributes:
-        data: the checked data set.
-        recipe: the resolved recipe.
-        settings: what `data` is, for the record; no token is in it.
-        hub_kwargs: `token` and `cache_dir` for models from the Hub (a revision speaks of the data).
-    """
+    """Data and recipe as the options of a command name them."""
 
     data: DatasetDict
-    recipe: dict
-    settings: dict
-    hub_kwargs: dict
+    recipe: Recipe
 
 
 def load_inputs(
@@ -84,6 +106,8 @@ def load_inputs(
     root: Root = None,
     classes: Classes = None,
     columns: Columns = None,
+    separator: Separator = ";",
+    saliency: SaliencyMaps = None,
     limit: Limit = None,
     revision: Revision = None,
     token: Token = None,
@@ -92,70 +116,106 @@ def load_inputs(
     changes: Set = None,
     backbone: BackboneName = None,
     seed: Seed = None,
-    masks: str = "evaluation",
-    quiet: bool = False,
+    masks: Literal["evaluation", "all"] = "evaluation",
 ) -> Inputs:
-    """Read the recipe and load the data; `masks` and `quiet` are arguments of `load_data`."""
-    resolved = load_recipe(recipe or ("toy" if source == "toy" else "default"), changes or [])
-    if backbone is not None:
-        resolved["cam"]["backbone"] = resolved["segmenter"]["backbone"] = backbone
-    if seed is not None:
-        resolved["seed"] = seed
-    settings = data_settings(source, root, classes, columns, limit, revision)
-    hub_kwargs = {"token": token, "cache_dir": None if cache_dir is None else str(cache_dir)}
-    toy = resolved["toy"] if source == "toy" else None
-    data = load_data(**settings, **hub_kwargs, seed=resolved["seed"], masks=masks, toy=toy, quiet=quiet)
-    if toy is not None:
-        settings["toy"] = toy
-    return Inputs(
-        data=data,
-        recipe=resolved,
-        settings={key: value for key, value in settings.items() if value is not None},
-        hub_kwargs={key: value for key, value in hub_kwargs.items() if value is not None},
-    )
+    """Read the recipe and load the data; `masks` is an argument of `load_data`."""
+    set_hub_environment(token, cache_dir)
+    from ..data.sources import load_data
+    from ..recipes import Recipe
+
+    name = recipe or ("toy" if source == "toy" else "default")
+    resolved = Recipe.load(name, changes or [], backbone=backbone, seed=seed)
+    options = data_options(source, root, classes, columns, separator, saliency, limit, revision)
+    toy = vars(resolved.toy) if source == "toy" else None
+    return Inputs(load_data(**options, seed=resolved.seed, masks=masks, toy=toy), resolved)
 
 
-def data_settings(source, root, classes, columns, limit, revision) -> dict:
-    """The options that name data as arguments of `load_data`."""
-    return {
+def set_hub_environment(token: str | None, cache_dir: Path | None) -> None:
+    """Let the libraries of the Hub, of this process and of those it starts, use a token and a cache folder."""
+    if token is not None:
+        os.environ["HF_TOKEN"] = token
+    if cache_dir is not None:
+        os.environ["HF_HUB_CACHE"] = os.environ["HF_DATASETS_CACHE"] = str(cache_dir)
+        # Which they have read already where they are imported.
+        if constants := sys.modules.get("huggingface_hub.constants"):
+            constants.HF_HUB_CACHE = str(cache_dir)  # type: ignore[attr-defined]
+        if config := sys.modules.get("datasets.config"):
+            config.HF_DATASETS_CACHE = cache_dir  # type: ignore[attr-defined]
+
+
+def data_options(
+    source: str | None,
+    root: Path | None,
+    classes: str | None,
+    columns: str | None,
+    separator: str | None,
+    saliency: Path | None,
+    limit: int | None,
+    revision: str | None,
+) -> dict[str, Any]:
+    """The options that name data as arguments of `load_data`, those that are given."""
+    options = {
         "source": source,
         "root": None if root is None else str(root),
         "classes": None if classes is None else [name.strip() for name in classes.split(",")],
         "columns": None if columns is None else _pairs(columns),
+        "separator": None if separator == ";" else separator,
+        "saliency": None if saliency is None else str(saliency),
         "limit": limit,
         "revision": revision,
     }
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _pairs(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(ours and equals and theirs for ours, equals, theirs in pairs):
-        raise RecipeError(f"--columns {text}: ours=theirs pairs would be right, for example image=img,tags=labels")
+        raise RecipeError(f"--columns: expected pairs such as image=img,tags=labels, got {text}")
     return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
 
 def integers(option: str, text: str) -> list[int]:
     """The numbers of `option`, written as 0,1,2."""
     if not all(part.strip().isdecimal() for part in text.split(",")):
-        raise RecipeError(f"{option} {text}: whole numbers a,b,c would be right")
+        raise RecipeError(f"{option}: expected whole numbers a,b,c, got {text}")
     return [int(part) for part in text.split(",")]
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """The positive numbers of `option`, written as 0.5,1,1.5."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(0 < number < float("inf") for number in found):
+        raise RecipeError(f"{option}: expected positive numbers a,b,c, got {text}")
+    return found
 
 
 def with_inputs(command: Callable) -> Callable:
     """A command whose first parameter, `inputs`, becomes the options of `load_inputs`."""
-    shared = [p for p in inspect.signature(load_inputs).parameters.values() if p.name not in ("masks", "quiet")]
-    own = list(inspect.signature(command).parameters.values())[1:]
+    shared = [p for p in inspect.signature(load_inputs, eval_str=True).parameters.values() if p.name != "masks"]
+    own = list(inspect.signature(command, eval_str=True).parameters.values())[1:]
     names = [parameter.name for parameter in shared]
 
     @functools.wraps(command)
-    def wrapper(**options):
+    def wrapper(**options: Any) -> None:
+        prepare(options.pop("quiet"))
         shared_options = {name: options.pop(name) for name in names}
-        # Only the supervised upper bound and, if asked to, the evaluation may see the masks of all training images.
-        masks = "all" if options.get("supervised") or options.get("all_masks") else "evaluation"
-        quiet = options["quiet"] or not PartialState().is_main_process
-        command(load_inputs(**shared_options, masks=masks, quiet=quiet), **options)
+        # Only the supervised upper bound and, on request, the evaluation may see the masks of all training images.
+        masks: Literal["evaluation", "all"] = "evaluation"
+        if options.pop("all_masks", False) or options.get("supervised"):
+            masks = "all"
+        command(load_inputs(**shared_options, masks=masks), **options)
 
-    parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
-    wrapper.__signature__ = inspect.Signature(parameters)
+    quiet = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
+    parameters = [*(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in (*own, *shared)), quiet]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapper
+
+
+def prepare(quiet: bool) -> None:
+    """What every command that works does first."""
+    set_quiet(quiet or is_quiet())
+    prepare_libraries()

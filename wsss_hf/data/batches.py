@@ -1,17 +1,16 @@
-"""Batches of whole images for inference: images of one size stand together."""
+"""Batches of whole images for inference, each of images of one size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from .tagged import DataError, class_names, decode_image, tags_to_multi_hot, undecoded
+from .tagged import DataError, class_names, decode_image, decode_saliency, tags_to_multi_hot, undecoded
 
 
 @dataclass
@@ -21,7 +20,7 @@ class ImageBatch:
     Attributes:
         indices: their rows in the data set.
         images: RGB images.
-        pixel_values: (B, 3, h, w) what the image processor made of them.
+        pixel_values: (B, 3, h, w) float, the output of the image processor.
         tags: (B, C) float 0/1.
         size: (H, W) of the images.
         saliency: (B, H, W) float in [0, 1], where it was asked for.
@@ -41,14 +40,14 @@ def batches_by_size(
     """All rows, in batches of at most `batch_size` images of one size, read in windows of eight batches.
 
     Args:
-        saliency: also read the column of that name.
+        saliency: also read the column of that name, see [`decode_saliency`].
 
     Raises:
-        DataError: an image does not decode, or its saliency is missing or of another size; names the row.
+        DataError: an image does not decode, or its saliency is missing or of another aspect; names the row.
     """
     num_classes = len(class_names(rows))
     if saliency and "saliency" not in rows.column_names:
-        raise DataError(f"there is no column saliency, only {', '.join(rows.column_names)}")
+        raise DataError(f"data set: expected a column 'saliency', got {', '.join(rows.column_names)}")
     columns = ["image_id", "image", "tags", *(["saliency"] if saliency else [])]
     rows = undecoded(rows.select_columns(columns))
     for start in range(0, len(rows), 8 * batch_size):
@@ -56,28 +55,23 @@ def batches_by_size(
         for index in range(start, min(start + 8 * batch_size, len(rows))):
             row = rows[index]
             image = decode_image(row["image"], f"row {row['image_id']!r}")
-            salient = _saliency(row, image.size) if saliency else None
-            item = (index, image, tags_to_multi_hot(row["tags"], num_classes), salient)
+            tags = tags_to_multi_hot(row["tags"], num_classes)
+            item = (index, image, tags, _saliency(row, image.size) if saliency else None)
             groups.setdefault((image.height, image.width), []).append(item)
         for size, items in groups.items():
             for first in range(0, len(items), batch_size):
-                indices, images, tags, salient = zip(*items[first : first + batch_size], strict=True)
-                pixel_values = processor(images=list(images), return_tensors="pt")["pixel_values"]
+                part = items[first : first + batch_size]
+                images = [image for _, image, _, _ in part]
+                salient = [found for _, _, _, found in part if found is not None]
                 yield ImageBatch(
-                    indices=list(indices),
-                    images=list(images),
-                    pixel_values=pixel_values,
-                    tags=torch.stack(tags),
+                    indices=[index for index, _, _, _ in part],
+                    images=images,
+                    pixel_values=processor(images=images, return_tensors="pt")["pixel_values"],
+                    tags=torch.stack([tags for _, _, tags, _ in part]),
                     size=size,
                     saliency=torch.stack(salient) if saliency else None,
                 )
 
 
 def _saliency(row: dict, size: tuple[int, int]) -> Tensor:
-    where = f"row {row['image_id']!r}, column saliency"
-    image = decode_image(row["saliency"], where).convert("L")
-    if image.size != size:
-        raise DataError(
-            f"{where}: it is {image.width}x{image.height} but its image is {size[0]}x{size[1]}; they must be the same"
-        )
-    return torch.from_numpy(np.array(image)).float() / 255
+    return torch.from_numpy(decode_saliency(row["saliency"], size, f"row {row['image_id']!r}, column saliency"))

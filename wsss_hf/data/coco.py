@@ -1,22 +1,24 @@
 """COCO 2017, read from its official layout: tags and masks from the instance annotations."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, DatasetDict, config
-from rich.console import Console
-from rich.progress import track
 
+from ..models.maps import IGNORE_INDEX
+from ..progress import Progress
 from .export import require_pycocotools
 from .palette import save_mask_png
-from .tagged import IGNORE_INDEX, DataError, tagged_features, undecoded
+from .tagged import DataError, tagged_features, undecoded
 
 _FOLDERS = {"train": "train2017", "val": "val2017"}
-_ENTRIES = {
+_ENTRIES: dict[str, dict[str, type]] = {
     "categories": {"id": int, "name": str},
     "images": {"id": int, "file_name": str, "height": int, "width": int},
     "annotations": {"id": int, "image_id": int, "category_id": int},
@@ -28,8 +30,6 @@ def load_coco(
     classes: Sequence[str] | None = None,
     masks: Literal["evaluation", "all"] = "evaluation",
     select: Callable[[Dataset], Dataset] | None = None,
-    cache_dir: str | Path | None = None,
-    quiet: bool = False,
 ) -> DatasetDict:
     """Read a folder that holds annotations/instances_{train,val}2017.json, train2017/*.jpg and val2017/*.jpg.
 
@@ -38,39 +38,39 @@ def load_coco(
 
     Only "val" has masks; masks="all" gives "train" its own too, to measure pseudo masks on, or for the fully
     supervised upper bound. Where instances overlap, the smaller one is in front; crowds (iscrowd) are 255, behind all
-    instances. Each mask is painted once, by pycocotools, as a PNG in a folder below `cache_dir` that belongs to this
-    annotation file and these classes. Images stay files where they are.
+    instances. Each mask is painted once, by pycocotools, as a PNG in a folder below the cache of `datasets`
+    (HF_DATASETS_CACHE), one folder for each annotation file and choice of classes. Images stay files where they are.
 
     Args:
         select: takes the rows of a split that are wanted, before their masks are painted.
-        cache_dir: default: the cache of `datasets`.
-        quiet: no progress bar while masks are painted.
 
     Raises:
-        DataError: names the file and entry that is missing or unfit, the unknown class, or the empty split; or
+        DataError: names the file and entry that is missing or invalid, the unknown class, or the empty split; or
             pycocotools is not installed.
     """
     if masks not in ("evaluation", "all"):
-        raise DataError(f"masks must be 'evaluation' or 'all', not {masks!r}")
+        raise DataError(f"masks: expected 'evaluation' or 'all', got {masks!r}")
     require_pycocotools()
-    root, splits, categories = Path(root), {}, None
+    root = Path(root)
+    splits: dict[str, Dataset] = {}
+    categories: dict[int, str] | None = None
     for split, folder in _FOLDERS.items():
         path = root / "annotations" / f"instances_{folder}.json"
         has_masks = split == "val" or masks == "all"
         content = _read_annotations(path, with_shapes=has_masks)
         found = {number: category["name"] for number, category in sorted(_by_id(content, "categories", path).items())}
         if categories not in (None, found):
-            raise DataError(f"the categories of {path} are not those of {_FOLDERS['train']}; they must be the same")
+            raise DataError(f"{path}: expected the categories of {_FOLDERS['train']}, got others")
         categories = found
         names = _chosen(tuple(classes or categories.values()), categories, path)
         images = _by_id(content, "images", path)
         shown = _annotations_by_image(content["annotations"], images, categories, names, path)
-        mask_folder = _mask_folder(path, names, cache_dir) if has_masks else None
+        mask_folder = _mask_folder(path, names) if has_masks else None
         rows = _rows(split, root / folder, path, images, shown, names, categories, mask_folder)
         rows = rows if select is None else select(rows)
         if has_masks:
             labels = {number: names.index(name) + 1 for number, name in categories.items() if name in names}
-            _paint_missing(rows, images, shown, labels, path, f"masks of {folder}", quiet)
+            _paint_missing(rows, images, shown, labels, path, f"masks of {folder}")
         splits[split] = rows
     return DatasetDict(splits)
 
@@ -78,23 +78,21 @@ def load_coco(
 def _read_annotations(path: Path, with_shapes: bool) -> dict[str, list[dict]]:
     """The lists of an annotation file, their entries checked; without shapes it takes a fraction of the memory."""
     if not path.is_file():
-        raise DataError(
-            f"the annotations {path} are missing; the root of COCO holds annotations/, train2017/ and val2017/"
-        )
+        raise DataError(f"{path}: no such file (root: expected a folder of annotations/, train2017/ and val2017/)")
     try:
         content = json.loads(path.read_bytes(), object_hook=None if with_shapes else _without_shape)
     except ValueError as error:
-        raise DataError(f"the annotations {path} are not JSON ({error})") from error
+        raise DataError(f"{path}: expected JSON, got something else ({error})") from error
     for part, kinds in _ENTRIES.items():
         entries = content.get(part) if isinstance(content, dict) else None
         if not isinstance(entries, list):
-            raise DataError(f"{path} has no list {part!r}; the instance annotations of COCO would be right")
+            raise DataError(f"{path}: expected COCO's instance annotations, got no list {part!r}")
         for number, entry in enumerate(entries):
             for key, kind in kinds.items():
                 value = entry.get(key) if isinstance(entry, dict) else None
                 if not isinstance(value, kind):
-                    where = f"{path}, {part}[{number}]"
-                    raise DataError(f"{where}: its {key} is {value!r}; of type {kind.__name__} would be right")
+                    where = f"{path}, {part}[{number}].{key}"
+                    raise DataError(f"{where}: expected {kind.__name__}, got {value!r}")
     return content
 
 
@@ -104,10 +102,10 @@ def _without_shape(entry: dict) -> dict:
 
 
 def _by_id(content: dict[str, list[dict]], part: str, path: Path) -> dict[int, dict]:
-    entries = {}
+    entries: dict[int, dict] = {}
     for entry in content[part]:
         if entry["id"] in entries:
-            raise DataError(f"{path}: two of its {part} have the id {entry['id']}")
+            raise DataError(f"{path}, {part}: expected ids that differ, got {entry['id']} twice")
         entries[entry["id"]] = entry
     return entries
 
@@ -116,9 +114,9 @@ def _chosen(names: tuple[str, ...], categories: dict[int, str], path: Path) -> t
     known = ", ".join(categories.values())
     unknown = [name for name in names if name not in categories.values()]
     if unknown:
-        raise DataError(f"unknown COCO class {unknown[0]!r}; {path} has {known}")
+        raise DataError(f"classes: expected COCO classes, got {unknown[0]!r} ({path} has {known})")
     if len(set(names)) < len(names):
-        raise DataError(f"a class occurs twice in {', '.join(names)}; {path} has {known}")
+        raise DataError(f"classes: expected each name once, got {', '.join(names)}")
     return names
 
 
@@ -126,24 +124,26 @@ def _annotations_by_image(
     annotations: list[dict], images: dict[int, dict], categories: dict[int, str], names: tuple[str, ...], path: Path
 ) -> dict[int, list[dict]]:
     """Image id → the annotations of the chosen classes; images without any are left out."""
-    shown, chosen = {}, set(names)
+    shown: dict[int, list[dict]] = {}
+    chosen = set(names)
     for annotation in annotations:
         image, category = annotation["image_id"], annotation["category_id"]
         if image not in images:
-            raise DataError(f"{path}, annotation {annotation['id']}: no image has its image_id {image}")
+            raise DataError(f"{path}, annotation {annotation['id']}: image_id: expected that of an image, got {image}")
         if category not in categories:
-            raise DataError(f"{path}, annotation {annotation['id']}: no category has its category_id {category}")
+            where = f"{path}, annotation {annotation['id']}"
+            raise DataError(f"{where}: category_id: expected that of a category, got {category}")
         if categories[category] in chosen:
             shown.setdefault(image, []).append(annotation)
     return shown
 
 
-def _mask_folder(path: Path, names: tuple[str, ...], cache_dir: str | Path | None) -> Path:
-    """Another one where the annotations or the classes have changed."""
+def _mask_folder(path: Path, names: tuple[str, ...]) -> Path:
+    """The folder of the painted masks; another one where the annotations or the classes have changed."""
     state = path.stat()
     identity = json.dumps([str(path.resolve()), state.st_size, state.st_mtime_ns, names])
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    return Path(cache_dir or config.HF_DATASETS_CACHE) / "wsss_hf_coco_masks" / key
+    return Path(config.HF_DATASETS_CACHE) / "wsss_hf_coco_masks" / key
 
 
 def _rows(
@@ -158,20 +158,20 @@ def _rows(
 ) -> Dataset:
     """The rows in the order of the images; the files of the masks need not be there yet."""
     index = {name: number for number, name in enumerate(names)}
-    columns = {"image_id": [], "image": [], "tags": [], "mask": []}
+    columns: dict[str, list[Any]] = {"image_id": [], "image": [], "tags": [], "mask": []}
     for number, image in images.items():
         if number not in shown:
             continue
         file = image_folder / image["file_name"]
         if not file.is_file():
-            raise DataError(f"{path}, image {number}: its file {file} is missing")
+            raise DataError(f"{path}, image {number}: no such file {file}")
         columns["image_id"].append(file.stem)
         columns["image"].append(str(file))
         columns["tags"].append(sorted({index[categories[shape["category_id"]]] for shape in shown[number]}))
         columns["mask"].append(None if mask_folder is None else str(mask_folder / f"{number}.png"))
     if not columns["image_id"]:
         raise DataError(
-            f"split {split!r} is empty: none of the {len(images)} images of {path} shows {', '.join(names)}"
+            f"split {split!r}: expected images of {', '.join(names)}, got none among the {len(images)} of {path}"
         )
     return Dataset.from_dict(columns, features=tagged_features(names, "mask"))
 
@@ -183,7 +183,6 @@ def _paint_missing(
     labels: dict[int, int],
     path: Path,
     title: str,
-    quiet: bool,
 ) -> None:
     """Write the masks of these rows that no earlier call has written, one at a time."""
     files = [Path(mask["path"]) for mask in undecoded(rows)["mask"]]
@@ -191,9 +190,11 @@ def _paint_missing(
     if not missing:
         return
     missing[0].parent.mkdir(parents=True, exist_ok=True)
-    for file in track(missing, title, console=Console(stderr=True), disable=quiet):
-        number = int(file.stem)
-        save_mask_png(file, _paint(images[number], shown[number], labels, path))
+    with Progress(title, len(missing), unit="image") as progress:
+        for file in missing:
+            number = int(file.stem)
+            save_mask_png(file, _paint(images[number], shown[number], labels, path))
+            progress.advance(1)
 
 
 def _paint(image: dict, annotations: list[dict], labels: dict[int, int], path: Path) -> np.ndarray:
@@ -204,7 +205,7 @@ def _paint(image: dict, annotations: list[dict], labels: dict[int, int], path: P
         try:
             region = _region(annotation.get("segmentation"), height, width)
         except (TypeError, ValueError, OverflowError, KeyError) as error:
-            raise DataError(f"{path}, annotation {annotation['id']}: its segmentation is unfit ({error})") from error
+            raise DataError(f"{path}, annotation {annotation['id']}: segmentation: {error}") from error
         crowd = bool(annotation.get("iscrowd"))
         label = IGNORE_INDEX if crowd else labels[annotation["category_id"]]
         regions.append((not crowd, -region.sum(), label, region))
@@ -220,14 +221,14 @@ def _region(segmentation: list | dict | None, height: int, width: int) -> np.nda
     if isinstance(segmentation, dict):
         counts = segmentation["counts"]
         if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"its size is {segmentation['size']}, that of the image {[height, width]}")
+            raise ValueError(f"expected the image's size {[height, width]}, got {segmentation['size']}")
         if not isinstance(counts, list):
             return tools.decode(segmentation).astype(bool)
-        if sum(counts) != height * width:  # pycocotools would leave the rest of the pixels to chance
-            raise ValueError(f"its run lengths are {sum(counts)} pixels, the image has {height * width}")
+        if sum(counts) != height * width:  # pycocotools would leave the other pixels undefined
+            raise ValueError(f"expected run lengths of {height * width} pixels, got {sum(counts)}")
         return tools.decode(tools.frPyObjects(segmentation, height, width)).astype(bool)
     if not isinstance(segmentation, list) or any(len(polygon) % 2 for polygon in segmentation):
-        raise ValueError("polygons [[x0, y0, x1, y1, …], …] or run lengths would be right")
+        raise ValueError(f"expected polygons [[x0, y0, x1, y1, …], …] or run lengths, got {segmentation!r}"[:200])
     # Fewer than three points enclose nothing, and pycocotools takes two for a box.
     polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
     if not polygons:

@@ -1,6 +1,9 @@
 """Training examples: one split of a tagged data set, decoded and augmented."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,39 +11,43 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
+from ..models.maps import IGNORE_INDEX
 from .tagged import (
-    IGNORE_INDEX,
     DataError,
     class_names,
     decode_gray,
     decode_image,
     decode_mask,
+    decode_saliency,
     has_value,
     tags_to_multi_hot,
     undecoded,
 )
 
-# Image columns that training may read beside the masks, and the section of a recipe that asks for them.
-MAPS = {"superpixels": "cam", "saliency": "cam", "confidence": "segmenter"}
+# Image columns that training may read beside the masks → the setting of a recipe that asks for them.
+MAPS = {"superpixels": "cam.superpixels", "saliency": "cam.saliency", "confidence": "segmenter.confidence"}
 
 
 class TaggedExamples(torch.utils.data.Dataset):
     """Item i → {"pixel_values": float32 (3, S, S), "tags": float32 (C,)}; with masks also "labels": int64 (S, S).
 
-    With `superpixels` also "superpixels": int64 (S, S), indices from 0, what lies outside the image being one of its
-    own; with `saliency` or `confidence` also these: float32 (S, S) in [0, 1]. All from the column of that name. With
-    `targets` also "targets": float32 (C, S, S) in [0, 1] from the column `localization_maps`, a grey PNG for each tag.
+    With `superpixels` also "superpixels": int64 (S, S), indices from 0, the padding being one more; with `saliency` or
+    `confidence` also these: float32 (S, S) in [0, 1]. All from the column of that name. With `targets` also "targets":
+    float32 (C, S, S) in [0, 1] from the column `localization_maps`, a grey PNG for each tag.
 
     `transform(image, mask, rng, followers)` makes the tensors (see TrainTransform). Its random numbers depend on
     (seed, epoch, i) alone, so they are the same for any number of workers and processes. With `mask_column`, rows
-    without a mask are left out. Raises DataError for a column that does not exist or holds no mask, for a file that
-    does not decode, and for a mask or confidence that does not fit its image or the classes.
+    without a mask are left out.
+
+    Raises:
+        DataError: a column does not exist or holds no mask, a file does not decode, or a mask, confidence or saliency
+            does not fit its image or the classes.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        transform: Callable[..., tuple[Tensor, Tensor | None]],
+        transform: Callable[..., tuple[Any, ...]],
         mask_column: str | None = None,
         seed: int = 0,
         superpixels: bool = False,
@@ -48,20 +55,20 @@ class TaggedExamples(torch.utils.data.Dataset):
         targets: bool = False,
         confidence: bool = False,
     ):
-        self.maps = [name for name, wanted in zip(MAPS, (superpixels, saliency, confidence), strict=True) if wanted]
+        wanted = {"superpixels": superpixels, "saliency": saliency, "confidence": confidence}
+        self.maps = [name for name in MAPS if wanted[name]]
         columns = ["image_id", "image", "tags", *self.maps, *["localization_maps"] * targets]
         for column in self.maps:
             if column not in dataset.features:
                 raise DataError(
-                    f"the recipe wants {column} ({MAPS[column]}.{column}) and there is no column {column!r}, only "
-                    f"{', '.join(dataset.features)}"
+                    f"data set: expected a column {column!r} for {MAPS[column]}, got {', '.join(dataset.features)}"
                 )
         if mask_column is not None:
             if mask_column not in dataset.features:
-                raise DataError(f"no column {mask_column!r} to learn from; there are {', '.join(dataset.features)}")
+                raise DataError(f"data set: expected a column {mask_column!r}, got {', '.join(dataset.features)}")
             dataset = dataset.select(np.flatnonzero(has_value(dataset, mask_column)))
             if not len(dataset):
-                raise DataError(f"no row has a {mask_column!r} to learn from")
+                raise DataError(f"column {mask_column!r}: expected a mask in at least one row, got none")
             columns.append(mask_column)
         self.targets = targets
         self.num_classes = len(class_names(dataset))
@@ -86,38 +93,44 @@ class TaggedExamples(torch.utils.data.Dataset):
             outside = mask[(mask > self.num_classes) & (mask != IGNORE_INDEX)]
             if outside.size:
                 raise DataError(
-                    f"{where}: {self.mask_column} has the value {outside[0]}; right are 0 to {self.num_classes} "
-                    "(background and the classes of the data) and 255"
+                    f"{where}: {self.mask_column}: expected labels 0..{self.num_classes} and 255, got {outside[0]}"
                 )
         rng = np.random.default_rng((self.seed, int(self._epoch), index))
-        followers = self._followers(row, where)
+        followers = self._followers(row, image.size, where)
         if "confidence" in followers:
             _check_size(followers["confidence"][0], image, f"{where}: confidence")
-        pixel_values, labels, *followed = self.transform(image, mask, rng, [*followers.values()])
+        pixel_values, labels, *maps = self.transform(image, mask, rng, [*followers.values()])
         example = {"pixel_values": pixel_values, "tags": tags_to_multi_hot(row["tags"], self.num_classes)}
         if labels is not None:
             example["labels"] = labels
-        followed = dict(zip(followers, followed, strict=True))
         if self.targets:
             example["targets"] = torch.zeros(self.num_classes, *pixel_values.shape[-2:])
-            for tag in row["tags"]:
-                example["targets"][tag] = followed.pop(tag)
-        return example | followed
+        for key, values in zip(followers, maps, strict=True):
+            if isinstance(key, str):
+                example[key] = values
+            else:
+                example["targets"][key] = values
+        return example
 
-    def _followers(self, row: dict, where: str) -> dict[str | int, tuple[np.ndarray, int]]:
-        """What the transform does to other maps than masks, by column or, for localisation maps, by class."""
-        followers = {}
+    def _followers(self, row: dict, size: tuple[int, int], where: str) -> dict[str | int, tuple[np.ndarray, int]]:
+        """The other maps that the transform crops, and their values for padding; by column or, for localisation
+        maps, by class."""
+        followers: dict[str | int, tuple[np.ndarray, int]] = {}
         for name in self.maps:
-            values = decode_gray(row[name], f"{where}, column {name}")
+            place = f"{where}, column {name}"
+            if name == "saliency":
+                followers[name] = decode_saliency(row[name], size, place), 0
+                continue
+            values = decode_gray(row[name], place)
             is_index = name == "superpixels"
-            followers[name] = (values, int(values.max()) + 1) if is_index else (_share(values), 0)
+            followers[name] = (values, int(values.max()) + 1) if is_index else (_unit_range(values), 0)
         if self.targets:
             for tag, png in zip(row["tags"], row["localization_maps"], strict=True):
-                followers[tag] = _share(decode_gray({"bytes": png}, f"{where}, localization_maps")), 0
+                followers[tag] = _unit_range(decode_gray({"bytes": png}, f"{where}, localization_maps")), 0
         return followers
 
 
-def _share(values: np.ndarray) -> np.ndarray:
+def _unit_range(values: np.ndarray) -> np.ndarray:
     """0..255 → float32 in [0, 1]."""
     return values.astype(np.float32) / 255
 
@@ -125,6 +138,5 @@ def _share(values: np.ndarray) -> np.ndarray:
 def _check_size(values: np.ndarray, image: Image.Image, what: str) -> None:
     if values.shape != (image.height, image.width):
         raise DataError(
-            f"{what} is {values.shape[1]}x{values.shape[0]} but its image is {image.width}x{image.height}; "
-            "they must be the same"
+            f"{what}: expected the image's size, {image.width}x{image.height}, got {values.shape[1]}x{values.shape[0]}"
         )

@@ -1,8 +1,9 @@
-"""Label maps for other programs: palette PNGs in the layout of PASCAL VOC, and COCO-JSON for annotation tools."""
+"""Export of label maps: palette PNGs in the layout of PASCAL VOC, and COCO-JSON for annotation tools."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import ModuleType
@@ -10,22 +11,25 @@ from types import ModuleType
 import numpy as np
 
 from ..files import whole_file, whole_folder
+from ..models.maps import IGNORE_INDEX
 from .folder import IMAGE_SUFFIXES
 from .palette import save_mask_png
-from .tagged import IGNORE_INDEX, DataError
+from .tagged import DataError
 
 LabelMaps = Iterable[tuple[str, np.ndarray]]
 """(image_id, label map (H, W) uint8: 0 background, c + 1 class c, 255 ignore) of one image after another."""
 
 
-def export_voc(folder: str | Path, label_maps: LabelMaps, class_names: Sequence[str], split: str = "train") -> int:
+def export_voc(
+    folder: str | os.PathLike, label_maps: LabelMaps, class_names: Sequence[str], split: str = "train"
+) -> int:
     """Write a folder in the layout of a VOC devkit; the photographs are not copied.
 
     `SegmentationClass/<image_id>.png` are the label maps, `ImageSets/Segmentation/<split>.txt` names them, and
     `labels.txt` the classes, background first. Images are taken one at a time.
 
     Args:
-        folder: appears complete or not at all; must not hold anything yet.
+        folder: appears complete or not at all; must not exist, or be empty.
         class_names: names of the classes 0..C-1, background not among them.
         split: name of the list of images.
 
@@ -33,8 +37,8 @@ def export_voc(folder: str | Path, label_maps: LabelMaps, class_names: Sequence[
         the number of label maps.
 
     Raises:
-        DataError: `folder` holds something, a label map has other values than 0..C and 255, or an image_id is no name
-            for a file inside a folder, or the second one with its name.
+        DataError: `folder` is not empty, a label map has other values than 0..C and 255, or an image_id is no name
+            for a file inside a folder, or shares its file with another one.
     """
     folder = check_free(folder, "--export-voc")
     with whole_folder(folder) as unfinished:
@@ -46,14 +50,14 @@ def export_voc(folder: str | Path, label_maps: LabelMaps, class_names: Sequence[
     return len(names)
 
 
-def write_mask_pngs(folder: str | Path, label_maps: LabelMaps) -> list[str]:
+def write_mask_pngs(folder: str | os.PathLike, label_maps: LabelMaps) -> list[str]:
     """Write `<folder>/<name>.png`, palette PNGs of the labels; each appears complete or not at all.
 
     Returns:
         the names, in order: see [`file_stem`].
 
     Raises:
-        DataError: an image_id is no name for a file inside `folder`, or the second one with its name.
+        DataError: an image_id is no name for a file inside `folder`, or shares its file with another one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,7 +65,7 @@ def write_mask_pngs(folder: str | Path, label_maps: LabelMaps) -> list[str]:
     for image_id, labels in label_maps:
         name = file_stem(image_id)
         if name in written:
-            raise DataError(f"rows {written[name]!r} and {image_id!r} would share the file {name}.png; rename one")
+            raise DataError(f"row {image_id!r}: expected a file of its own, got {name}.png of row {written[name]!r}")
         written[name] = image_id
         path = folder / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +73,7 @@ def write_mask_pngs(folder: str | Path, label_maps: LabelMaps) -> list[str]:
     return list(written)
 
 
-def export_coco(path: str | Path, label_maps: LabelMaps, class_names: Sequence[str]) -> int:
+def export_coco(path: str | os.PathLike, label_maps: LabelMaps, class_names: Sequence[str]) -> int:
     """Write a COCO-JSON: one annotation per class and image, its region run-length encoded as COCO's own tools do.
 
     Category c + 1 is class c; background and ignored pixels have no annotation. An image is named by its image_id, to
@@ -90,14 +94,14 @@ def export_coco(path: str | Path, label_maps: LabelMaps, class_names: Sequence[s
     encode = require_pycocotools().encode
     path.parent.mkdir(parents=True, exist_ok=True)
     categories = [{"id": c, "name": name} for c, name in enumerate(class_names, start=1)]
-    images = []
+    images: list[dict] = []
     with whole_file(path) as unfinished, unfinished.open("w") as file:
         file.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
         count = 0
         for image_id, labels in _checked(label_maps, len(class_names)):
             name = image_id if _is_image_name(image_id) else f"{image_id}.jpg"
             height, width = labels.shape
-            file_stem(image_id)  # raises for names that lead out of a folder
+            file_stem(image_id)  # raises for names outside the folder
             images.append({"id": len(images) + 1, "file_name": name, "width": width, "height": height})
             for region in _regions(labels, encode):
                 file.write(",\n" if count else "\n")
@@ -107,15 +111,18 @@ def export_coco(path: str | Path, label_maps: LabelMaps, class_names: Sequence[s
     return len(images)
 
 
-def check_free(path: str | Path, option: str) -> Path:
+def check_free(path: str | os.PathLike, option: str) -> Path:
     """`path`, if nothing would be overwritten there.
 
+    Args:
+        option: its name in the message.
+
     Raises:
-        DataError: it is a file, or a folder that holds something.
+        DataError: it is a file, or a folder that is not empty.
     """
     path = Path(path)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise DataError(f"{option} {path}: exists already; take another, nothing is overwritten")
+        raise DataError(f"{option} {path}: expected a path that does not exist yet, got an existing one")
     return path
 
 
@@ -123,18 +130,18 @@ def require_pycocotools() -> ModuleType:
     """The module `pycocotools.mask`.
 
     Raises:
-        DataError: it is not installed; the message says how to get it.
+        DataError: it is not installed; the message says how to install it.
     """
     try:
         # Imported here: an optional extra.
         from pycocotools import mask
     except ImportError as error:
-        raise DataError("COCO needs pycocotools: pip install wsss_hf[coco]") from error
+        raise DataError('COCO needs pycocotools: pip install "wsss_hf[coco]"') from error
     return mask
 
 
 def file_stem(image_id: str) -> str:
-    """What an image's label map is called without `.png`: its image_id, without the suffix of an image file.
+    """The file name of an image's label map without `.png`: its image_id, without the suffix of an image file.
 
     Ids may have folders, `cat/001.jpg`.
 
@@ -142,9 +149,9 @@ def file_stem(image_id: str) -> str:
         DataError: it is no name for a file inside a folder.
     """
     parts = image_id.split("/")
-    leads_out = any(part in ("", ".", "..") for part in parts) or PureWindowsPath(image_id).anchor
-    if leads_out or any(character in image_id for character in "\\\0\n\r"):
-        raise DataError(f"image_id {image_id!r}: a file name, or folder/name, would be right; its label map is a file")
+    outside = any(part in ("", ".", "..") for part in parts) or PureWindowsPath(image_id).anchor
+    if outside or any(character in image_id for character in "\\\0\n\r"):
+        raise DataError(f"image_id: expected a file name or folder/name, which names its mask, got {image_id!r}")
     return str(PurePosixPath(image_id).with_suffix("")) if _is_image_name(image_id) else image_id
 
 
@@ -156,9 +163,7 @@ def _checked(label_maps: LabelMaps, num_classes: int) -> Iterator[tuple[str, np.
     for image_id, labels in label_maps:
         values = np.setdiff1d(labels, IGNORE_INDEX)
         if values.size and values[-1] > num_classes:
-            raise DataError(
-                f"row {image_id!r}: its label map has the value {values[-1]}; right are 0 to {num_classes} and 255"
-            )
+            raise DataError(f"row {image_id!r}: expected labels 0..{num_classes} and 255, got {values[-1]}")
         yield image_id, labels
 
 

@@ -6,16 +6,14 @@ import numpy as np
 from PIL import Image
 
 from ..files import whole_file
-from ..models.label_colors import colorize, mask_image, voc_palette
-
-__all__ = ["check_palette", "colorize", "mask_image", "save_mask_png", "voc_palette"]
+from ..models.label_colors import mask_image, voc_palette
 
 
 def check_palette(image: Image.Image, num_labels: int, where: str) -> None:
-    """Refuses a palette picture whose values were renumbered, as programs do that make PNGs smaller.
+    """Refuses a palette image whose values were renumbered, as PNG optimisers do.
 
-    That is so where every value is drawn in the VOC colour of a label, 0..num_labels-1 or 255, and one in that of
-    another label than itself. Any other palette is taken for a matter of taste.
+    A palette tells so if every value has the VOC colour of a label, 0..num_labels-1 or 255, and one value has the
+    colour of another label. Other palettes are accepted: they tell nothing.
 
     Raises:
         ValueError: it was renumbered; begins with `where`.
@@ -34,8 +32,8 @@ def check_palette(image: Image.Image, num_labels: int, where: str) -> None:
     if (labels != values).any():
         value, label = next((v, n) for v, n in zip(values, labels, strict=True) if v != n)
         raise ValueError(
-            f"{where}: value {value} is drawn in the colour of label {label}, so the labels were renumbered; "
-            "pixel values that are the labels would be right"
+            f"{where}: expected pixel values that are the labels, got value {value} in the colour of label {label} "
+            "(a program has renumbered them)"
         )
 
 

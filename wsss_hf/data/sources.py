@@ -1,16 +1,20 @@
-"""The one door to data: whatever names a data set becomes a DatasetDict that fits the contract."""
+"""Loading data: whatever names a data set becomes `TaggedData` in one format, and is checked."""
+
+from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, List, Value, load_dataset, load_from_disk
 
 from .coco import load_coco
-from .folder import load_folder
-from .tagged import DataError, check_dataset, class_names, has_value
+from .folder import SEPARATOR, load_folder
+from .saliency import rows_with_saliency, with_saliency
+from .tagged import DataError, TaggedData, check_dataset, class_names, has_value
 from .toy import make_toy
 from .voc import load_voc
 
@@ -19,6 +23,7 @@ _SOURCES = (
     "or a Hub data set id"
 )
 _SAVED_MARKS = ("dataset_dict.json", "dataset_info.json")
+_RECORD = "recipe.yaml"  # of a stage that has saved the data
 _SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev", "test")}  # the first that exists
 _COLUMNS = ("image_id", "image", "tags", "mask", "saliency", "superpixels", "pseudo_mask")
 
@@ -34,91 +39,146 @@ def load_data(
     masks: Literal["evaluation", "all"] = "evaluation",
     toy: Mapping[str, int] | None = None,
     revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    quiet: bool = False,
-) -> DatasetDict:
+    separator: str = SEPARATOR,
+    saliency: str | Path | Mapping[str, Any] | None = None,
+) -> TaggedData:
     """Load and check a data set: splits "train" and, if there is one, "val".
 
-    source: "toy" (`toy` = arguments of make_toy), "voc" (`root` = a devkit's VOC2012 folder), "coco" (`root` = the
-        folder of annotations, train2017 and val2017), a directory saved by save_to_disk, a directory of tagged images
-        (see load_folder), or the id of a data set on the Hub.
-    classes: names in the order of their indices. VOC and COCO are restricted to them; elsewhere they must cover every
-        tag and, where the data bring class names, be the same.
-    columns: our name → the name in the source, for saved and Hub data sets: {"image": "img", "tags": "labels"}.
-    limit: at most so many rows per split, drawn by `seed`: some for every class if possible, then rows with masks.
-    masks: "evaluation" or "all", see load_voc and load_coco.
-    revision, token, cache_dir: passed on to the Hub; below cache_dir are COCO's masks as well.
-    quiet: no progress bar while COCO's masks are painted.
-    Raises DataError with one line that names the source, file or row at fault and what would be right.
+    A token for the Hub and the places of caches come from the environment: HF_TOKEN, HF_HOME, HF_DATASETS_CACHE.
+
+    Args:
+        source: "toy", "voc" (`root` = a devkit's VOC2012 folder), "coco" (`root` = the folder of annotations,
+            train2017 and val2017), a directory saved by save_to_disk, a directory of tagged images (see
+            [`load_folder`]), or the id of a data set on the Hub, also with a revision: owner/name@revision.
+        root: where VOC or COCO is.
+        classes: names in the order of their indices. VOC and COCO are restricted to them; elsewhere they must cover
+            every tag and, where the data bring class names, be the same.
+        columns: column here → its name in the source, for saved and Hub data sets: {"image": "img", "tags": "labels"}.
+        limit: at most so many rows per split, drawn by `seed`: some for every class if possible, then rows with masks.
+        seed: of `limit`.
+        masks: "evaluation" or "all", see [`load_voc`] and [`load_coco`].
+        toy: arguments of [`make_toy`].
+        revision: branch, tag or commit of a Hub data set.
+        separator: of the tags in metadata.csv, see [`load_folder`].
+        saliency: a folder of saliency maps IMAGE_ID.png or .jpg for the column `saliency`, see [`with_saliency`]; or
+            only what is known about the maps that the data hold: {"source": …, "learnt_from": …}.
+
+    Returns:
+        the data; its `source` is a dict of the arguments above that name it, without those that are not given.
+
+    Raises:
+        DataError: one line that names the source, file or row at fault, and what was expected.
     """
     path = Path(source)
     if limit is not None and limit < 1:
-        raise DataError(f"limit must be at least 1 row, not {limit}")
+        raise DataError(f"limit: expected at least 1 row, got {limit}")
     is_saved = any((path / mark).is_file() for mark in _SAVED_MARKS)
-    if columns and (source in ("toy", "voc", "coco") or (path.is_dir() and not is_saved)):
-        raise DataError(f"columns maps the columns of saved and Hub data sets; {str(source)!r} is neither")
+    is_built_in = source in ("toy", "voc", "coco")
+    is_folder = not is_built_in and not is_saved and path.is_dir()
+    if columns and (is_built_in or is_folder):
+        raise DataError(f"columns: expected a saved or Hub data set, got {str(source)!r}")
+    if separator != SEPARATOR and not is_folder:
+        raise DataError(f"separator: expected a directory of tagged images, got {str(source)!r}")
+    name = str(source)
     if source == "toy":
         dataset = _with_classes(make_toy(**(toy or {})), classes)
     elif source == "voc":
         if root is None:
-            raise DataError("source 'voc' needs root, the VOC2012 folder of a devkit")
+            raise DataError("root: expected the VOC2012 folder of a devkit for 'voc', got none")
         dataset = load_voc(root, classes, masks)
     elif source == "coco":
         if root is None:
-            raise DataError("source 'coco' needs root, the folder of annotations, train2017 and val2017")
-        dataset = load_coco(root, classes, masks, partial(_limit_rows, limit=limit, seed=seed), cache_dir, quiet)
+            raise DataError("root: expected the folder of annotations, train2017 and val2017 for 'coco', got none")
+        dataset = load_coco(root, classes, masks, partial(_limit_rows, limit=limit, seed=seed))
     elif is_saved:
-        dataset = _to_contract(load_from_disk(str(path)), str(source), classes, columns or {})
-    elif path.is_dir():
-        dataset = load_folder(path, classes)
+        dataset = _unify(load_from_disk(name), name, classes, columns or {})
+    elif is_folder:
+        dataset = load_folder(path, classes, separator, skip=None if isinstance(saliency, Mapping) else saliency)
     else:
-        dataset = _load_from_hub(str(source), revision, token, cache_dir)
-        dataset = _to_contract(dataset, str(source), classes, columns or {})
-    dataset = DatasetDict({split: _limit_rows(rows, limit, seed) for split, rows in dataset.items()})
-    check_dataset(dataset)
-    return dataset
+        name, revision = _split_revision(name, revision)
+        dataset = _unify(_load_from_hub(name, revision), name, classes, columns or {})
+    if isinstance(saliency, str | Path):
+        dataset = with_saliency(dataset, saliency, count_others=limit is None)
+        saliency = str(saliency)
+    elif any(len(rows_with_saliency(rows)) for rows in dataset.values()):
+        saliency = dict(saliency or _recorded_saliency(path, name))
+    else:
+        saliency = None
+    arguments: dict[str, Any] = {
+        "source": name,
+        "root": None if root is None else str(root),
+        "classes": None if classes is None else list(classes),
+        "columns": None if columns is None else dict(columns),
+        "limit": limit,
+        "seed": seed if limit is not None and seed else None,  # it chooses the rows
+        "masks": None if masks == "evaluation" else masks,
+        "toy": None if toy is None else dict(toy),
+        "revision": revision,
+        "separator": None if separator == SEPARATOR else separator,
+        "saliency": saliency,
+    }
+    loaded = TaggedData(
+        {split: _limit_rows(rows, limit, seed) for split, rows in dataset.items()},
+        {argument: value for argument, value in arguments.items() if value is not None},
+    )
+    check_dataset(loaded)
+    return loaded
 
 
-def _load_from_hub(
-    source: str, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
-) -> DatasetDict:
-    if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists():
-        raise DataError(f"no data at {source!r}; a source is {_SOURCES}")
+def _recorded_saliency(folder: Path, name: str) -> dict[str, Any]:
+    """Where the saliency maps of the data `name` are from: as the stage that saved `folder` has recorded it."""
     try:
-        return load_dataset(source, revision=revision, token=token, cache_dir=cache_dir and str(cache_dir))
+        record = yaml.safe_load((folder / _RECORD).read_text())
+        told = record["data"]["saliency"]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        told = name
+    return dict(told) if isinstance(told, Mapping) else {"source": str(told), "learnt_from": None}
+
+
+def _split_revision(source: str, revision: str | None) -> tuple[str, str | None]:
+    """`owner/name@revision` → the id and the revision."""
+    name, _, found = source.partition("@")
+    if found and revision not in (None, found):
+        raise DataError(f"revision: expected one, got {found!r} in {source!r} and {revision!r}")
+    return name, found or revision
+
+
+def _load_from_hub(source: str, revision: str | None) -> DatasetDict:
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists():
+        raise DataError(f"source: expected {_SOURCES}, got {source!r}")
+    try:
+        return load_dataset(source, revision=revision)
     except (OSError, ValueError) as error:  # not found, no network, no access, unknown revision
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"no data at {source!r} ({reason}); a source is {_SOURCES}") from error
+        raise DataError(f"source: expected {_SOURCES}, got {source!r} ({reason})") from error
 
 
-def _to_contract(
+def _unify(
     dataset: Dataset | DatasetDict, source: str, classes: Sequence[str] | None, columns: Mapping[str, str]
 ) -> DatasetDict:
-    """Name splits and columns as the contract does and turn tags into class indices."""
+    """Splits and columns with the names used here, tags as class indices."""
     found = dataset if isinstance(dataset, DatasetDict) else {"train": dataset}
-    names = {ours: next((name for name in theirs if name in found), None) for ours, theirs in _SPLIT_NAMES.items()}
+    names = {split: next((name for name in known if name in found), None) for split, known in _SPLIT_NAMES.items()}
     if names["train"] is None:
-        raise DataError(f"{source!r} has no split 'train', only {', '.join(found)}")
-    splits = {ours: _map_columns(found[name], source, columns) for ours, name in names.items() if name}
+        raise DataError(f"{source!r}: expected a split 'train', got {', '.join(found)}")
+    splits = {split: _map_columns(found[name], source, columns) for split, name in names.items() if name}
     splits = _index_tags(splits, source, classes)
     return _with_classes(DatasetDict({split: _with_ids(rows, split) for split, rows in splits.items()}), classes)
 
 
 def _map_columns(rows: Dataset, source: str, columns: Mapping[str, str]) -> Dataset:
-    for ours, theirs in columns.items():
-        if ours not in _COLUMNS:
-            raise DataError(f"columns maps {ours!r}, which is none of {', '.join(_COLUMNS)}")
-        if theirs not in rows.features:
-            raise DataError(f"{source!r} has no column {theirs!r}; it has {', '.join(rows.features)}")
-    taken = [ours for ours, theirs in columns.items() if ours != theirs and ours in rows.features]
-    rows = rows.remove_columns(taken).rename_columns(
-        {theirs: ours for ours, theirs in columns.items() if ours != theirs}
-    )
+    for column, given in columns.items():
+        if column not in _COLUMNS:
+            raise DataError(f"columns: expected one of {', '.join(_COLUMNS)}, got {column!r}")
+        if given not in rows.features:
+            raise DataError(f"columns: expected a column of {source!r}, {', '.join(rows.features)}, got {given!r}")
+    renamed = {given: column for column, given in columns.items() if column != given}
+    rows = rows.remove_columns([column for column in renamed.values() if column in rows.features])
+    rows = rows.rename_columns(renamed)
     missing = [name for name in ("image", "tags") if name not in rows.features]
     if missing:
         raise DataError(
-            f"{source!r} has no column {missing[0]!r}, only {', '.join(rows.features)}; name yours in `columns`"
+            f"{source!r}: expected a column {missing[0]!r}, got {', '.join(rows.features)} (name yours in `columns`)"
         )
     return rows.select_columns([name for name in _COLUMNS if name in rows.features])
 
@@ -137,11 +197,11 @@ def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] 
         index = {name: number for number, name in enumerate(names)}
         unknown = sorted({name for values in tags.values() for value in values for name in value if name not in index})
         if unknown:
-            raise DataError(f"{source!r} has the unknown class {unknown[0]!r}; known are {', '.join(names)}")
+            raise DataError(f"{source!r}: tags: expected names from {', '.join(names)}, got {unknown[0]!r}")
         tags = {split: [[index[name] for name in value] for value in values] for split, values in tags.items()}
     else:
         raise DataError(
-            f"column 'tags' of {source!r} must hold class names or ClassLabels, one or a list, not {feature}"
+            f"{source!r}, column 'tags': expected class names or ClassLabels, one or a list, got {feature}"
         )
     wanted = List(ClassLabel(names=names))
     return {
@@ -164,21 +224,21 @@ def _with_ids(rows: Dataset, split: str) -> Dataset:
 def _with_classes(dataset: DatasetDict, classes: Sequence[str] | None) -> DatasetDict:
     """Only VOC and COCO can be restricted; a data set that brings its classes must bring the wanted ones."""
     if classes and list(classes) != class_names(dataset):
-        raise DataError(
-            f"classes {', '.join(classes)} are not those of the data set: {', '.join(class_names(dataset))}"
-        )
+        known = ", ".join(class_names(dataset))
+        raise DataError(f"classes: expected those of the data set, {known}, got {', '.join(classes)}")
     return dataset
 
 
 def _limit_rows(rows: Dataset, limit: int | None, seed: int) -> Dataset:
-    """At most `limit` rows in their old order: first one for every class, then those with masks, then the others."""
+    """At most `limit` rows in their order: first one for every class, then those with masks, then the others."""
     if limit is None or len(rows) <= limit:
         return rows
     order = np.random.default_rng(seed).permutation(len(rows))
     if "mask" in rows.features:
         order = order[np.argsort(~has_value(rows, "mask")[order], kind="stable")]
     tags = rows["tags"][:]
-    chosen, seen = [], set()
+    chosen: list[int] = []
+    seen: set[int] = set()
     for index in order:
         if not seen.issuperset(tags[index]):
             chosen.append(index)

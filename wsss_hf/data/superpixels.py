@@ -1,4 +1,4 @@
-"""Superpixels of the images of a data set, computed once and kept as a compact column."""
+"""Felzenszwalb superpixels of the images of a data set, computed once and kept as a column of 16-bit PNGs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from skimage.segmentation import felzenszwalb
 
 from .tagged import DataError, decode_image, encode_png, undecoded
 
-_MOST = 1 << 16  # what a 16-bit PNG can number
+_MOST = 1 << 16  # values of a 16-bit PNG
 
 
 def superpixels(image: Image.Image, size: int, scale: float, sigma: float, min_size: int) -> np.ndarray:
@@ -37,18 +37,18 @@ def superpixels(image: Image.Image, size: int, scale: float, sigma: float, min_s
     found = felzenszwalb(np.asarray(image), scale=scale, sigma=sigma, min_size=min_size)
     if found.max() >= _MOST:
         count = found.max() + 1
-        raise DataError(f"an image has {count} superpixels, {_MOST} are possible; a larger min_size would be right")
+        raise DataError(f"superpixels: expected at most {_MOST} in an image, got {count}; use a larger min_size")
     return found.astype(np.uint16)
 
 
 def superpixel_column(
     rows: Dataset, size: int, options: dict, cache_file: str | Path, advance: Callable[[int], None] = lambda _: None
 ) -> Dataset:
-    """One row for each of `rows` with nothing but its `superpixels`, a 16-bit PNG.
+    """A data set with one column, `superpixels`, a 16-bit PNG for each of `rows`.
 
     Args:
         size, options: arguments of [`superpixels`].
-        cache_file: where the column is kept; it appears whole, and is read instead of computed if it is there.
+        cache_file: where the column is kept; it appears whole, and is read instead of computed if it exists.
         advance: called with the number of images that are done.
 
     Raises:

@@ -1,8 +1,12 @@
-"""The data contract as code: the columns of a tagged data set, and how its images, masks and tags are read."""
+"""The format of a tagged data set: its columns, and how its images, masks and tags are read and checked."""
+
+from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Sequence
+import struct
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,20 +14,47 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageOps
 
-IGNORE_INDEX = 255
+from ..models.maps import IGNORE_INDEX
+
 _MAX_CLASSES = IGNORE_INDEX - 1
 _ORIENTATION = 0x0112  # the EXIF tag
-_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)  # Pillow, on bad files
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)  # Pillow, on bad files
 
 
 class DataError(ValueError):
-    """The data do not fit the contract; the message names the row or file and what would be right."""
+    """The data have not the expected format; the message names the row or file, and what was expected."""
+
+
+class TaggedData(DatasetDict):
+    """A `DatasetDict` of tagged images (splits "train" and, if there is one, "val") that knows where it is from.
+
+    Its methods (`map`, `filter`, …) return plain `DatasetDict`s, which are accepted wherever data are.
+
+    Attributes:
+        source: the arguments of `load_data` that name the data; `load_data(**source)` loads them again.
+    """
+
+    def __init__(self, splits: Mapping[str, Dataset], source: Mapping[str, Any] | None = None):
+        super().__init__(splits)
+        self.source = dict(source or {})
+
+
+def source_of(data: DatasetDict) -> dict[str, Any]:
+    """The arguments of `load_data` that name `data`; {} where they are not known."""
+    return dict(data.source) if isinstance(data, TaggedData) else {}
 
 
 def tagged_features(class_names: Sequence[str], *image_columns: str) -> Features:
     """Columns image_id, image and tags (class indices without background), then nullable image columns by name."""
     if not 1 <= len(class_names) <= _MAX_CLASSES:
-        raise DataError(f"a data set has 1 to {_MAX_CLASSES} classes, not {len(class_names)}")
+        raise DataError(f"classes: expected 1 to {_MAX_CLASSES} names, got {len(class_names)}")
     columns = {"image_id": Value("string"), "image": ImageFeature(), "tags": List(ClassLabel(names=list(class_names)))}
     return Features(columns | {name: ImageFeature() for name in image_columns})
 
@@ -33,22 +64,47 @@ def class_names(dataset: Dataset | DatasetDict) -> list[str]:
     features = (next(iter(dataset.values())) if isinstance(dataset, DatasetDict) else dataset).features
     tags = features.get("tags")
     if not isinstance(tags, List) or not isinstance(tags.feature, ClassLabel):
-        raise DataError(f"column 'tags' must be List(ClassLabel(names=[…])), not {tags}")
+        raise DataError(f"column 'tags': expected List(ClassLabel(names=[…])), got {tags}")
     return list(tags.feature.names)
+
+
+def check_classes(model, rows: Dataset | DatasetDict) -> list[str]:
+    """The names of a segmenter's labels, background first, which must be those of the data.
+
+    Args:
+        model: a model whose `config.id2label` has background at 0.
+
+    Raises:
+        DataError: they are others.
+    """
+    names = ["background", *class_names(rows)]
+    check_names(model, names, "segmenter")
+    return names
+
+
+def check_names(model, names: Sequence[str], what: str) -> None:
+    """Check that the classes of a model (`what` it is called in the message) are `names`, in this order.
+
+    Raises:
+        DataError: they are others.
+    """
+    known = [model.config.id2label[i] for i in sorted(model.config.id2label)]
+    if known != list(names):
+        raise DataError(f"{what}: expected the classes of the data, {', '.join(names)}, got {', '.join(known)}")
 
 
 def tags_to_multi_hot(tags: Sequence[int], num_classes: int) -> torch.Tensor:
     """Class indices → float32 (num_classes,) of zeros and ones. No tags, all zeros."""
     outside = [tag for tag in tags if not 0 <= tag < num_classes]
     if outside:
-        raise DataError(f"tag {outside[0]} is not a class index 0..{num_classes - 1}")
+        raise DataError(f"tags: expected class indices 0..{num_classes - 1}, got {outside[0]}")
     multi_hot = torch.zeros(num_classes)
     multi_hot[list(tags)] = 1
     return multi_hot
 
 
 def undecoded(dataset: Dataset) -> Dataset:
-    """The same rows with every image column as {"bytes", "path"}, so that whoever opens a bad file can name it."""
+    """The same rows with image columns as {"bytes", "path"}: who decodes them can name the row of a bad file."""
     for name, feature in dataset.features.items():
         if isinstance(feature, ImageFeature):
             dataset = dataset.cast_column(name, ImageFeature(decode=False))
@@ -66,7 +122,7 @@ def _naming(where: str) -> Iterator[None]:
         yield
     except _UNREADABLE as error:
         reason = str(error).split("<_io.")[0].strip() or type(error).__name__
-        raise DataError(f"{where}: cannot be decoded as an image ({reason}); replace or remove it") from error
+        raise DataError(f"{where}: expected an image, got a file that can't be decoded ({reason})") from error
 
 
 def _open(value: dict | Image.Image | None, where: str) -> Image.Image:
@@ -74,13 +130,13 @@ def _open(value: dict | Image.Image | None, where: str) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     if not value or (value.get("bytes") is None and value.get("path") is None):
-        raise DataError(f"{where}: has no image; give it one or remove the row")
+        raise DataError(f"{where}: expected an image, got none")
     with _naming(where):
         return Image.open(value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"]))
 
 
 def encode_png(image: Image.Image, **options) -> dict:
-    """PIL image → what an image column takes: a PNG, written with `options` of Pillow."""
+    """PIL image → a value of an image column: {"bytes": PNG, "path": None}; `options` are those of Pillow's writer."""
     stream = io.BytesIO()
     image.save(stream, format="PNG", **options)
     return {"bytes": stream.getvalue(), "path": None}
@@ -107,8 +163,8 @@ def decode_mask(value: dict | Image.Image, where: str) -> np.ndarray:
     image = _open(value, where)
     if image.mode not in ("L", "P"):
         raise DataError(
-            f"{where}: the mask has mode {image.mode}; right is one 8-bit channel of labels "
-            "(mode L or P; 0 = background, c + 1 = class c, 255 = void)"
+            f"{where}: expected one 8-bit channel of labels (mode L or P; 0 = background, c + 1 = class c, "
+            f"255 = ignore), got mode {image.mode}"
         )
     with _naming(where):
         return np.array(image)
@@ -118,9 +174,54 @@ def decode_gray(value: dict | Image.Image, where: str) -> np.ndarray:
     """Image of one channel of 8 or 16 bits → values int32 (H, W). Raises DataError, which begins with `where`."""
     image = _open(value, where)
     if image.mode != "L" and not image.mode.startswith("I"):
-        raise DataError(f"{where}: the image has mode {image.mode}; one channel (mode L, or I;16) would be right")
+        raise DataError(f"{where}: expected an image of one channel (mode L or I;16), got mode {image.mode}")
     with _naming(where):
         return np.array(image).astype(np.int32)
+
+
+def decode_saliency(value: dict | Image.Image, size: tuple[int, int] | None, where: str) -> np.ndarray:
+    """A saliency map of any bit depth → float32 (H, W) in [0, 1] of its image's size.
+
+    The full range of the file's type is 1: 1, 8 or 16 bits; floating-point numbers are in [0, 1] as they are. Of
+    colours the grey value counts, of transparency nothing.
+
+    Args:
+        size: (width, height) of the upright image. A map of another size is resized bilinearly; None leaves it.
+
+    Raises:
+        DataError: it does not decode, has numbers above 1, or another aspect; begins with `where`.
+    """
+    image = _open(value, where)
+    if size is not None:
+        _check_aspect(image, size, where)
+    with _naming(where):
+        image = ImageOps.exif_transpose(image)
+        highest = 1 if image.mode == "F" else 65535 if image.mode.startswith("I") else 255
+        if highest == 255:
+            image = image if image.mode in ("1", "L", "LA") else image.convert("RGB")  # drops transparency
+            image = image.convert("L")
+        values: np.ndarray = np.asarray(image).astype(np.float32) / highest
+    if not (values.min() >= -1e-3 and values.max() <= 1 + 1e-3):  # nor NaN
+        raise DataError(
+            f"{where}: expected a saliency map of 1, 8 or 16 bits, or of numbers in [0, 1], got one of mode "
+            f"{image.mode} from {values.min():g} to {values.max():g}"
+        )
+    if size is not None and values.shape != size[::-1]:
+        values = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.BILINEAR))
+    return values.clip(0, 1)
+
+
+def _check_aspect(image: Image.Image, size: tuple[int, int], where: str) -> None:
+    """A resized image has its aspect but for 1 %, or for one pixel of rounding in the smaller of the two."""
+    found = _upright_size(image)
+    (width, height), (full_width, full_height) = sorted([found, size])
+    across, down = width / full_width, height / full_height
+    pixels = abs(across - down) * min(full_width, full_height)
+    if pixels > 1 + 1e-6 and abs(across / down - 1) > 0.01:
+        raise DataError(
+            f"{where}: expected a saliency map with the aspect of its image, {size[0]}x{size[1]}, got "
+            f"{found[0]}x{found[1]}"
+        )
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
@@ -129,60 +230,65 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def check_dataset(dataset: DatasetDict) -> None:
-    """Hold a data set against the contract. Opens every image (its header only) and reads every mask.
+    """Check columns, classes and rows of a data set. Opens every image and saliency map (their headers only) and
+    reads every mask.
 
-    Raises DataError with one line that names the split, the row and what would be right.
+    Raises:
+        DataError: one line that names the split, the row, and what was expected.
     """
     if "train" not in dataset:
-        raise DataError(f"the data set has no split 'train', only {list(dataset)}")
+        raise DataError(f"data set: expected a split 'train', got {', '.join(dataset) or 'none'}")
     for split, rows in dataset.items():
         _check_columns(split, rows)
         names, train_names = class_names(rows), class_names(dataset["train"])
         if names != train_names:
-            raise DataError(f"split {split!r} has classes {names}, 'train' has {train_names}; they must be the same")
+            raise DataError(f"split {split!r}: expected the classes of 'train', {train_names}, got {names}")
         _check_rows(split, rows)
     if not any(dataset["train"]["tags"]):
-        raise DataError("no row of split 'train' has tags; weak supervision needs images that are tagged with classes")
+        raise DataError("split 'train': expected images with tags, got none with any")
 
 
 def _check_columns(split: str, rows: Dataset) -> None:
     if not len(rows):
-        raise DataError(f"split {split!r} is empty; give it rows or leave it out")
+        raise DataError(f"split {split!r}: expected at least one row, got none")
     missing = [name for name in ("image_id", "image", "tags") if name not in rows.features]
     if missing:
         raise DataError(
-            f"split {split!r} lacks column {', '.join(missing)}; it has {', '.join(rows.features)}: "
-            "rename them or map them with `columns`"
+            f"split {split!r}: expected a column {', '.join(missing)}, got {', '.join(rows.features)} "
+            "(rename yours, or map them with `columns`)"
         )
     for name in ("image", "mask", "saliency", "superpixels"):
         if name in rows.features and not isinstance(rows.features[name], ImageFeature):
             found = rows.features[name]
-            raise DataError(f"column {name!r} of split {split!r} must hold images (datasets.Image), not {found}")
+            raise DataError(f"split {split!r}, column {name!r}: expected images (datasets.Image), got {found}")
 
 
 def _check_rows(split: str, rows: Dataset) -> None:
     num_classes = len(class_names(rows))
-    columns = [name for name in ("image_id", "image", "tags", "mask") if name in rows.features]
+    columns = [name for name in ("image_id", "image", "tags", "mask", "saliency") if name in rows.features]
     seen = set()
     for row in undecoded(rows.select_columns(columns)):
         where = f"split {split!r}, row {row['image_id']!r}"
         if row["image_id"] is None or row["image_id"] in seen:
-            raise DataError(f"{where}: every row needs an image_id of its own")
+            raise DataError(f"{where}: expected an image_id that no other row has, got {row['image_id']!r}")
         seen.add(row["image_id"])
         if row["tags"] is None or not all(tag is not None and 0 <= tag < num_classes for tag in row["tags"]):
-            raise DataError(f"{where}: tags {row['tags']} must be a list of class indices 0..{num_classes - 1}")
+            raise DataError(f"{where}: tags: expected class indices 0..{num_classes - 1}, got {row['tags']}")
         image = _open(row["image"], f"{where}, {row['image'] and row['image']['path'] or 'column image'}")
         if row.get("mask") is not None:
             _check_mask(decode_mask(row["mask"], f"{where}, column mask"), _upright_size(image), num_classes, where)
+        if row.get("saliency") is not None:
+            place = f"{where}, {row['saliency']['path'] or 'column saliency'}"
+            _check_aspect(_open(row["saliency"], place), _upright_size(image), place)
 
 
 def _check_mask(mask: np.ndarray, size: tuple[int, int], num_classes: int, where: str) -> None:
     height, width = mask.shape
     if (width, height) != size:
         raise DataError(
-            f"{where}: the mask is {width}x{height} but its image is {size[0]}x{size[1]}; they must be the same"
+            f"{where}: expected a mask of the image's size, {size[0]}x{size[1]}, got one of {width}x{height}"
         )
     counts = np.bincount(mask.ravel(), minlength=256)
     unknown = np.flatnonzero(counts[num_classes + 1 : IGNORE_INDEX]) + num_classes + 1
     if len(unknown):
-        raise DataError(f"{where}: the mask has the value {unknown[0]}; right are 0 to {num_classes} and 255 for void")
+        raise DataError(f"{where}: mask: expected labels 0..{num_classes} and 255 (ignore), got {unknown[0]}")

@@ -1,4 +1,4 @@
-"""The embedded data set: a small drawn world that poses the problem of weak supervision.
+"""The generated data set: drawn images that pose the problem of weak supervision.
 
 Four kinds of body carry two kinds of head each, which makes eight classes. The body, about four fifths of an object,
 looks the same in both classes of its kind; only the small head tells them apart. A classifier can therefore be right
@@ -9,18 +9,19 @@ background, overlap, leave the picture, and share it with clutter that belongs t
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from .palette import mask_image
+from ..models.label_colors import mask_image
+from ..models.maps import IGNORE_INDEX
 from .tagged import DataError, encode_png, tagged_features
 
 TOY_CLASSES = ("vixel", "bramby", "finnet", "gillow", "scarab", "dorbug", "wagget", "trolly")
 
 _SUPERSAMPLING = 2  # pictures are drawn at twice their size and averaged
-_VOID = 255
 _PLACEMENT_TRIES = 20
 _MIN_VISIBLE_OBJECT, _MIN_VISIBLE_HEAD = 0.35, 0.6  # fractions of the whole area; less, and the object is placed anew
 _SPLIT_STREAMS = {"train": 0, "val": 1}
@@ -257,13 +258,16 @@ def _render(rng: np.random.Generator, image_size: int) -> tuple[np.ndarray, np.n
         else:
             canvas = before
 
-    picture = sum(canvas[i::_SUPERSAMPLING, j::_SUPERSAMPLING] for i, j in np.ndindex(_SUPERSAMPLING, _SUPERSAMPLING))
+    parts = [canvas[i::_SUPERSAMPLING, j::_SUPERSAMPLING] for i, j in np.ndindex(_SUPERSAMPLING, _SUPERSAMPLING)]
+    picture = np.sum(parts, axis=0)
     picture *= rng.uniform(0.8, 1.15) / _SUPERSAMPLING**2  # contrast, tint and noise of the camera
     picture += rng.uniform(-0.08, 0.12, 3).astype(np.float32)
     picture += rng.uniform(0.01, 0.04) * rng.standard_normal(picture.shape, dtype=np.float32)
     picture = (np.clip(picture, 0, 1) * 255).astype(np.uint8)
     mask = _mask(owner[::_SUPERSAMPLING, ::_SUPERSAMPLING], labels)
-    tags = [int(value) - 1 for value in np.unique(mask) if value not in (0, _VOID)]  # a tiny object may be all void
+    tags = [
+        int(value) - 1 for value in np.unique(mask) if value not in (0, IGNORE_INDEX)
+    ]  # a tiny object may have none
     return picture, mask, tags
 
 
@@ -277,17 +281,17 @@ def _all_visible(owner: np.ndarray, heads: np.ndarray, areas: list[tuple[int, in
 
 
 def _mask(owner: np.ndarray, labels: list[int]) -> np.ndarray:
-    """Object numbers (S, S) → label map uint8 with one void pixel on either side of every object's border."""
+    """Object numbers (S, S) → label map uint8, 255 (ignore) in one pixel on either side of object borders."""
     mask = np.array([0, *(label + 1 for label in labels)], dtype=np.uint8)[owner]
     across, down = owner[:, 1:] != owner[:, :-1], owner[1:] != owner[:-1]
     for border, sides in ((across, (mask[:, 1:], mask[:, :-1])), (down, (mask[1:], mask[:-1]))):
         for side in sides:
-            side[border] = _VOID
+            side[border] = IGNORE_INDEX
     return mask
 
 
 def _make_split(split: str, num_images: int, image_size: int, seed: int) -> Dataset:
-    columns = {"image_id": [], "image": [], "tags": [], "mask": []}
+    columns: dict[str, list[Any]] = {"image_id": [], "image": [], "tags": [], "mask": []}
     for index in range(num_images):
         picture, mask, tags = _render(np.random.default_rng((seed, _SPLIT_STREAMS[split], index)), image_size)
         columns["image_id"].append(f"{split}_{index:05d}")
@@ -300,12 +304,12 @@ def _make_split(split: str, num_images: int, image_size: int, seed: int) -> Data
 def make_toy(num_train: int = 600, num_val: int = 120, image_size: int = 96, seed: int = 0) -> DatasetDict:
     """Draw the data set: splits "train" and "val" with the columns image_id, image, tags and mask (none missing).
 
-    Image i of a split depends on (seed, split, i, image_size) alone; a small data set begins a larger one.
+    Image i of a split depends on (seed, split, i, image_size) alone: the first n images are the same for any number.
     """
     if min(num_train, num_val) < 1 or image_size < 32:
         raise DataError(
-            f"the toy data need at least one image per split and image_size >= 32, "
-            f"not num_train={num_train}, num_val={num_val}, image_size={image_size}"
+            f"toy: expected at least one image per split and image_size >= 32, "
+            f"got num_train={num_train}, num_val={num_val}, image_size={image_size}"
         )
     sizes = {"train": num_train, "val": num_val}
     return DatasetDict({split: _make_split(split, number, image_size, seed) for split, number in sizes.items()})

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .tagged import IGNORE_INDEX
+from ..models.maps import IGNORE_INDEX
 
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
 
@@ -29,11 +29,13 @@ class TrainTransform:
         blue_first: bool = False,
     ):
         if crop_size < 1:
-            raise ValueError(f"crop_size must be a positive number of pixels, not {crop_size}")
+            raise ValueError(f"crop_size: expected a positive number of pixels, got {crop_size}")
         if not 0 < scale[0] <= scale[1]:
-            raise ValueError(f"scale must be two positive numbers, the smaller first, not {scale}")
-        if not 0 <= flip <= 1 or not 0 <= color_jitter < 1:
-            raise ValueError(f"flip must be in 0..1 and color_jitter in 0..1 without 1, not {flip} and {color_jitter}")
+            raise ValueError(f"scale: expected two positive numbers, the smaller first, got {scale}")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"flip: expected a number in [0, 1], got {flip}")
+        if not 0 <= color_jitter < 1:
+            raise ValueError(f"color_jitter: expected a number in [0, 1), got {color_jitter}")
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
         self.mean = torch.tensor(image_mean).view(3, 1, 1)
         self.std = torch.tensor(image_std).view(3, 1, 1)

@@ -2,14 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from .palette import mask_image
-from .tagged import IGNORE_INDEX, DataError, decode_mask, encode_png, tagged_features
+from ..models.label_colors import mask_image
+from ..models.maps import IGNORE_INDEX
+from .tagged import DataError, decode_mask, encode_png, tagged_features
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -31,15 +32,13 @@ def load_voc(
     classes = tuple(classes or VOC_CLASSES)
     unknown = [name for name in classes if name not in VOC_CLASSES]
     if unknown or len(set(classes)) < len(classes):
-        culprit = f"unknown VOC class {unknown[0]!r}" if unknown else f"a class occurs twice in {', '.join(classes)}"
-        raise DataError(f"{culprit}; choose from {', '.join(VOC_CLASSES)}")
+        got = repr(unknown[0]) if unknown else f"one twice in {', '.join(classes)}"
+        raise DataError(f"classes: expected VOC classes, got {got} (known are {', '.join(VOC_CLASSES)})")
     if masks not in ("evaluation", "all"):
-        raise DataError(f"masks must be 'evaluation' or 'all', not {masks!r}")
+        raise DataError(f"masks: expected 'evaluation' or 'all', got {masks!r}")
     for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
         if not (root / folder).is_dir():
-            raise DataError(
-                f"no folder {root / folder}; the root of a devkit is its VOC2012 folder, which holds {folder}"
-            )
+            raise DataError(f"{root / folder}: no such folder (root: expected the VOC2012 folder of a devkit)")
 
     evaluated = _read_ids(root, "train")
     augmented = (root / "ImageSets/Segmentation/train_aug.txt").is_file()
@@ -53,31 +52,31 @@ def load_voc(
     )
 
 
-def _existing(path: Path, what: str) -> Path:
+def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise DataError(f"{what} {path} is missing")
+        raise DataError(f"{path}: no such file")
     return path
 
 
 def _read_ids(root: Path, name: str) -> list[str]:
-    path = _existing(root / "ImageSets" / "Segmentation" / f"{name}.txt", "the split file")
+    path = _existing(root / "ImageSets" / "Segmentation" / f"{name}.txt")
     return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
 
 
 def _read_split(
     root: Path, split: str, image_ids: list[str], classes: tuple[str, ...], needs_mask: set[str], wants_all: bool
 ) -> Dataset:
-    columns = {"image_id": [], "image": [], "tags": [], "mask": []}
+    columns: dict[str, list[Any]] = {"image_id": [], "image": [], "tags": [], "mask": []}
     for image_id in image_ids:
-        tags = _read_tags(_existing(root / "Annotations" / f"{image_id}.xml", "the annotation"), classes)
+        tags = _read_tags(_existing(root / "Annotations" / f"{image_id}.xml"), classes)
         if not tags:
             continue
         columns["image_id"].append(image_id)
-        columns["image"].append(str(_existing(root / "JPEGImages" / f"{image_id}.jpg", "the image")))
+        columns["image"].append(str(_existing(root / "JPEGImages" / f"{image_id}.jpg")))
         columns["tags"].append(tags)
         columns["mask"].append(_read_mask(root, image_id, classes, image_id in needs_mask, wants_all))
     if not columns["image_id"]:
-        raise DataError(f"split {split!r} is empty: none of its {len(image_ids)} images shows {', '.join(classes)}")
+        raise DataError(f"split {split!r}: expected images of {', '.join(classes)}, got none among {len(image_ids)}")
     return Dataset.from_dict(columns, features=tagged_features(classes, "mask"))
 
 
@@ -85,12 +84,10 @@ def _read_tags(path: Path, classes: tuple[str, ...]) -> list[int]:
     try:
         objects = {node.text for node in ElementTree.parse(path).iterfind("object/name")}
     except ElementTree.ParseError as error:
-        raise DataError(f"the annotation {path} is not XML ({error})") from error
+        raise DataError(f"{path}: expected XML, got something else ({error})") from error
     unknown = sorted(str(name) for name in objects.difference(VOC_CLASSES))
     if unknown:
-        raise DataError(
-            f"the annotation {path} names the unknown class {unknown[0]!r}; known are {', '.join(VOC_CLASSES)}"
-        )
+        raise DataError(f"{path}: expected VOC classes, got {unknown[0]!r} (known are {', '.join(VOC_CLASSES)})")
     return [index for index, name in enumerate(classes) if name in objects]
 
 
@@ -99,7 +96,7 @@ def _read_mask(root: Path, image_id: str, classes: tuple[str, ...], needed: bool
     augmented = root / "SegmentationClassAug"
     path = (augmented if augmented.is_dir() else root / "SegmentationClass") / f"{image_id}.png"
     if needed:
-        _existing(path, "the mask")
+        _existing(path)
     elif not (wanted and path.is_file()):
         return None
     if classes == VOC_CLASSES:

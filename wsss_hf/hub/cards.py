@@ -1,4 +1,4 @@
-"""Model and data set cards, written from what a run measured: no figure on them is typed by hand."""
+"""Model and data set cards, written from the results of a run: no figure on them is typed by hand."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from datasets import DatasetDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
+from ..data.saliency import describe_saliency
 from ..models.methods import METHODS
+from ..pseudo_labels.rules import RULES
 from ..reporting.tables import markdown_table
 
 _COLUMNS = ("result", "split", "mean_iou", "mean_iou_interval", "pixel_accuracy", "num_images")
 _TAGS = ["wsss_hf", "weakly-supervised-semantic-segmentation", "semantic-segmentation"]
-# What the Hub's data sets can't say of our built-in sources.
+# Names and licences of the built-in sources, which are no data sets of the Hub.
 _DATA_NAMES = {"toy": "generated images of invented creatures", "voc": "PASCAL VOC 2012", "coco": "COCO 2017"}
 _DATA_TERMS = {
     "toy": "The images are drawn by wsss_hf (Apache-2.0).",
@@ -40,19 +42,18 @@ _PAPERS = {
 
 @dataclass
 class CardSubject:
-    """What a card speaks of.
+    """The model or data set that a card describes.
 
     Attributes:
-        repo_id: where it will be.
-        folder: its name inside the run, "segmenter", "cam", "masks" …: the rows of the results whose `of` is that are
-            its own.
+        repo_id: its id on the Hub.
+        folder: its name inside the run, "segmenter", "cam", "masks" …: rows of the results with that `of` are its own.
         classes: names of the object classes.
         is_classifier: a CAM classifier; otherwise a segmenter.
-        classifies_masks: a segmenter whose pipeline has to be told to label pixels, not objects.
+        classifies_masks: a mask classification model: its pipeline needs `subtask="semantic"` to label pixels.
         needs_code: it is loaded with `trust_remote_code=True`.
         on_true_masks: trained on true masks: the upper bound, not a weakly supervised model.
         architecture: model type, as transformers calls it.
-        licence: identifier as the Hub knows it.
+        licence: the Hub's identifier of it.
         picture: file name of the examples in the repository.
         recipe_file: file name of the resolved recipe there.
     """
@@ -75,7 +76,7 @@ def model_card(subject: CardSubject, made: dict) -> ModelCard:
 
     Args:
         made: a run's `results.json` without local paths: `data`, `recipe`, `results`, `minutes`, `environment`,
-            `command`; whatever is missing is not spoken of.
+            `command`; what is missing is left out of the card.
     """
     rows, data = made.get("results", []), made.get("data") or {}
     own = _own_rows(subject.folder, rows)
@@ -92,7 +93,7 @@ def model_card(subject: CardSubject, made: dict) -> ModelCard:
     )
     sections = [
         f"# {_name(subject)}",
-        _what_it_is(subject, data),
+        _what_it_is(subject, made),
         _usage(subject),
         _results(subject, rows, own),
         _recipe(subject, made, base),
@@ -106,8 +107,8 @@ def recipe_cards(name: str, made: dict, licence: str | None) -> dict[str, ModelC
     """Cards of a run's CAM classifier and segmenter from its results alone, as `model_cards/` holds them.
 
     Args:
-        name: the models are `name-cam` and `name-segmenter`, the recipe `name.yaml`, the examples `name.png`, shown
-            where the data are the embedded ones: photographs are their owners'.
+        name: the models are `name-cam` and `name-segmenter`, the recipe `name.yaml`, the examples `name.png`: shown
+            for generated data only, since photographs belong to their owners.
         made: as for `model_card`.
     """
     names = next(list(row["iou"]) for row in made["results"] if "iou" in row)
@@ -136,7 +137,7 @@ def dataset_card(subject: CardSubject, rows: DatasetDict, made: dict) -> Dataset
         made: as for `model_card`.
     """
     results, data = made.get("results", []), made.get("data") or {}
-    total = sum(map(len, rows.values()))
+    total, saliency = sum(map(len, rows.values())), _saliency(made)
     card_data = DatasetCardData(
         license=subject.licence,
         task_categories=["image-segmentation"],
@@ -160,12 +161,14 @@ def dataset_card(subject: CardSubject, rows: DatasetDict, made: dict) -> Dataset
         "saliency": "saliency map, 0 to 255",
     }
     present = {name: text for split in rows.values() for name, text in columns.items() if name in split.features}
+    supervision = "image tags and saliency maps" if saliency else "image tags only"
     sections = [
         f"# {_name(subject)}",
         f"{len(rows['train'])} training images with **pseudo masks** for {len(subject.classes)} classes "
-        f"({_listed(subject.classes)}), made from image tags only by wsss_hf, "
+        f"({_listed(subject.classes)}), made from {supervision} by wsss_hf, "
         f"from {_data_name(data)}. The masks were made by a machine: they are wrong in places, mostly at borders and "
-        "where classes always occur together; do not measure a model on them.",
+        f"where classes always occur together; do not measure a model on them."
+        + (f" They rest on {saliency}." if saliency else ""),
         f'```python\nfrom datasets import load_dataset\n\nrows = load_dataset("{subject.repo_id}")\n```\n\n'
         f"Train a segmenter on them: `wsss train-segmenter --data {subject.repo_id} --out runs/segmenter`.",
         "## Columns\n\n" + "".join(f"- `{name}`: {text}\n" for name, text in present.items()),
@@ -190,7 +193,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _data_name(data: dict) -> str:
     source = data.get("source")
-    return _DATA_NAMES.get(source, f"`{source}`") if source else "images of its owner"
+    return _DATA_NAMES.get(source, f"`{source}`") if source else "private images"
 
 
 def _hub_data(data: dict) -> list[str] | None:
@@ -198,7 +201,7 @@ def _hub_data(data: dict) -> list[str] | None:
 
 
 def _own_rows(folder: str, rows: Sequence[dict]) -> list[dict]:
-    """The measured rows that speak of `folder`; a CAM classifier is known by its masks."""
+    """The measured rows about `folder`; those of a CAM classifier are about its masks."""
     wanted = {"cam": ("cam", "masks")}.get(folder, (folder,))
     return [row for row in rows if row.get("of") in wanted and row.get("mean_iou") is not None]
 
@@ -232,19 +235,38 @@ def _eval_results(row: dict, data: dict) -> list[EvalResult]:
     ]
 
 
-def _what_it_is(subject: CardSubject, data: dict) -> str:
+def _saliency(made: dict) -> str | None:
+    """Where the saliency maps are from that a result rests on, in words; None if it rests on none."""
+    recipe, told = made.get("recipe") or {}, (made.get("data") or {}).get("saliency")
+    rule = RULES.get(recipe.get("masks", {}).get("seeds"))
+    if "masks" in recipe or "cam" in recipe:
+        reads = bool(recipe.get("cam", {}).get("saliency")) or (rule is not None and rule.saliency == "needed")
+        reads = reads or bool(told and rule is not None and rule.saliency == "optional")
+    else:
+        reads = bool(told)  # a segmenter whose masks were made elsewhere
+    return describe_saliency(told) if reads else None
+
+
+def _what_it_is(subject: CardSubject, made: dict) -> str:
     if subject.is_classifier:
         kind = "A CAM classifier: it learns which classes are in an image and shows, as class activation maps, where"
     else:
         kind = "A semantic segmentation model"
-    training = (
-        "It was trained on **true masks**, as the upper bound of its weakly supervised siblings."
-        if subject.on_true_masks
-        else "It was trained with **image tags only**: no mask was used for training, thresholds or model selection."
-    )
+    saliency = _saliency(made)
+    if subject.on_true_masks:
+        training = "It was trained on **true masks**, as the upper bound of weakly supervised models."
+    elif saliency:
+        training = (
+            "It was trained with **image tags and saliency maps**: no true mask of these images was used for "
+            f"training, thresholds or model selection, but it rests on {saliency}."
+        )
+    else:
+        training = (
+            "It was trained with **image tags only**: no mask was used for training, thresholds or model selection."
+        )
     return (
         f"{kind}. It knows {len(subject.classes)} classes: {_listed(subject.classes)}; all else is background. "
-        f"{training} Data: {_data_name(data)}. Made with wsss_hf."
+        f"{training} Data: {_data_name(made.get('data') or {})}. Made with wsss_hf."
     )
 
 
@@ -292,7 +314,8 @@ def _results(subject: CardSubject, rows: Sequence[dict], own: Sequence[dict]) ->
 
 def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
     recipe, data = made.get("recipe", {}), made.get("data") or {}
-    facts = [f"**Data**: {_data_name(data)}. {_DATA_TERMS.get(data.get('source'), 'Its own terms apply.')}"]
+    terms = _DATA_TERMS.get(data.get("source", ""), "Its own terms apply.")
+    facts = [f"**Data**: {_data_name(data)}. {terms}"]
     if base:
         facts.append(f"**Backbone**: {base}" + (f", as `{subject.architecture}`" if subject.architecture else ""))
     if "cam" in recipe and not subject.on_true_masks:
@@ -328,10 +351,13 @@ def _command(made: dict, recipe_file: str) -> str:
     data = made.get("data") or {}
     parts = ["wsss", made["command"]]
     if made["command"] != "demo":
-        values = {"data": data.get("source")} | {key: data.get(key) for key in ("root", "limit", "revision")}
+        values = {"data": data.get("source")} | {
+            key: data.get(key) for key in ("root", "limit", "revision", "separator")
+        }
+        values["saliency"] = data["saliency"] if isinstance(data.get("saliency"), str) else None
         values["classes"] = ",".join(data.get("classes") or []) or None
         values["columns"] = (
-            ",".join(f"{ours}={theirs}" for ours, theirs in (data.get("columns") or {}).items()) or None
+            ",".join(f"{column}={given}" for column, given in (data.get("columns") or {}).items()) or None
         )
         parts += [part for key, value in values.items() if value is not None for part in (f"--{key}", str(value))]
     return shlex.join([*parts, "--recipe", recipe_file, "--out", "runs/again"])
@@ -339,22 +365,22 @@ def _command(made: dict, recipe_file: str) -> str:
 
 def _limits(subject: CardSubject, own: Sequence[dict]) -> str:
     limits = [
-        "It knows the classes above and nothing else; everything unknown is background, or the nearest class.",
-        "It is as good as the table says on images like those it was measured on, and has not been tried on others.",
+        "It knows only the classes above; anything else becomes background or the most similar class.",
+        "The figures hold for images like those it was measured on; it has not been tested on others.",
     ]
     if not subject.on_true_masks:
         limits.insert(
             0,
             "Tags do not say where a class is: masks may cover what always occurs together with a class (rails with "
-            "trains, water with boats), or only its most telling part, and their borders are rough.",
+            "trains, water with boats), or only its most discriminative part, and their borders are rough.",
         )
     scored = [(value, name) for row in own for name, value in row.get("iou", {}).items() if value is not None]
     if scored:
         value, name = min(scored)
         limits.append(f"Its weakest class is {name}, with an IoU of {100 * value:.1f} %.")
     return (
-        "## Intended use and limits\n\nFor research, for annotating one's own images faster, and wherever a rough "
-        "mask helps and a wrong one harms nobody. Not for decisions about people, nor where safety depends on it.\n\n"
+        "## Intended use and limits\n\nFor research, for annotating images faster, and where a rough mask helps and "
+        "errors do no harm. Not for decisions about people, nor where safety depends on it.\n\n"
         + "".join(f"- {limit}\n" for limit in limits)
     )
 

@@ -1,6 +1,6 @@
-"""Published checkpoints → our models: ImageNet VGG-16 and Wide ResNet-38, and what DRS, SEAM and PLDA released.
+"""Conversion of published checkpoints: ImageNet VGG-16 and Wide ResNet-38, and those of DRS, SEAM and PLDA.
 
-A layout is recognised by the names in the file alone; widths, numbers of classes and so on are read off the shapes.
+A layout is recognised by the names in the file alone; widths, numbers of classes and so on follow from the shapes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,18 +33,20 @@ from ..models.wide_resnet import WideResNet38Backbone, WideResNet38Config
 
 IMAGENET_SIZE, DRS_SIZE, SEAM_SIZE = 224, 320, 448  # short side of the images they were trained at
 KINDS = ("classifier", "refiner")
-_MODELS = {model.config_class: model for model in (CamClassifier, MapRefiner, Vgg16Backbone, WideResNet38Backbone)}
+_MODELS: dict[type, type] = {
+    model.config_class: model for model in (CamClassifier, MapRefiner, Vgg16Backbone, WideResNet38Backbone)
+}
 
 Weights = dict[str, Tensor]
 
 
 class ConvertError(ValueError):
-    """A checkpoint that can't be converted; the message names the file and what would be right."""
+    """A checkpoint that can't be converted; the message names the file and what was expected."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the caller knows about a checkpoint that is not in it; None is not given."""
+class CheckpointOptions:
+    """Facts about a checkpoint that are not in the file, as the caller gives them; None is not given."""
 
     class_names: list[str] | None = None
     drs_delta: float | None = None
@@ -56,23 +59,23 @@ class Layout:
     """One kind of checkpoint.
 
     Attributes:
-        name: what messages and the converted configuration call it.
+        name: in messages and in the converted configuration.
         size: short side of an image for the image processor.
-        required: the names it has.
-        build: (weights, options) → our configuration, and the weights under our names.
-        options: the fields of [`Options`] that say something about it.
-        ignored: beginnings of names that may be there and are left out.
+        required: the names of its weights.
+        build: (weights, options) → configuration, and the weights with the names of the model here.
+        options: the fields of [`CheckpointOptions`] that apply to it.
+        ignored: prefixes of names that may occur and are left out.
     """
 
     name: str
     size: int
     required: frozenset[str]
-    build: Callable[[Weights, Options], tuple[PreTrainedConfig, Weights]]
+    build: Callable[[Weights, CheckpointOptions], tuple[PreTrainedConfig, Weights]]
     options: tuple[str, ...] = ("class_names",)
     ignored: tuple[str, ...] = ()
 
     def difference(self, weights: Weights) -> tuple[list[str], list[str]]:
-        """Names that are missing and names that are left over."""
+        """Names that are missing, and names that are unexpected."""
         missing = [name for name in sorted(self.required) if name not in weights]
         return missing, [n for n in weights if n not in self.required and not n.startswith(self.ignored)]
 
@@ -85,21 +88,20 @@ def convert_checkpoint(
     extra_channels: Sequence[int] | None = None,
     kind: str | None = None,
 ) -> Path:
-    """Write a published checkpoint as one of our models, with its image processor.
+    """Convert a published checkpoint to a model of this package, with its image processor.
 
-    ImageNet weights become the directory of a backbone, everything else that of a [`CamClassifier`] or, on request, of
-    a [`MapRefiner`]. Its configuration says under `converted_from` what the file was. Either `out` is whole in the
-    end, or it is not there.
+    ImageNet weights become a backbone, everything else a [`CamClassifier`] or, on request, a [`MapRefiner`]. The
+    configuration names the layout of the file under `converted_from`. `out` appears complete or not at all.
 
     Args:
         file: `.safetensors`, or `.pth`, `.pt` or `.bin` that holds nothing but tensors, numbers and strings.
-        out: the folder to write; must not hold anything.
+        out: the folder to write; must not exist, or be empty.
         class_names: names of the object classes in the order of the file; those of VOC if there are 20.
         drs_delta: the fixed DRS that a classifier's DRS file without controllers was trained with.
         extra_channels: 3×3 convolutions on top of an ImageNet VGG-16, [512, 512, 512] for DRS. They are not in the
             file: they start from random weights whenever the directory is loaded.
-        kind: what a DRS file without controllers is, which nothing in it tells: "refiner" for the network of DRS's
-            refinement learning; "classifier", as without `kind`, for one with fixed DRS of `drs_delta`, or with none.
+        kind: of a DRS file without controllers, which does not tell: "refiner" for the network of DRS's refinement
+            learning; "classifier" (default) for one with fixed DRS of `drs_delta`, or without DRS.
 
     Returns:
         `out`.
@@ -109,8 +111,8 @@ def convert_checkpoint(
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConvertError(f"--to {out}: it exists already; take another folder")
-    options = Options(
+        raise ConvertError(f"--to {out}: expected a folder that does not exist yet, got an existing one")
+    options = CheckpointOptions(
         None if class_names is None else list(class_names),
         drs_delta,
         None if extra_channels is None else list(extra_channels),
@@ -128,72 +130,80 @@ def convert_checkpoint(
 
 
 def read_weights(file: str | os.PathLike) -> Weights:
-    """The tensors of a checkpoint by name, from inside `model` or `state_dict` and without a prefix `module.`.
+    """The tensors of a checkpoint by name, taken from `model` or `state_dict` if nested, without a prefix `module.`.
 
-    Nothing in a pickle is run: it may hold tensors, numbers and strings only.
+    No code in a pickle is run: it may contain tensors, numbers and strings only.
 
     Raises:
-        ConvertError: there is no such file, it is of another kind, or it holds something else.
+        ConvertError: there is no such file, it has another format, or it contains something else.
     """
     path = Path(file)
     if not path.is_file():
         raise ConvertError("no such file")
     if path.suffix == ".safetensors":
         try:
-            values = load_file(path)
+            values: Any = load_file(path)
         except SafetensorError as error:
-            raise ConvertError(f"not a safetensors file ({error})") from error
+            raise ConvertError(f"expected a safetensors file, got something else ({error})") from error
     elif path.suffix in (".pth", ".pt", ".bin"):
         values = _unpickled(path)
     else:
-        raise ConvertError("a file .safetensors, .pth, .pt or .bin would be right")
+        raise ConvertError("expected a file .safetensors, .pth, .pt or .bin, got another suffix")
     for key in ("model", "state_dict"):
         if isinstance(values, dict) and isinstance(values.get(key), dict):
             values = values[key]
     if not isinstance(values, dict) or not values or not all(isinstance(v, Tensor) for v in values.values()):
-        raise ConvertError("it holds no dictionary of tensors; a network's state_dict would be right")
+        raise ConvertError(f"expected a dictionary of tensors (a state_dict), got {_kind(values)}")
     return {name.removeprefix("module."): value for name, value in values.items()}
 
 
-def _unpickled(path: Path):
+def _kind(values: object) -> str:
+    if not isinstance(values, dict):
+        return type(values).__name__
+    other = next((name for name, value in values.items() if not isinstance(value, Tensor)), None)
+    return "an empty one" if not values else f"{type(values[other]).__name__} under {other!r}"
+
+
+def _unpickled(path: Path) -> Any:
     # The DRS program stores its best score, a NumPy number, beside the weights; NumPy 1 and 2 name it differently.
     number = np.float64(0).__reduce__()[0]
-    harmless = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    harmless: list = [(number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
     try:
         with torch.serialization.safe_globals([*harmless, np.dtype, np.dtypes.Float64DType]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ConvertError(
-            "it needs more than weights to be read, which could run any code; a state_dict saved alone would be right"
+            "expected a pickle of tensors, numbers and strings, got one with other objects, which could run any code"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
-        raise ConvertError(f"not a PyTorch file ({error})") from error
+        raise ConvertError(f"expected a PyTorch file, got something else ({error})") from error
 
 
-def _converted(weights: Weights, options: Options) -> tuple[PreTrainedModel, Layout, Weights]:
-    # How many batches a batch norm has seen is in newer files only, and nothing depends on it.
-    weights = _without_twins({n: value for n, value in weights.items() if not n.endswith("num_batches_tracked")})
+def _converted(weights: Weights, options: CheckpointOptions) -> tuple[PreTrainedModel, Layout, Weights]:
+    # num_batches_tracked of batch norms is in newer files only, and nothing depends on it.
+    weights = _without_duplicates({n: value for n, value in weights.items() if not n.endswith("num_batches_tracked")})
     layout = _recognised(weights)
     for name, value in vars(options).items():
         if value is not None and name not in layout.options:
-            raise ConvertError(f"this is {layout.name}, to which {name} does not apply; leave it out")
+            given = " or ".join(layout.options) or "no options"
+            raise ConvertError(f"{name}: expected {given} for {layout.name}, got {name}")
     config, weights = layout.build({n: weights[n] for n in layout.required}, options)
     config.converted_from = layout.name
-    with torch.device("meta"):  # its names and shapes are all that is needed
+    with torch.device("meta"):  # only names and shapes are needed
         model = _MODELS[type(config)](config)
     return model, layout, _completed(model, weights)
 
 
 def _completed(model: nn.Module, weights: Weights) -> Weights:
-    """The weights of our model, held against its shapes; the layers that are not in the file stay out."""
-    completed = {}
+    """The weights of the model that are in the file, their shapes checked, and its counters at zero."""
+    completed: Weights = {}
     for name, value in model.state_dict().items():
         if name.endswith("num_batches_tracked"):
             completed[name] = torch.zeros_like(value, device="cpu")
         elif name in weights:
             if weights[name].shape != value.shape:
                 file_shape = tuple(weights[name].shape)
-                raise ConvertError(f"our {name} is {tuple(value.shape)}, but the file has {file_shape}")
+                raise ConvertError(f"{name}: expected the shape {tuple(value.shape)}, got {file_shape}")
             completed[name] = weights[name].float().contiguous()
     return completed
 
@@ -206,8 +216,8 @@ def _recognised(weights: Weights) -> Layout:
     if sizes[nearest]:
         missing, left_over = differences[nearest]
         raise ConvertError(
-            f"no known layout; the nearest is {layouts[nearest].name}, "
-            f"with {_listed(missing)} missing and {_listed(left_over)} left over"
+            f"expected a known layout, got one nearest to {layouts[nearest].name}, "
+            f"with {_listed(missing)} missing and {_listed(left_over)} unexpected"
         )
     return layouts[nearest]
 
@@ -223,8 +233,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _vgg_positions() -> dict[str, int]:
-    """Where each convolution that DRS names is in torchvision's `features`: "layer1_conv2" is 2."""
-    positions, position = {}, 0
+    """DRS's name of a convolution → its index in torchvision's `features`: "layer1_conv2" is 2."""
+    positions: dict[str, int] = {}
+    position = 0
     for block, depth in enumerate(DEPTHS, start=1):
         for place in range(1, depth + 1):
             positions[f"layer{block}_conv{place}"] = position
@@ -306,21 +317,21 @@ def _num_heads(weights: Weights) -> int:
     return len(found) or len(VOC_CLASSES)
 
 
-def _without_twins(weights: Weights) -> Weights:
-    """DRS files name each convolution of VGG-16 twice, `features.0` and `layer1_conv1`; keep the first."""
-    single = {}
+def _without_duplicates(weights: Weights) -> Weights:
+    """DRS files contain each convolution of VGG-16 twice, as `features.0` and as `layer1_conv1`; keep the first."""
+    single: Weights = {}
     for name, value in weights.items():
         layer, _, kind = name.partition(".")
         single_name = f"features.{_VGG_POSITIONS[layer]}.{kind}" if layer in _VGG_POSITIONS else name
         if not torch.equal(single.setdefault(single_name, value), value):
-            raise ConvertError(f"{name} and its other name {single_name} hold different values")
+            raise ConvertError(f"{name}: expected the values of {single_name}, its other name, got others")
     return single
 
 
-# From each layout to ours
+# From each layout to a configuration and renamed weights
 
 
-def _vgg_backbone(weights: Weights, options: Options) -> tuple[PreTrainedConfig, Weights]:
+def _vgg_backbone(weights: Weights, options: CheckpointOptions) -> tuple[PreTrainedConfig, Weights]:
     return _vgg_config(weights, options.extra_channels or []), weights
 
 
@@ -329,23 +340,25 @@ def _vgg_config(weights: Weights, extra_channels: list[int]) -> Vgg16Config:
     return Vgg16Config(widths=widths, extra_channels=extra_channels)
 
 
-def _drs_classifier(weights: Weights, options: Options) -> tuple[PreTrainedConfig, Weights]:
+def _drs_classifier(weights: Weights, options: CheckpointOptions) -> tuple[PreTrainedConfig, Weights]:
     return _drs_network(CamConfig, weights, options, drs=DrsConfig(mode="learnable"))
 
 
-def _drs_without_controllers(weights: Weights, options: Options) -> tuple[PreTrainedConfig, Weights]:
+def _drs_without_controllers(weights: Weights, options: CheckpointOptions) -> tuple[PreTrainedConfig, Weights]:
     if options.kind not in (None, *KINDS):
-        raise ConvertError(f"kind {options.kind!r}: {' or '.join(KINDS)} would be right")
+        raise ConvertError(f"kind: expected {' or '.join(KINDS)}, got {options.kind!r}")
     if options.kind == "refiner":
         if options.drs_delta is not None:
-            raise ConvertError("a refiner has no DRS; leave drs_delta out, or take it as a classifier")
+            raise ConvertError(
+                f"drs_delta: expected none for a refiner, got {options.drs_delta} (or use a classifier)"
+            )
         return _drs_network(MapRefinerConfig, weights, options)
     drs = None if options.drs_delta is None else DrsConfig(mode="fixed", delta=options.drs_delta)
     return _drs_network(CamConfig, weights, options, drs=drs)
 
 
 def _drs_network(
-    config_class: type[CamConfig], weights: Weights, options: Options, **methods
+    config_class: type[CamConfig], weights: Weights, options: CheckpointOptions, **methods
 ) -> tuple[PreTrainedConfig, Weights]:
     names = _class_names(len(weights["extra_conv4.weight"]), options.class_names)
     config = config_class(
@@ -357,7 +370,7 @@ def _drs_network(
     return config, {(_DRS | _CONTROLLERS)[name]: value for name, value in weights.items()}
 
 
-def _wide_resnet_backbone(weights: Weights, options: Options) -> tuple[PreTrainedConfig, Weights]:
+def _wide_resnet_backbone(weights: Weights, options: CheckpointOptions) -> tuple[PreTrainedConfig, Weights]:
     return _wide_resnet_config(weights), weights
 
 
@@ -366,13 +379,14 @@ def _wide_resnet_config(weights: Weights) -> WideResNet38Config:
     return WideResNet38Config(widths=[len(weights[f"{name}.weight"]) for name in ("conv1a", *last)])
 
 
-def _seam_classifier(weights: Weights, options: Options) -> tuple[PreTrainedConfig, Weights]:
+def _seam_classifier(weights: Weights, options: CheckpointOptions) -> tuple[PreTrainedConfig, Weights]:
     weights = dict(weights)
     rows = len(weights["fc8.weight"])
     heads = [name for name in weights if name.startswith("head_list.")]
     num_classes = len(heads) // 2 or len(options.class_names or VOC_CLASSES)
     if rows not in (num_classes, num_classes + 1):
-        raise ConvertError(f"fc8 has {rows} rows; names of {rows - 1} classes would be right, the first is background")
+        got = len(options.class_names) if options.class_names else "none (VOC has 20)"
+        raise ConvertError(f"class_names: expected {rows - 1} (fc8 has {rows} rows, one of background), got {got}")
     if rows == num_classes + 1:
         # PCM makes its background from the objects; the first row, trained as a class of its own, is never read.
         weights["fc8.weight"] = weights["fc8.weight"][1:]
@@ -394,14 +408,14 @@ def _seam_classifier(weights: Weights, options: Options) -> tuple[PreTrainedConf
         maps="seam",
         id2label=dict(enumerate(names)),
     )
-    ours = _SEAM | _DISCRIMINATOR
+    renamed = _SEAM | _DISCRIMINATOR
     body = set(_wide_resnet_names())
-    return config, {ours.get(n, f"backbone.body.{n}" if n in body else n): value for n, value in weights.items()}
+    return config, {renamed.get(n, f"backbone.body.{n}" if n in body else n): value for n, value in weights.items()}
 
 
 def _class_names(count: int, given: list[str] | None) -> list[str]:
     names = list(VOC_CLASSES) if given is None else given
     if len(names) != count:
-        whose = "the 20 of VOC" if given is None else f"the {len(names)} that were given"
-        raise ConvertError(f"it has {count} classes, which are not {whose}; {count} class names would be right")
+        found = "none (VOC has 20)" if given is None else len(names)
+        raise ConvertError(f"class_names: expected {count}, the classes of the file, got {found}")
     return names

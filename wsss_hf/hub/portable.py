@@ -1,4 +1,4 @@
-"""Settings as they may leave this machine: a path of it says nothing to others, and maybe too much."""
+"""Settings without local paths, for publication: paths mean nothing on other machines and may reveal private names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def portable_values(value):
-    """`value`, a JSON-like structure, with every local path cut down to its last part; Hub ids stay whole."""
+    """`value`, a JSON-like structure, with every local path replaced by its last part; Hub ids stay as they are."""
     if isinstance(value, dict):
         return {key: portable_values(item) for key, item in value.items()}
     if isinstance(value, list):

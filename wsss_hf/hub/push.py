@@ -11,10 +11,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from datasets import load_from_disk
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, SpaceCardData
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    ModelCardData,
+    SpaceCard,
+    SpaceCardData,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -23,14 +33,16 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import get_token, httpx, validate_repo_id
-from transformers import AutoImageProcessor, PreTrainedModel, SegformerImageProcessorPil
+from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from .. import models
 from ..data.tagged import class_names
 from ..metrics import boundary_f, mean_iou
 from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.mask_classifiers import MASK_CLASSIFIERS, load_segmentation_model
-from ..models.portable_model import PortableModelMixin
+from ..models.options import unknown_name
+from ..models.portable_model import PortableModel
 from .cards import CardSubject, dataset_card, model_card
 from .portable import portable_values
 
@@ -44,7 +56,7 @@ _BRANCH = re.compile(r"(?!.*(\.\.|//|@\{|\.lock(/|$)))[A-Za-z0-9_][\w./-]*(?<![.
 
 
 class HubError(ValueError):
-    """What can't be pushed, or a Hub that doesn't take it; the message says what would be right."""
+    """What can't be pushed, or a Hub that doesn't take it; the message says what was expected."""
 
 
 @dataclass
@@ -71,7 +83,7 @@ def push_model(
     licence: str | None = None,
     pictures: bool = True,
 ) -> Pushed:
-    """Publish a trained model, ready for strangers: weights, configuration, image processor, code, card.
+    """Publish a trained model, loadable by everybody: weights, configuration, image processor, code, card.
 
     Args:
         source: a run's folder (its last segmenter is meant), or the folder of a model; inside a run's folder it gets
@@ -93,14 +105,15 @@ def push_model(
         staged = Path(staging)
         model = _stage_model(folder, staged)
         made, settings = _stage_results(folder, staged, pictures)
-        mask_names = getattr(model, "mask_id2label", model.config.id2label)  # a CAM classifier's tags lack background
+        names: dict = model.config.id2label or {}
+        mask_names = getattr(model, "mask_id2label", names)  # a CAM classifier's tags lack background
         subject = CardSubject(
             repo_id=repo_id,
             folder=folder.name,
-            classes=[name for name in model.config.id2label.values() if name != "background"],
-            is_classifier=len(mask_names) > model.config.num_labels,
+            classes=[name for name in names.values() if name != "background"],
+            is_classifier=len(mask_names) > len(names),
             classifies_masks=model.config.model_type in MASK_CLASSIFIERS,
-            needs_code=isinstance(model, PortableModelMixin),
+            needs_code=isinstance(model, PortableModel),
             on_true_masks=settings.get("mask_column") == "mask",
             architecture=getattr(model.config, "backbone_config", model.config).model_type,
             licence=licence or _licence_there(repo_id, "model", token),
@@ -108,6 +121,77 @@ def push_model(
         )
         model_card(subject, made).save(staged / "README.md")
         return push_folder(staged, repo_id, "model", f"Push {folder.name}", private, revision, token)
+
+
+def push_loaded_model(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | None = None,
+) -> CommitInfo:
+    """Upload what `model.save_pretrained` writes, in one commit; files that the repository has already are not sent.
+
+    The options are those of `PreTrainedModel.push_to_hub`. A repository without a card gets a short one, without
+    figures; `push_model` writes one with the figures of the run.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if not api.file_exists(repo_id, "README.md", revision=revision):
+            _short_card(model, repo_id, [*(model.model_tags or []), *(tags or [])]).save(f"{folder}/README.md")
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message or "Upload model",
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _short_card(model: Any, repo_id: str, tags: list[str]) -> ModelCard:
+    """A card for a model of which nothing is known but itself."""
+    kind, backbone = type(model).__name__, model.config.backbone_config.model_type
+    classes = [label for value, label in sorted(model.mask_id2label.items()) if value > 0]
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        tags=list(dict.fromkeys(["wsss_hf", "weakly-supervised-semantic-segmentation", *tags])),
+    )
+    return ModelCard(f"""---
+{metadata.to_yaml()}
+---
+
+# {repo_id.rpartition("/")[2]}
+
+A `{kind}` of wsss_hf (weakly supervised semantic segmentation) on a `{backbone}` backbone.
+It knows {len(classes)} classes: {", ".join(classes)}; all else is background.
+
+What it was trained on, and how well it does, is not recorded here: try it on images of your own before you rely on it.
+
+## Use
+
+```python
+from transformers import pipeline
+
+segmenter = pipeline("image-segmentation", model="{repo_id}", trust_remote_code=True)
+for found in segmenter("photo.jpg"):
+    print(found["label"], found["score"], found["mask"].size)
+```
+
+The repository brings the code that `trust_remote_code=True` runs; read it first. Where wsss_hf is installed,
+`import wsss_hf` takes its place.
+""")
 
 
 def push_dataset(
@@ -156,10 +240,11 @@ def push_metric(
         HubError: as `push_model`; or there is no such metric.
     """
     if name not in METRICS:
-        raise HubError(f"{name}: no such metric; there are {', '.join(METRICS)}")
+        raise HubError(unknown_name(name, name, METRICS))
     repo_id = _checked_target(repo_id, revision, token)
     metric = METRICS[name]
-    folder, script = Path(metric.__file__).parent, Path(metric.__file__).read_text()
+    file = Path(str(metric.__file__))
+    folder, script = file.parent, file.read_text()
     title = repo_id.rpartition("/")[2]
     description, usage, inputs = metric.DESCRIPTION.strip(), _usage_of_metric(repo_id), metric.INPUTS.strip()
     with tempfile.TemporaryDirectory() as staging:
@@ -192,10 +277,10 @@ def _checked_target(repo_id: str, revision: str | None, token: str | None) -> st
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise HubError(
-            f"{repo_id}: no id of a repository; owner/name, in letters, digits and -_. would be right"
+            f"expected the id of a repository, owner/name in letters, digits and -_., got {repo_id}"
         ) from error
     if revision is not None and not _BRANCH.fullmatch(revision):
-        raise HubError(f"--branch {revision}: no name of a branch; main, or v1, would be right")
+        raise HubError(f"--branch: expected the name of a branch such as main or v1, got {revision}")
     if "/" in repo_id:
         return repo_id
     with _naming(repo_id):
@@ -206,10 +291,10 @@ def _licence_there(repo_id: str, repo_type: str, token: str | None) -> str | Non
     """The licence that the repository's card names, if there are both."""
     with _naming(repo_id):
         try:
-            card = HfApi(token=token).repo_info(repo_id, repo_type=repo_type).card_data
+            info: Any = HfApi(token=token).repo_info(repo_id, repo_type=repo_type)
         except RepositoryNotFoundError:
             return None
-    return card.get("license") if card else None
+    return info.card_data.get("license") if info.card_data else None
 
 
 def _part_of(source: Path, part: str, mark: str) -> Path:
@@ -220,7 +305,7 @@ def _part_of(source: Path, part: str, mark: str) -> Path:
     for folder in (source, rounds[max(rounds)]):
         if (folder / mark).is_file():
             return folder.resolve()
-    raise HubError(f"{source}: nothing to push; a folder with {mark}, or a run with {part}/, would be right")
+    raise HubError(f"{source}: expected a folder with {mark}, or a run with {part}/")
 
 
 def _stage_results(folder: Path, staged: Path, pictures: bool) -> tuple[dict, dict]:
@@ -247,7 +332,7 @@ def _stage_model(folder: Path, staged: Path) -> PreTrainedModel:
     if odd:
         raise HubError(f"{folder}: the weights do not fit the configuration ({odd[0]} and {len(odd) - 1} more)")
     processor = AutoImageProcessor.from_pretrained(folder)
-    if not isinstance(model, PortableModelMixin) and isinstance(processor, WsssImageProcessor):
+    if not isinstance(model, PortableModel) and isinstance(processor, WsssImageProcessor):
         processor = _library_processor(processor)
     _forget_paths(model)
     model.save_pretrained(staged)
@@ -292,14 +377,14 @@ def push_folder(
         repo_id = api.create_repo(
             repo_id, private=private or None, repo_type=repo_type, exist_ok=True, **create_options
         ).repo_id
-        info = api.repo_info(repo_id, repo_type=repo_type)
+        info: Any = api.repo_info(repo_id, repo_type=repo_type)
         if private and not info.private:
             raise HubError(f"{repo_id} is public already; --private makes new repositories private, no old ones")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
-        before = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
+        before: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
         stale = [s.rfilename for s in before.siblings if _is_ours(s.rfilename) and s.rfilename not in files]
-        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        operations: list = [CommitOperationAdd(name, path) for name, path in files.items()]
         operations += [CommitOperationDelete(name) for name in stale]
         commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision)
         url = f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
@@ -317,7 +402,7 @@ def _files_to_push(folder: Path, token: str | None) -> dict[str, Path]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() or not (path.is_dir() or path.suffix in _KINDS):
-            raise HubError(f"{name}: a link or no file of a model; {', '.join(_KINDS)} would be right")
+            raise HubError(f"{name}: expected a file of a model ({', '.join(_KINDS)}), got a link or another file")
         if path.is_file():
             if secret and secret.encode() in path.read_bytes():
                 raise HubError(f"{name}: holds your Hub token; take it out first")
@@ -337,7 +422,9 @@ def _naming(repo_id: str) -> Iterator[None]:
     except RevisionNotFoundError as error:
         raise HubError(f"{repo_id}: no such revision on the Hub") from error
     except RepositoryNotFoundError as error:
-        raise HubError(f"{repo_id}: not there, or not yours; a token that may write to it would be right") from error
+        raise HubError(
+            f"{repo_id}: expected a repository that the token may write to; it is not there, or not yours"
+        ) from error
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         response = getattr(error, "response", None)
         if response is None or response.status_code in (401, 403):

@@ -1,4 +1,4 @@
-"""How well image tags are predicted.
+"""Mean average precision of predicted image tags.
 
 Also a script: `evaluate.load("wsss_hf/metrics/average_precision.py")`.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class MeanAveragePrecision(evaluate.Metric):
-    """[`mean_average_precision`] as a metric; its scores wait on disk, as the library does it."""
+    """[`mean_average_precision`] as an `evaluate.Metric`; the library keeps its scores on disk until `compute`."""
 
     def _info(self) -> evaluate.MetricInfo:
         predictions = datasets.List(datasets.Value("float64"))
@@ -50,11 +50,12 @@ def mean_average_precision(scores: np.ndarray, tags: np.ndarray, class_names: Se
     """
     scores, tags = np.asarray(scores), np.asarray(tags)
     if scores.ndim != 2 or scores.shape != tags.shape or not scores.size:
-        raise ValueError(f"scores and tags must both be (images, classes), got {scores.shape} and {tags.shape}")
+        raise ValueError(f"scores and tags: expected (images, classes) for both, got {scores.shape} and {tags.shape}")
     if not np.isfinite(scores).all():
-        raise ValueError(f"the scores of image {np.argwhere(~np.isfinite(scores))[0, 0]} are not all finite")
+        image = np.argwhere(~np.isfinite(scores))[0, 0]
+        raise ValueError(f"scores of image {image}: expected finite numbers, got {scores[image].tolist()}")
     if not np.isin(tags, (0, 1)).all():
-        raise ValueError("tags must be 0 or 1")
+        raise ValueError(f"tags: expected 0 or 1, got {tags[~np.isin(tags, (0, 1))][0]}")
     names = [str(index) for index in range(scores.shape[1])] if class_names is None else list(class_names)
     per_class = {name: _average_precision(*columns) for name, *columns in zip(names, scores.T, tags.T, strict=True)}
     known = [value for value in per_class.values() if value is not None]

@@ -1,9 +1,9 @@
-"""How well the outlines of label maps agree: boundary precision, recall and F.
+"""Boundary precision, recall and F of label maps.
 
 Also a script: `evaluate.load("wsss_hf/metrics/boundary_f.py", class_names=[...])`.
 
 The definition. A pixel of class c is a boundary pixel of c if one of its four neighbours has another label; the frame
-of the image is no boundary. It is right if the other label map has a boundary pixel *of the same class* within a
+of the image is no boundary. It is correct if the other label map has a boundary pixel *of the same class* within a
 Euclidean distance of `tolerance` times the image diagonal, rounded up to whole pixels: 0.008 as in DAVIS (Perazzi et
 al., CVPR 2016), that is 5 pixels at 500 x 375; Csurka et al. (BMVC 2013) take 0.0075.
 
@@ -11,11 +11,11 @@ Three choices need a reason:
 - Counts are added up over all images before precision, recall and F are taken per class, as it is done for the IoU. A
   mean over images would need a value for classes that an image lacks on one side, and would let an image with one
   small object weigh as much as a crowd.
-- PASCAL VOC leaves a band of pixels without a label around every object, so that no two classes ever touch. The true
-  outline is taken to be in the middle of that band: pixels without a label get the label of the nearest pixel that has
-  one. (Leaving the band out of both maps instead would give a prediction a boundary wherever the truth has one.)
-- Inside larger regions without a label nothing is known: boundary pixels of either map that are farther than the
-  tolerance from the nearest labelled pixel are not counted.
+- PASCAL VOC has a band of ignored pixels (255) around every object, so that no two classes ever touch. The true
+  outline is taken to be in the middle of that band: ignored pixels get the label of the nearest pixel that has one.
+  (Ignoring the band in both maps instead would give a prediction a boundary wherever the truth has one.)
+- Inside larger ignored regions nothing is known: boundary pixels of either map that are farther than the tolerance
+  from the nearest labelled pixel are not counted.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ from scipy.spatial import cKDTree
 from .streaming import FEATURES, StreamingMetric, label_maps, mean_over_present, number, ratio
 
 DESCRIPTION = """
-Precision, recall and F of the boundaries of label maps, within a tolerance that is a share of the image diagonal.
+Precision, recall and F of the boundaries of label maps, within a tolerance that is a fraction of the image diagonal.
 Images are counted as they come: memory does not grow with their number, and nothing is written to disk.
 """
 
 INPUTS = """
 Args:
     predictions: label maps (H, W) of integers 0..K-1, or the ignore index, which is no class.
-    references: true label maps of the same sizes; narrow bands of the ignore index are closed from both sides, what is
-        farther inside than the tolerance is not counted.
+    references: true label maps of the same sizes; ignored pixels get the nearest label, those farther from any label
+        than the tolerance are not counted.
 Returns:
     boundary_f: mean of `boundary_f_per_class` over the classes that have one.
     boundary_f_per_class: class name -> harmonic mean of precision and recall; 0 where only one side has boundaries of
-        the class or none of them is right, None where neither side has any.
-    boundary_precision, boundary_recall: share of the predicted (true) boundary pixels that are right, mean over the
-        classes that have predicted (true) boundaries.
+        the class or none of them is correct, None where neither side has any.
+    boundary_precision, boundary_recall: fraction of the predicted (true) boundary pixels that are correct, mean over
+        the classes that have predicted (true) boundaries.
     num_images: number of images counted.
 """
 
 
 class BoundaryF(StreamingMetric):
-    """Streams (4, K) counts of boundary pixels: predicted, right among these, true, found among these.
+    """Streams (4, K) counts of boundary pixels: predicted, correct among these, true, found among these.
 
     Args:
         class_names, num_classes, ignore_index: see [`StreamingMetric`].
-        tolerance: share of the image diagonal.
+        tolerance: fraction of the image diagonal.
         kwargs: what `evaluate.load` passes to every metric.
     """
 
@@ -68,7 +68,7 @@ class BoundaryF(StreamingMetric):
         **kwargs,
     ):
         if not 0 < tolerance < 1:
-            raise ValueError(f"tolerance is a share of the image diagonal: 0.008 would be right, not {tolerance}")
+            raise ValueError(f"tolerance: expected a fraction of the image diagonal, like 0.008, got {tolerance}")
         self.tolerance = tolerance
         super().__init__(class_names, num_classes, ignore_index, **kwargs)
 
@@ -76,7 +76,7 @@ class BoundaryF(StreamingMetric):
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=FEATURES)
 
     def _no_counts(self) -> np.ndarray:
-        return np.zeros((4, len(self.class_names)), dtype=np.int64)
+        return np.zeros((4, len(self.names)), dtype=np.int64)
 
     def _count(self, prediction, reference, who: str) -> np.ndarray:
         prediction, reference = label_maps(prediction, reference, who)
@@ -86,11 +86,11 @@ class BoundaryF(StreamingMetric):
         unknown = reference == self.ignore_index
         if unknown.all():
             return self._no_counts()
-        counted = np.ones(reference.shape, dtype=bool)
+        counted: np.ndarray = np.ones(reference.shape, dtype=bool)
         if unknown.any():
             distance, nearest = distance_transform_edt(unknown, return_indices=True)
             reference, counted = reference[tuple(nearest)], distance <= pixels
-        classes = len(self.class_names)
+        classes = len(self.names)
         found, true = (_boundary_points(labels, classes) for labels in (prediction, reference))
         rows = []
         for points, others in ((found, true), (true, found)):
@@ -100,9 +100,9 @@ class BoundaryF(StreamingMetric):
         return np.stack(rows)
 
     def _figures(self) -> dict:
-        predicted, right, true, found = self.counts
-        precision, recall = ratio(right, predicted), ratio(found, true)
-        # F = 0 where nothing is right; where a side is empty the other's pixels are all wrong.
+        predicted, correct, true, found = self.counts
+        precision, recall = ratio(correct, predicted), ratio(found, true)
+        # F = 0 where nothing is correct; where one side is empty, all pixels of the other are wrong.
         both = np.nan_to_num(precision) + np.nan_to_num(recall)
         f = np.divide(2 * precision * recall, both, out=np.zeros_like(both), where=both > 0)
         f[(predicted == 0) & (true == 0)] = np.nan

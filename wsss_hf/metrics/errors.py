@@ -1,4 +1,4 @@
-"""What lies between a segmenter and a better one: classes, borders, missed objects, and kinds of confusion."""
+"""Error analysis of two segmenters: IoU per class, border pixels, missed objects, and kinds of confusion."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import numpy as np
 from accelerate.utils import gather_object
 from scipy.ndimage import distance_transform_edt
 
-from ..reporting.tables import format_value, markdown_table
 from .boundary_f import edges
 from .mean_iou import MeanIoU, hits_truth_predicted, iou_from_counts, resampled_sums
 from .streaming import label_maps, mean_over_present, number, ratio, sum_over_processes
 
-BAND = 5  # pixels on either side of a true border
-MISSED = 0.1  # IoU below which an image's class counts as not found
+BAND = 5  # pixels on either side of a true border that count as border pixels
+MISSED = 0.1  # IoU below which an image's class counts as missed
 
 
 class Errors:
-    """Streams label maps against true ones and tells the errors apart; memory as of [`MeanIoU`] with intervals.
+    """Streams label maps and true ones, and breaks the errors down by kind; memory as of [`MeanIoU`] with intervals.
 
-    Each kind of error is a part of the confusion matrix: its share of the pixels is given, and the mean IoU that there
-    would be if just these pixels were right. Errors at borders and in missed objects overlap with the other kinds.
+    Each kind of error is a part of the confusion matrix. Two figures describe it: the fraction of all pixels, and the
+    mean IoU that the model would have if these pixels were correct. Errors at borders and in missed objects overlap
+    with the other kinds.
 
     Args:
         names: class names of the labels 0..K-1, background first.
@@ -35,7 +35,7 @@ class Errors:
         self.images: list[str] = []
 
     def add(self, prediction, reference, name: str) -> None:
-        """Counts one image, see [`MeanIoU`]; `name` is its own, and stands in error messages."""
+        """Counts one image, see [`MeanIoU`]; `name` is unique to it, and used in error messages."""
         prediction, reference = label_maps(prediction, reference, f"{name}: ")
         self.everywhere.add(prediction, reference, name)
         iou = iou_from_counts(*self.everywhere.image_counts[-1])
@@ -47,7 +47,7 @@ class Errors:
             (self.in_missed, np.isin(reference, missed)),
         ):
             metric.add(prediction, np.where(counted, reference, ignore), name)
-        self.objects += (np.count_nonzero(present), len(missed))
+        self.objects += np.array([np.count_nonzero(present), len(missed)])
         self.images.append(name)
 
     def compute(self) -> dict:
@@ -56,26 +56,26 @@ class Errors:
         Returns:
             `mean_iou`; `mean_iou_at_borders`, of the pixels at most `BAND` pixels from a true border, and
             `mean_iou_elsewhere`; `iou`: class name -> IoU; `num_objects`: number of pairs of image and true object
-            class, and `missed_objects`, the share of them with an IoU below `MISSED`; `errors`: kind -> {"share": of
-            all counted pixels, "mean_iou_without": the mean IoU if they were right}; `image_counts`: (N, 3, K), see
-            [`MeanIoU`], images sorted by name.
+            class, and `missed_objects`, the fraction of them with an IoU below `MISSED`; `errors`: kind -> {"share":
+            fraction of all counted pixels, "mean_iou_without": the mean IoU if they were correct}; `image_counts`:
+            (N, 3, K), see [`MeanIoU`], images sorted by name.
         """
         metrics = (self.everywhere, self.at_borders, self.in_missed)
         matrix, at_borders, in_missed = (metric.all_reduce().counts for metric in metrics)
         objects, missed = sum_over_processes(self.objects)
         order = np.argsort(gather_object(self.images))
         classes = len(self.names)
-        true, said = np.indices(matrix.shape)
-        nothing = (said == 0) | (said == classes)
+        true, predicted = np.indices(matrix.shape)
+        no_object = (predicted == 0) | (predicted == classes)
         kinds = {
-            "objects taken for background": matrix * ((true > 0) & nothing),
-            "background taken for objects": matrix * ((true == 0) & (said > 0)),
-            "objects taken for others": matrix * ((true > 0) & ~nothing & (said != true)),
-            f"within {BAND} pixels of a border": at_borders * (said != true),
-            "in missed objects": in_missed * (said != true),
+            "objects taken for background": matrix * ((true > 0) & no_object),
+            "background taken for objects": matrix * ((true == 0) & (predicted > 0)),
+            "objects taken for others": matrix * ((true > 0) & ~no_object & (predicted != true)),
+            f"within {BAND} pixels of a border": at_borders * (predicted != true),
+            "in missed objects": in_missed * (predicted != true),
         }
-        mended = {
-            kind: matrix - wrong + np.eye(*wrong.shape, dtype=int) * wrong.sum(axis=1, keepdims=True)
+        corrected = {
+            kind: matrix - wrong + np.eye(*wrong.shape, dtype=np.int64) * wrong.sum(axis=1, keepdims=True)
             for kind, wrong in kinds.items()
         }
         iou = iou_from_counts(*hits_truth_predicted(matrix))
@@ -89,7 +89,7 @@ class Errors:
             "errors": {
                 kind: {
                     "share": number(ratio(wrong.sum(), matrix.sum())),
-                    "mean_iou_without": _mean_iou(mended[kind]),
+                    "mean_iou_without": _mean_iou(corrected[kind]),
                 }
                 for kind, wrong in kinds.items()
             },
@@ -98,7 +98,7 @@ class Errors:
 
 
 def near_borders(labels: np.ndarray) -> np.ndarray:
-    """(H, W) bool: the pixels at most `BAND` from one that has a neighbour of another label, ignore included."""
+    """(H, W) bool: the pixels at most `BAND` away from a border; the ignore index counts as a label."""
     found = edges(labels)
     return distance_transform_edt(~found) <= BAND if found.any() else found
 
@@ -108,11 +108,14 @@ def _mean_iou(matrix: np.ndarray) -> float | None:
 
 
 def compare_errors(model: dict, other: dict) -> dict:
-    """Two results of [`Errors`] on the same images.
+    """The results of two segmenters on the same images, side by side.
+
+    Args:
+        model, other: results of [`Errors`].
 
     Returns:
         `ratio`: mean IoU of the model / that of the other; `ratio_interval`: its bootstrap 95 % interval, the same
-        images drawn for both; `model` and `other`: their figures.
+        images drawn for both; `num_images`; `model` and `other`: their figures.
     """
     pairs = np.concatenate([model["image_counts"], other["image_counts"]], axis=1)
     images, _, classes = pairs.shape
@@ -129,29 +132,3 @@ def compare_errors(model: dict, other: dict) -> dict:
             for name, figures in (("model", model), ("other", other))
         },
     }
-
-
-def gap_markdown(gap: dict, model: str, other: str) -> str:
-    """What [`compare_errors`] found, as Markdown; `model` and `other` are the names of the two."""
-
-    def row(name: str, first: float | None, second: float | None) -> dict:
-        difference = None if first is None or second is None else first - second
-        return {"in percent": name, "model": first, "other": second, "difference": difference}
-
-    ours, theirs = gap["model"], gap["other"]
-    words = {
-        "mean_iou": "mean IoU",
-        "mean_iou_at_borders": f"mean IoU within {BAND} pixels of a border",
-        "mean_iou_elsewhere": "mean IoU elsewhere",
-        "missed_objects": f"objects missed (IoU below {format_value(MISSED)})",
-    }
-    rows = [row(text, ours[key], theirs[key]) for key, text in words.items()]
-    for kind in ours["errors"]:
-        both = (ours["errors"][kind], theirs["errors"][kind])
-        rows.append(row(f"pixels wrong: {kind}", *(figures["share"] for figures in both)))
-        rows.append(row(f"mean IoU without: {kind}", *(figures["mean_iou_without"] for figures in both)))
-    rows += [row(f"IoU of {name}", value, theirs["iou"][name]) for name, value in ours["iou"].items()]
-    return (
-        f"{model} reaches {format_value(gap['ratio'])} % of the mean IoU of {other} "
-        f"(95 % interval {format_value(gap['ratio_interval'])}, {gap['num_images']} images)\n\n{markdown_table(rows)}"
-    )

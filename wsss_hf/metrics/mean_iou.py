@@ -1,4 +1,4 @@
-"""Mean IoU and its relatives from a streamed confusion matrix.
+"""Mean IoU, pixel accuracy, precision and recall from a streamed confusion matrix.
 
 Also a script: `evaluate.load("wsss_hf/metrics/mean_iou.py", class_names=[...])`.
 """
@@ -14,8 +14,8 @@ import torch
 from .streaming import FEATURES, StreamingMetric, distributed, label_maps, mean_over_present, number, ratio
 
 DESCRIPTION = """
-Mean intersection over union of label maps, and what is read from the same confusion matrix: IoU, precision and recall
-per class, pixel accuracy, and the shares of over- and under-activation that papers on weak supervision report. Images
+Mean intersection over union of label maps, and more from the same confusion matrix: IoU, precision and recall per
+class, pixel accuracy, and the ratios of over- and under-activation that papers on weak supervision report. Images
 are counted as they come: memory does not grow with their number, and nothing is written to disk.
 """
 
@@ -27,8 +27,8 @@ Returns:
     mean_iou: mean of `iou` over the classes that occur.
     iou: class name -> IoU, None where the class occurs neither in the truth nor in the predictions.
     absent_classes: the names of these.
-    pixel_accuracy: share of counted pixels whose label is right.
-    precision, recall: class name -> share; None where nothing was predicted, or nothing was there to find.
+    pixel_accuracy: fraction of counted pixels whose label is correct.
+    precision, recall: class name -> fraction; None where nothing was predicted, or nothing was there to find.
     mean_precision, mean_recall: means of these over the classes that have one.
     false_positive_share, false_negative_share: FP / union (over-activation) and FN / union (under-activation), mean
         over the object classes that occur (label 0, the background, is left out); IoU + both = 1 for every class.
@@ -38,7 +38,7 @@ Returns:
 
 
 def iou_from_counts(hits: np.ndarray, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """IoU per class from right, true and predicted pixel counts of shape (..., K); NaN where a class is absent."""
+    """IoU per class from correct, true and predicted pixel counts of shape (..., K); NaN where a class is absent."""
     return ratio(hits, truth + predicted - hits)
 
 
@@ -48,8 +48,8 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean IoU, images drawn with replacement.
 
     Args:
-        counts: (N, 3, K) integers, per image the right, true and predicted pixels of each class.
-        level: share of the resampled mean IoUs inside the interval.
+        counts: (N, 3, K) integers, per image the correct, true and predicted pixels of each class.
+        level: fraction of the resampled mean IoUs inside the interval.
         resamples: number of resampled data sets.
         seed: seed of the draws; the order of the images does not matter.
     """
@@ -95,14 +95,14 @@ class MeanIoU(StreamingMetric):
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=FEATURES)
 
     def _no_counts(self) -> np.ndarray:
-        classes = len(self.class_names)
+        classes = len(self.names)
         return np.zeros((classes, classes + 1), dtype=np.int64)
 
     def reset(self) -> None:
         """Forgets all images."""
         super().reset()
         self.image_counts: list[np.ndarray] = []
-        classes = len(self.class_names)
+        classes = len(self.names)
         # Row and column of a label; the ignore index comes after the classes, and last what is neither.
         self._index = np.full(256, classes + 1, dtype=np.int32)
         self._index[:classes] = np.arange(classes)
@@ -122,10 +122,10 @@ class MeanIoU(StreamingMetric):
             self.image_counts.append(np.stack(hits_truth_predicted(matrix)).astype(np.int32))
         return matrix
 
-    def merge(self, other: MeanIoU) -> MeanIoU:
+    def merge(self, other: StreamingMetric) -> MeanIoU:
         """Adds the images that `other` counted; returns itself."""
-        if self.intervals != other.intervals:
-            raise ValueError("only metrics that agree on intervals=True can be merged")
+        if not isinstance(other, MeanIoU) or self.intervals != other.intervals:
+            raise ValueError(f"merge: expected a MeanIoU with intervals={self.intervals}, got another metric")
         super().merge(other)
         self.image_counts += other.image_counts
         return self
@@ -134,7 +134,7 @@ class MeanIoU(StreamingMetric):
         """Adds up the images of all processes in each of them; call once, after the last image. Returns itself."""
         super().all_reduce()
         if self.intervals and distributed():
-            per_process = [None] * torch.distributed.get_world_size()
+            per_process: list = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(per_process, self.image_counts)
             self.image_counts = [counts for part in per_process for counts in part]
         return self
@@ -143,12 +143,12 @@ class MeanIoU(StreamingMetric):
         hits, truth, predicted = hits_truth_predicted(self.counts)
         union = truth + predicted - hits
         iou, precision, recall = iou_from_counts(hits, truth, predicted), ratio(hits, predicted), ratio(hits, truth)
-        figures = {"mean_iou": number(mean_over_present(iou))}
+        figures: dict = {"mean_iou": number(mean_over_present(iou))}
         if self.intervals:
             figures["mean_iou_interval"] = bootstrap_interval(np.stack(self.image_counts))
         return figures | {
             "iou": self._by_name(iou),
-            "absent_classes": [name for name, pixels in zip(self.class_names, union, strict=True) if not pixels],
+            "absent_classes": [name for name, pixels in zip(self.names, union, strict=True) if not pixels],
             "pixel_accuracy": number(ratio(hits.sum(), truth.sum())),
             "precision": self._by_name(precision),
             "recall": self._by_name(recall),
@@ -162,7 +162,7 @@ class MeanIoU(StreamingMetric):
 def _count_pairs(index: np.ndarray, reference: np.ndarray, prediction: np.ndarray, scratch: np.ndarray) -> np.ndarray:
     """(M, M) int64: how often each pair of `index` values, 0..M-1, occurs in two flat uint8 maps of N pixels.
 
-    Label maps are patches: the runs along their rows are counted instead of their pixels, as long as they are few.
+    Label maps consist of regions: where runs of equal pairs along the rows are few, they are counted, not the pixels.
 
     Args:
         index: (256,) int32.
@@ -180,7 +180,7 @@ def _count_pairs(index: np.ndarray, reference: np.ndarray, prediction: np.ndarra
         lengths[1:] -= ends[:-1] + 1
         reference, prediction = reference[ends], prediction[ends]
     size = index.max() + 1
-    codes = index.take(reference, mode="clip")  # which spares the check that there are 256 labels
+    codes = index.take(reference, mode="clip")  # clip skips the check of the indices, which are uint8
     codes *= size
     codes += index.take(prediction, mode="clip")
     pairs = np.bincount(codes, weights=lengths, minlength=size * size)
@@ -189,5 +189,5 @@ def _count_pairs(index: np.ndarray, reference: np.ndarray, prediction: np.ndarra
 
 
 def hits_truth_predicted(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Right, true and predicted pixels of each class, (K,) each, from a (K, K + 1) confusion matrix."""
+    """Correct, true and predicted pixels of each class, (K,) each, from a (K, K + 1) confusion matrix."""
     return np.diagonal(matrix), matrix.sum(axis=1), matrix[:, :-1].sum(axis=0)

@@ -1,4 +1,4 @@
-"""What the metrics of label maps share: images are counted as they come, and nothing is written to disk.
+"""Base class of the metrics of label maps: images are counted as they come, and nothing is written to disk.
 
 A metric's file with this one beside it is a script for `evaluate.load`.
 """
@@ -42,15 +42,26 @@ class StreamingMetric(evaluate.Metric, ABC):
 
     @abstractmethod
     def _no_counts(self) -> np.ndarray:
-        """The int64 array of no image."""
+        """The int64 array for no image: zeros."""
 
     @abstractmethod
     def _count(self, prediction, reference, who: str) -> np.ndarray:
-        """What one image adds to the array; `who` begins the messages about it."""
+        """The array for one image; `who` begins the messages about it."""
 
     @abstractmethod
     def _figures(self) -> dict:
-        """What is read from the array."""
+        """The figures computed from the array."""
+
+    @property
+    def names(self) -> list[str]:
+        """The class names.
+
+        Raises:
+            ValueError: they are not known yet.
+        """
+        if self.class_names is None:
+            raise ValueError("class_names: expected names, got none; e.g. evaluate.load(path, class_names=[...])")
+        return self.class_names
 
     def _build_data_dir(self) -> str:
         return self._data_dir_root  # the base class would create a cache folder; nothing is cached here
@@ -61,17 +72,17 @@ class StreamingMetric(evaluate.Metric, ABC):
     def _name_classes(self, class_names: Sequence[str] | None, num_classes: int | None) -> None:
         if class_names is None and num_classes is None:
             return
-        names = [str(index) for index in range(num_classes)] if class_names is None else list(class_names)
-        if num_classes not in (None, len(names)):
-            raise ValueError(f"num_classes is {num_classes}, but class_names has {len(names)} names")
+        names = [str(index) for index in range(num_classes or 0)] if class_names is None else list(class_names)
+        if num_classes is not None and num_classes != len(names):
+            raise ValueError(f"class_names: expected {num_classes} names (num_classes), got {len(names)}")
         if len(set(names)) < len(names):
-            raise ValueError(f"class_names must differ from each other, got {names}")
+            raise ValueError(f"class_names: expected names that differ, got {names}")
         if not 0 < len(names) <= self.ignore_index <= 255:
             raise ValueError(
-                f"ignore_index must lie in {len(names)}..255 for {len(names)} classes, got {self.ignore_index}"
+                f"ignore_index: expected {len(names)}..255 for {len(names)} classes, got {self.ignore_index}"
             )
-        if self.class_names not in (None, names):
-            raise ValueError(f"the metric already counts the classes {self.class_names}, not {names}")
+        if self.class_names is not None and self.class_names != names:
+            raise ValueError(f"class_names: expected {self.class_names}, which are counted already, got {names}")
         if self.class_names is None:
             self.class_names = names
             self.reset()
@@ -87,19 +98,20 @@ class StreamingMetric(evaluate.Metric, ABC):
         Raises:
             ValueError: the two do not fit each other or the classes.
         """
-        if self.class_names is None:
-            raise ValueError("name the classes first, e.g. evaluate.load(path, class_names=[...])")
+        _ = self.names  # raises where there are none yet
         self.counts += self._count(prediction, reference, f"{name}: " if name else "")
         self.num_images += 1
 
     def add_batch(self, *, predictions=None, references=None, names: Iterable[str] | None = None) -> None:
         """Counts several images, whose sizes may differ; `names` are used in error messages."""
         if predictions is None or references is None:
-            raise ValueError("both predictions and references are needed")
+            raise ValueError("add_batch: expected both predictions and references, got one of them")
         if len(predictions) != len(references):
-            raise ValueError(f"{len(predictions)} predictions, but {len(references)} references")
-        names = names or [None] * len(references)
-        for prediction, reference, name in zip(predictions, references, names, strict=True):
+            raise ValueError(
+                f"add_batch: expected as many predictions as references, {len(references)}, got {len(predictions)}"
+            )
+        labels: Iterable[str | None] = names or [None] * len(references)
+        for prediction, reference, name in zip(predictions, references, labels, strict=True):
             self.add(prediction=prediction, reference=reference, name=name)
 
     def merge(self, other: StreamingMetric) -> StreamingMetric:
@@ -128,19 +140,19 @@ class StreamingMetric(evaluate.Metric, ABC):
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
         if len(self) == 0:
-            raise ValueError("no image to evaluate: add at least one prediction with its reference")
+            raise ValueError("compute: expected at least one image, got none; add a prediction with its reference")
         figures = self._figures() | {"num_images": self.num_images}
         self.reset()
         return figures
 
     def _by_name(self, values: np.ndarray) -> dict[str, float | None]:
-        return {name: number(value) for name, value in zip(self.class_names, values, strict=True)}
+        return {name: number(value) for name, value in zip(self.names, values, strict=True)}
 
     def _check_labels(self, seen: np.ndarray, what: str) -> None:
         """Refuses labels, `seen` (256,) bool, that are neither a class nor the ignore index."""
-        last = len(self.class_names) - 1
+        last = len(self.names) - 1
         if bad := sorted(set(np.flatnonzero(seen).tolist()) - {*range(last + 1), self.ignore_index}):
-            raise ValueError(f"{what} holds the labels {bad}; right are 0..{last} and {self.ignore_index}")
+            raise ValueError(f"{what}: expected labels 0..{last} and {self.ignore_index}, got {bad}")
 
 
 def label_maps(prediction, reference, who: str) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +164,7 @@ def label_maps(prediction, reference, who: str) -> tuple[np.ndarray, np.ndarray]
     prediction, reference = label_map(prediction, f"{who}prediction"), label_map(reference, f"{who}reference")
     if prediction.shape != reference.shape:
         sizes = [f"{width}x{height}" for height, width in (prediction.shape, reference.shape)]
-        raise ValueError(f"{who}the prediction is {sizes[0]} pixels and the reference {sizes[1]}")
+        raise ValueError(f"{who}prediction: expected the size of the reference, {sizes[1]}, got {sizes[0]}")
     return prediction, reference
 
 
@@ -160,10 +172,10 @@ def label_map(labels, what: str) -> np.ndarray:
     """`labels` as (H, W) uint8."""
     labels = np.asarray(labels.cpu() if isinstance(labels, torch.Tensor) else labels)
     if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{what} must be (H, W) integer labels, got {labels.dtype} of shape {labels.shape}")
+        raise ValueError(f"{what}: expected integer labels (H, W), got {labels.dtype} of shape {labels.shape}")
     if labels.dtype != np.uint8:
         if labels.size and not (labels.min() >= 0 and labels.max() <= 255):
-            raise ValueError(f"{what} holds labels from {labels.min()} to {labels.max()}; labels lie in 0..255")
+            raise ValueError(f"{what}: expected labels in 0..255, got {labels.min()} to {labels.max()}")
         labels = labels.astype(np.uint8)
     return labels
 

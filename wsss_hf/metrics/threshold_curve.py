@@ -1,4 +1,4 @@
-"""Mean IoU of the maps against the background threshold that cuts them.
+"""Mean IoU of class maps as a function of the background threshold.
 
 Also a script: `evaluate.load("wsss_hf/metrics/threshold_curve.py", class_names=[...])`.
 """
@@ -14,9 +14,9 @@ import numpy as np
 from .streaming import StreamingMetric, label_map, mean_over_present, ratio
 
 DESCRIPTION = """
-Mean IoU of class maps, cut at every background threshold, from one pass over them. At threshold t a pixel gets its
-highest class if that class scores above t, otherwise background. The curve reads true masks: it is for analysis, never
-for choosing what weak training uses.
+Mean IoU of class maps at every background threshold, from one pass over them. At threshold t a pixel gets the class
+with the highest score if that is above t, otherwise background. The curve reads true masks: its best point is the
+oracle threshold, for analysis only, never for weakly supervised training.
 """
 
 INPUTS = """
@@ -25,7 +25,7 @@ Args:
     references: true label maps (H, W); pixels with the ignore index are not counted.
 Returns:
     curve: [(threshold, mean IoU), ...], thresholds ascending.
-    best: the point of the curve with the highest mean IoU, the lowest threshold of equals.
+    best: the oracle threshold and its mean IoU: the highest of the curve; of equal ones, the lowest threshold.
     num_images: number of images counted.
 """
 
@@ -50,7 +50,7 @@ class ThresholdCurve(StreamingMetric):
     ):
         self.thresholds = np.asarray(thresholds, dtype=np.float64)
         if self.thresholds.size == 0 or (np.diff(self.thresholds) <= 0).any():
-            raise ValueError(f"thresholds must ascend, got {self.thresholds.tolist()}")
+            raise ValueError(f"thresholds: expected ascending numbers, got {self.thresholds.tolist()}")
         super().__init__(class_names, num_classes, ignore_index, **kwargs)
 
     def _info(self) -> evaluate.MetricInfo:
@@ -59,20 +59,20 @@ class ThresholdCurve(StreamingMetric):
         return evaluate.MetricInfo(description=DESCRIPTION, citation="", inputs_description=INPUTS, features=features)
 
     def _no_counts(self) -> np.ndarray:
-        # class 0 is nowhere the highest: it is what falls below
-        classes = len(self.class_names)
+        # class 0, the background, is never the highest class: it has no map
+        classes = len(self.names)
         return np.zeros((classes, classes, self.thresholds.size + 1), dtype=np.int64)
 
     def _count(self, prediction, reference, who: str) -> np.ndarray:
         scores, truth = np.asarray(prediction), label_map(reference, f"{who}truth")
-        objects = len(self.class_names) - 1
+        objects = len(self.names) - 1
         if scores.shape != (objects, *truth.shape):
             raise ValueError(
-                f"{who}maps of shape {scores.shape} do not fit {objects} classes and a truth of {truth.shape}"
+                f"{who}maps: expected the shape {(objects, *truth.shape)} (object classes, H, W), got {scores.shape}"
             )
         best = scores.max(axis=0)
         if not (best.min() >= -1e-4 and best.max() <= 1 + 1e-4):
-            raise ValueError(f"{who}maps must lie in [0, 1], got {best.min()} to {best.max()}")
+            raise ValueError(f"{who}maps: expected values in [0, 1], got {best.min()} to {best.max()}")
         self._check_labels(np.bincount(truth.ravel(), minlength=256) > 0, f"{who}truth")
         counted = truth != self.ignore_index
         cells = (
@@ -86,8 +86,8 @@ class ThresholdCurve(StreamingMetric):
 
     def _figures(self) -> dict:
         if not self.counts.any():
-            raise ValueError("no pixel to evaluate: every truth is ignored throughout")
-        # above[:, :, i]: pixels whose score exceeds threshold i, so that their class survives the cut
+            raise ValueError("compute: expected pixels with a true label, got none; all are ignored")
+        # above[:, :, i]: pixels whose score exceeds threshold i, so that they get their class and not background
         above = self.counts[:, :, ::-1].cumsum(axis=2)[:, :, ::-1][:, :, 1:]
         truth = self.counts.sum(axis=(1, 2))
         hits = np.diagonal(above).copy()

@@ -2,66 +2,33 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig
-from transformers.activations import ACT2CLS
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
-# Imported to be registered, and to travel with every saved model.
-from .vgg import Vgg16Config  # noqa: F401
-from .wide_resnet import WideResNet38Config  # noqa: F401
+from .components import COMPONENTS  # noqa: F401  (registers our backbones)
 
 
-def pinned(name: str | os.PathLike | None, hub_kwargs: dict) -> tuple[str | os.PathLike | None, dict]:
-    """A model's name and the options of its download: `owner/name@revision` is the id, at that revision.
-
-    Directories, plain ids and None come back as they are.
-
-    Raises:
-        FileNotFoundError: it can only be a path, and nothing is there.
-    """
-    repo_id, _, revision = str(name).partition("@")
-    if name is not None and not os.path.exists(name) and (os.path.isabs(repo_id) or repo_id.startswith(".")):
-        raise FileNotFoundError(f"{name}: nothing is there; a model's folder or its id on the Hub would be right")
-    if not revision or os.path.exists(name):
-        return name, hub_kwargs
-    return repo_id, hub_kwargs | {"revision": revision}
-
-
-def resolve_backbone_config(backbone: str | None, backbone_config: PreTrainedConfig | dict | None, **hub_kwargs):
-    """The configuration of a backbone from a directory, a Hub id, a dict with `model_type`, or a configuration.
-
-    Its label names are dropped: they are those of another task.
-    """
-    if backbone_config is None:
-        if backbone is None:
-            raise ValueError("no backbone: give `backbone` (a directory or Hub id) or `backbone_config`")
-        backbone, hub_kwargs = pinned(backbone, hub_kwargs)
-        backbone_config = AutoConfig.from_pretrained(backbone, **hub_kwargs)
-    elif isinstance(backbone_config, dict):
+def usable_config(backbone_config: PreTrainedConfig | dict) -> PreTrainedConfig:
+    """The configuration of a backbone, from itself or a dict, without label names, which are those of another task."""
+    if isinstance(backbone_config, dict):
         values = dict(backbone_config)
         if "model_type" not in values:
-            raise ValueError("backbone_config has no model_type; for example 'resnet' would be right")
+            raise ValueError("backbone_config: expected a model_type, such as 'resnet', got none")
         backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
     backbone_config.id2label = None
     backbone_config.num_labels = 2
     return backbone_config
-
-
-def pretrained_body(backbone: str, config: PreTrainedConfig, **hub_kwargs) -> nn.Module:
-    """The transformers model behind `backbone` (a directory or Hub id) with its published weights."""
-    auto_class, kwargs = _auto_class(config)
-    if auto_class is AutoBackbone:  # whose own from_pretrained takes no directory
-        auto_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-    return from_safetensors(auto_class.from_pretrained, backbone, config=config, **kwargs, **hub_kwargs)
 
 
 def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kwargs):
@@ -87,12 +54,12 @@ def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kw
         raise
 
 
-def _auto_class(config: PreTrainedConfig) -> tuple[type, dict]:
+def body_class(config: PreTrainedConfig) -> tuple[Any, dict]:
     """AutoBackbone with all its stages where transformers has one for this configuration, else the plain AutoModel."""
     if type(config) in MODEL_FOR_BACKBONE_MAPPING:
         config.out_indices = list(range(len(config.stage_names)))
         return AutoBackbone, {}
-    model_class = AutoModel._model_mapping[type(config)]
+    model_class: Any = AutoModel._model_mapping[type(config)]
     # A pooler would hold parameters that never get a gradient, which distributed training refuses.
     takes_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return AutoModel, {"add_pooling_layer": False} if takes_pooler else {}
@@ -120,18 +87,18 @@ class Backbone(nn.Module):
     def __init__(self, config: PreTrainedConfig, output_stride: int | None = None):
         super().__init__()
         self.gradient_checkpointing = False
-        auto_class, kwargs = _auto_class(config)
+        auto_class, kwargs = body_class(config)
         self.body = auto_class.from_config(config, **kwargs)
         if self.body.main_input_name != "pixel_values":
             raise ValueError(
-                f"backbone {config.model_type!r} takes {self.body.main_input_name}, not images; "
-                "a vision network with spatial feature maps would be right"
+                f"backbone {config.model_type!r}: expected a network that takes pixel_values, "
+                f"got one that takes {self.body.main_input_name}"
             )
         self.patch_size = getattr(config, "patch_size", None)
         parameters = inspect.signature(self.body.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
 
-        sizes, _, layers = self._probe()
+        sizes, _, layers = self._measure()
         natural_stride = round(_PROBE_SIZE / sizes[-1])
         if output_stride is not None and natural_stride > output_stride:
             if getattr(config, "num_attention_heads", None) is None:
@@ -140,17 +107,17 @@ class Backbone(nn.Module):
         # The last map of each resolution (as it was before dilation) is a stage.
         levels = getattr(config, "undilated_strides", sizes)  # a network may be published dilated
         self.stage_indices = [i for i, level in enumerate(levels) if i + 1 == len(levels) or levels[i + 1] != level]
-        sizes, channels, _ = self._probe()
+        sizes, channels, _ = self._measure()
         self.channels = [channels[i] for i in self.stage_indices]
         self.strides = [round(_PROBE_SIZE / sizes[i]) for i in self.stage_indices]
         if output_stride is not None and self.strides[-1] != min(natural_stride, output_stride):
             raise ValueError(
-                f"output_stride={output_stride}: backbone {config.model_type!r} can't be dilated; "
-                f"output_stride={natural_stride} or none would be right"
+                f"output_stride: expected {natural_stride} or none (backbone {config.model_type!r} can't be dilated), "
+                f"got {output_stride}"
             )
 
         with torch.enable_grad():
-            freeze_idle_parameters(self.body, self._run_probe({})[-1])
+            freeze_idle_parameters(self.body, self.probe({})[-1])
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) → stage maps (B, D_i, h_i, w_i), shallow to deep."""
@@ -173,15 +140,15 @@ class Backbone(nn.Module):
             if hidden.shape[1] >= height * width:
                 return hidden[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
         raise ValueError(
-            f"backbone {self.body.config.model_type!r} has no spatial feature map: it gives hidden states of shape "
-            f"{tuple(hidden.shape)}; a network whose hidden states are (B, D, h, w) or patch tokens would be right"
+            f"backbone {self.body.config.model_type!r}: expected hidden states of shape (B, D, h, w) or patch tokens, "
+            f"got {tuple(hidden.shape)}"
         )
 
     def set_checkpointing(self, enable: bool, function: Callable, every: int = 1) -> None:
         """Turn gradient checkpointing on or off: of a block only the input is kept for the backward pass.
 
-        Networks of transformers that know how do it themselves; of others, a block is the smallest part with two
-        layers of weights or more. Batch norms do not count the images of the second computation again.
+        Networks of transformers that can do it themselves; for others wsss_hf must be installed. Batch norms do not
+        count the images of the second computation again.
 
         Args:
             function: `torch.utils.checkpoint.checkpoint`, not reentrant.
@@ -191,12 +158,9 @@ class Backbone(nn.Module):
         function = partial(function, context_fn=self._checkpoint_contexts)
         if self.body.supports_gradient_checkpointing:
             self.body._set_gradient_checkpointing(enable, function, every)
-            return
-        for block in _blocks(self.body)[::every]:
-            if enable:
-                block.forward = partial(_checkpointed_forward, block, function)
-            else:
-                vars(block).pop("forward", None)
+        else:
+            checkpointing = importlib.import_module("wsss_hf.models.checkpointing")
+            checkpointing.checkpoint_blocks(self.body, function if enable else None, every)
 
     def _checkpoint_contexts(self) -> tuple:
         return nullcontext(), self.statistics_kept()
@@ -214,24 +178,7 @@ class Backbone(nn.Module):
             for norm, (momentum, batches) in zip(norms, before, strict=True):
                 norm.momentum, norm.num_batches_tracked = momentum, batches
 
-    def activations(self) -> dict[str, tuple[int, int]]:
-        """Name in `body` → (channels, channel axis) of every activation function's output, in order of execution."""
-        found = {}
-
-        def recorder(name: str):
-            def record(_module: nn.Module, _inputs: tuple[Tensor], output: Tensor):
-                shape = output.shape
-                channels_last = len(shape) == 3 or (shape[1] == shape[2] != shape[3])
-                axis = len(shape) - 1 if channels_last else 1
-                found[name] = (shape[axis], axis)
-
-            return record
-
-        with torch.no_grad():
-            self._run_probe({m: recorder(n) for n, m in self.body.named_modules() if isinstance(m, _ACTIVATIONS)})
-        return found
-
-    def _probe(self) -> tuple[list[int], list[int], list[tuple[nn.Module, int]]]:
+    def _measure(self) -> tuple[list[int], list[int], list[tuple[nn.Module, int]]]:
         """Widths and channels of all maps, and (layer, input stride) of all convolutions and poolings, as executed."""
         layers = []
 
@@ -240,10 +187,10 @@ class Backbone(nn.Module):
             layers.append((layer, max(1, round(_PROBE_SIZE / output.shape[-1] / _first(layer.stride)))))
 
         with torch.no_grad():
-            maps = self._run_probe({m: record for m in self.body.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)})
+            maps = self.probe({m: record for m in self.body.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)})
         return [m.shape[-1] for m in maps], [m.shape[1] for m in maps], layers
 
-    def _run_probe(self, hooks: dict[nn.Module, Callable]) -> list[Tensor]:
+    def probe(self, hooks: dict[nn.Module, Callable]) -> list[Tensor]:
         """All maps of an empty image, with forward hooks in place meanwhile."""
         handles = [module.register_forward_hook(hook) for module, hook in hooks.items()]
         weight = next(self.body.parameters())
@@ -266,26 +213,9 @@ def freeze_idle_parameters(module: nn.Module, output: Tensor) -> None:
 
 
 _PROBE_SIZE = 224  # divisible by the strides 2 … 32 and by the patch sizes 14 and 16
-_ACTIVATIONS = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
 
 
-def _blocks(body: nn.Module) -> list[nn.Module]:
-    """The smallest parts of a network that hold two layers of weights or more."""
-    layers = {
-        module: sum(isinstance(part, nn.Conv2d | nn.Linear) for part in module.modules())
-        for module in body.modules()
-        if not isinstance(module, nn.ModuleList | nn.ModuleDict)
-    }
-    parts = {module for module, count in layers.items() if count > 1}
-    return [module for module in layers if module in parts and parts.isdisjoint([*module.modules()][1:])]
-
-
-def _checkpointed_forward(block: nn.Module, function: Callable, *args, **kwargs):
-    forward = partial(type(block).forward, block)
-    return function(forward, *args, **kwargs) if block.training else forward(*args, **kwargs)
-
-
-def _dilate(layers: list[tuple[nn.Module, int]], output_stride: int):
+def _dilate(layers: list[tuple[Any, int]], output_stride: int):
     """Replace strides beyond `output_stride` by dilation, so that each weight meets the pixels it was trained on."""
     for layer, input_stride in layers:
         kernel, stride = _first(layer.kernel_size), _first(layer.stride)
@@ -305,6 +235,7 @@ def _pad_unstrided(body: nn.Module):
 
     With a stride of 1 that padding does not depend on the input's size.
     """
+    module: Any
     for module in body.modules():
         config, layer = getattr(module, "config", None), getattr(module, "convolution", None)
         if getattr(config, "tf_padding", False) and isinstance(layer, nn.Conv2d) and layer.stride == (1, 1):

@@ -7,13 +7,8 @@ import dataclasses
 from transformers import PreTrainedConfig
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .d2cam import D2camConfig
-from .drs import DrsConfig
-from .icd import IcdConfig
-from .methods import METHODS, Method
-from .plda import PldaConfig
 from .portable_model import BackboneConfigMixin
-from .seam import SeamConfig
+from .registry import METHODS
 
 
 class CamConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -24,21 +19,23 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone_config: the backbone's configuration itself (or a dict with `model_type`) instead.
         output_stride: largest allowed input size / map size; None leaves the backbone as it is.
         classifier_bias: whether the 1×1 convolution to the maps has a bias, as in some released networks.
-        drs, icd, plda, d2cam, seam: options of the methods, as their dataclass or a dict; None is off.
         method_warmup: share of the training, in [0, 1), in which only the tags teach. The methods begin after it, and
             their progress counts from there: they work on maps, which a network from random weights does not have.
         maps: whose localisation maps are used: "cam", or the name of a method that is on and has maps.
         background_threshold: where every normalised map is below it, `segmentation_scores` says background.
         tag_threshold: probability above which a tag counts as predicted.
         image_mean, image_std: the normalisation of `pixel_values`, per channel, for images in [0, 1].
-        kwargs: `id2label` (object classes only; background is none of them), the options of any other registered
-            method under its name, and whatever `PreTrainedConfig` takes.
+        drs, icd, plda, d2cam, seam: options of the methods, and under its name those of any other registered method,
+            as its dataclass ([`DrsConfig`] …) or a dict; None is off.
+        kwargs: `id2label` (object classes only; background is none of them), and whatever `PreTrainedConfig` takes.
 
     Raises:
-        ValueError: an option of a method is unknown or out of range.
+        ValueError: an option is unknown or out of range.
     """
 
     model_type = "wsss_cam"
+    # An evaluation by `transformers.Trainer` then collects the logits alone.
+    keys_to_ignore_at_inference = ["cams", "maps", "losses", "hidden_states"]
 
     def __init__(
         self,
@@ -46,11 +43,6 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone_config: PreTrainedConfig | dict | None = None,
         output_stride: int | None = None,
         classifier_bias: bool = False,
-        drs: DrsConfig | dict | None = None,
-        icd: IcdConfig | dict | None = None,
-        plda: PldaConfig | dict | None = None,
-        d2cam: D2camConfig | dict | None = None,
-        seam: SeamConfig | dict | None = None,
         method_warmup: float = 0.0,
         maps: str = "cam",
         background_threshold: float = 0.4,
@@ -62,23 +54,18 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         self._set_backbone(backbone, backbone_config)
         self.output_stride = output_stride
         self.classifier_bias = classifier_bias
-        given = {"drs": drs, "icd": icd, "plda": plda, "d2cam": d2cam, "seam": seam}
-        for name, (config_class, _) in METHODS.items():
-            setattr(
-                self,
-                name,
-                _method_config(name, config_class, given[name] if name in given else kwargs.pop(name, None)),
-            )
+        for name in METHODS:
+            setattr(self, name, _options(name, kwargs.pop(name, None)))
         if not 0 <= method_warmup < 1:
-            raise ValueError(f"method_warmup={method_warmup!r}: a share of the training in [0, 1) would be right")
+            raise ValueError(f"method_warmup: expected a number in [0, 1), got {method_warmup!r}")
         self.method_warmup = method_warmup
         sources = {"maps": maps} | {f"{name}.maps": getattr(o, "maps", "cam") for name, o in self.methods.items()}
         for option, source in sources.items():
-            if source != "cam" and (source not in self.methods or METHODS[source][1].maps is Method.maps):
-                able = [name for name in self.methods if METHODS[name][1].maps is not Method.maps]
+            if source != "cam" and (source not in self.methods or not METHODS[source][1].has_maps()):
+                able = [name for name in self.methods if METHODS[name][1].has_maps()]
                 raise ValueError(
-                    f"{option}={source!r}: 'cam' or a method that is on and has maps ({', '.join(able) or 'none is'}) "
-                    "would be right"
+                    f"{option}: expected cam or a method that is on and has maps ({', '.join(able) or 'none is'}), "
+                    f"got {source!r}"
                 )
         self.maps = maps
         self.background_threshold = background_threshold
@@ -92,7 +79,7 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
     def methods(self) -> dict:
         """Name → options of every method that is on."""
         # `from_pretrained(..., drs={...})` sets the plain dict.
-        options = {name: _method_config(name, METHODS[name][0], getattr(self, name, None)) for name in METHODS}
+        options = {name: _options(name, getattr(self, name, None)) for name in METHODS}
         return {name: value for name, value in options.items() if value is not None}
 
     def to_dict(self) -> dict:
@@ -102,13 +89,7 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         return values | {name: dataclasses.asdict(options) for name, options in self.methods.items()}
 
 
-def _method_config(name: str, config_class: type, options):
-    if options is None or isinstance(options, config_class):
-        return options
-    if not isinstance(options, dict):
-        raise ValueError(f"{name}: {options!r}; {config_class.__name__}(...) or a dict of its options would be right")
-    known = [field.name for field in dataclasses.fields(config_class)]
-    for key in options:
-        if key not in known:
-            raise ValueError(f"{name}.{key}: no such option; {name} has {', '.join(known)}")
-    return config_class(**options)
+def _options(name: str, given):
+    """The options of the method `name` as its dataclass; None is off."""
+    options_class = METHODS[name][0]
+    return given if given is None or isinstance(given, options_class) else options_class.from_dict(given, name)

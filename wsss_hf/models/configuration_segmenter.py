@@ -18,8 +18,8 @@ class SegmenterConfig(BackboneConfigMixin, PreTrainedConfig):
         head: "deeplab_v2" or "deeplab_v3_plus".
         rates: dilations of the head's parallel 3×3 convolutions; None takes the paper's (6 12 18 24 for v2 at output
             stride 8; 6 12 18 for v3+ at output stride 16).
-        input_scales: the network looks at the image at each of these scales, and the largest logit counts (DeepLab v2,
-            section 4.3, takes 0.5 0.75 1); None looks once.
+        input_scales: the logits are the maximum over the image at each of these scales (DeepLab v2, section 4.3, takes
+            0.5 0.75 1); None is the image alone.
         kwargs: `id2label`, background at 0, and whatever `PreTrainedConfig` takes.
 
     Raises:
@@ -39,12 +39,13 @@ class SegmenterConfig(BackboneConfigMixin, PreTrainedConfig):
         **kwargs,
     ):
         if head not in HEADS:
-            raise ValueError(f"head={head!r}: there is no such head; {' or '.join(HEADS)} would be right")
+            raise ValueError(f"head: expected {' or '.join(HEADS)}, got {head!r}")
         self._set_backbone(backbone, backbone_config)
         self.output_stride = output_stride
         self.head = head
         self.rates = list(rates or HEADS[head].default_rates)
         self.input_scales = list(input_scales or (1.0,))
-        if min(*self.rates, *self.input_scales) <= 0:
-            raise ValueError(f"rates={self.rates}, input_scales={self.input_scales}: positive numbers would be right")
+        for name, values in (("rates", self.rates), ("input_scales", self.input_scales)):
+            if min(values) <= 0:
+                raise ValueError(f"{name}: expected numbers > 0, got {values}")
         super().__init__(**self._completed(kwargs))

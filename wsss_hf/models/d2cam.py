@@ -9,65 +9,56 @@ the prototype of a class is the map.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .maps import normalize_maps
-from .methods import Method, TrainingStep, all_reduce_sum, check_stages, register_method
+from .method_helpers import all_reduce_sum, check_stages
+from .methods import Method, TrainingStep, register_method
+from .options import Options, option
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
 
 
 @dataclass
-class D2camConfig:
-    """Hyper-parameters of D2CAM.
+class D2camConfig(Options):
+    """Options of D2CAM."""
 
-    Attributes:
-        stages: backbone stages that the projection head reads (negative ones count from the last); None takes the last
-            two, or the one there is.
-        embedding_channels: length of a pixel's unit vector.
-        foreground_threshold: a normalised CAM above it is certain foreground of its class.
-        background_threshold: where all normalised CAMs are below it is certain background.
-        temperature: of both InfoNCE losses; smaller is stricter.
-        momentum: of the prototype bank.
-        ramp: fraction of the training over which all weights grow linearly from 0, as the CAM must first be learnt.
-        category_weight: weight of the category decoupling.
-        foreground_weight: weight of the foreground-background decoupling.
-        stabilisation_weight: weight of the stabilisation constraint.
-        exclusivity_weight: weight of the exclusivity constraint.
-    """
+    stages: list[int] | None = option(
+        None,
+        "Backbone stages that the projection head reads (negative ones count from the last); null takes the last two, "
+        "or the one there is.",
+    )
+    embedding_channels: int = option(128, "Length of a pixel's unit vector.", at_least=1)
+    foreground_threshold: float = option(
+        0.7, "A normalised CAM above it is certain foreground of its class.", above=0, below=1
+    )
+    background_threshold: float = option(
+        0.2, "Where all normalised CAMs are below it is certain background.", above=0, below=1
+    )
+    temperature: float = option(0.1, "Of both InfoNCE losses; smaller is stricter.", above=0)
+    momentum: float = option(0.9, "Momentum of the prototype bank.", at_least=0, below=1)
+    ramp: float = option(
+        0.1,
+        "Share of the training over which all weights grow linearly from 0, as the CAM must first be learnt.",
+        at_least=0,
+        at_most=1,
+    )
+    category_weight: float = option(0.1, "Weight of the category decoupling.", at_least=0)
+    foreground_weight: float = option(0.1, "Weight of the foreground-background decoupling.", at_least=0)
+    stabilisation_weight: float = option(0.5, "Weight of the stabilisation constraint.", at_least=0)
+    exclusivity_weight: float = option(0.1, "Weight of the exclusivity constraint.", at_least=0)
 
-    stages: list[int] | None = None
-    embedding_channels: int = 128
-    foreground_threshold: float = 0.7
-    background_threshold: float = 0.2
-    temperature: float = 0.1
-    momentum: float = 0.9
-    ramp: float = 0.1
-    category_weight: float = 0.1
-    foreground_weight: float = 0.1
-    stabilisation_weight: float = 0.5
-    exclusivity_weight: float = 0.1
-
-    def __post_init__(self):
-        if self.stages is not None and not self.stages:
-            raise ValueError("d2cam: stages must name one stage of the backbone or more.")
-        if self.embedding_channels < 1:
-            raise ValueError(f"d2cam: embedding_channels must be at least 1, but is {self.embedding_channels}.")
-        if not 0 < self.background_threshold <= self.foreground_threshold < 1:
+    def check(self) -> None:
+        if self.background_threshold > self.foreground_threshold:
             raise ValueError(
-                "d2cam: needs 0 < background_threshold <= foreground_threshold < 1, "
-                f"got {self.background_threshold} and {self.foreground_threshold}."
+                f"background_threshold: expected at most foreground_threshold ({self.foreground_threshold:g}), "
+                f"got {self.background_threshold:g}"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"d2cam: temperature must be positive, but is {self.temperature}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"d2cam: momentum must lie in [0, 1), but is {self.momentum}.")
-        if not 0 <= self.ramp <= 1:
-            raise ValueError(f"d2cam: ramp must lie in [0, 1], but is {self.ramp}.")
-        for name in ("category_weight", "foreground_weight", "stabilisation_weight", "exclusivity_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"d2cam: {name} must not be negative, but is {getattr(self, name)}.")
 
 
 def certain_regions(
@@ -214,12 +205,15 @@ class D2cam(Method):
     knows the class and little else; an earlier one also knows what the rest of the object looks like.
     """
 
+    scheduled = True  # all weights ramp up
+    prototypes: Tensor
+    seen: Tensor
     paper = (
         "Wang et al., “Treating Pseudo-labels Generation as Image Matting for Weakly Supervised Semantic "
         "Segmentation”, ICCV 2023."
     )
 
-    def __init__(self, config: D2camConfig, backbone: nn.Module, num_classes: int):
+    def __init__(self, config: D2camConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
         self.stages = config.stages or [-2, -1][-len(backbone.channels) :]
         check_stages("d2cam", self.stages, backbone)

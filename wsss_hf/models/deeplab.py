@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -92,4 +94,7 @@ def _convolution(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> n
     )
 
 
-HEADS = {"deeplab_v2": DeepLabV2Head, "deeplab_v3_plus": DeepLabV3PlusHead}
+HEADS: dict[str, Any] = {
+    "deeplab_v2": DeepLabV2Head,
+    "deeplab_v3_plus": DeepLabV3PlusHead,
+}

@@ -10,39 +10,37 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2CLS
 
 from .methods import Method, register_method
+from .options import Options, either, option
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+
+_ACTIVATIONS: Any = tuple({entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values()})
 
 
 @dataclass
-class DrsConfig:
-    """Options of DRS.
+class DrsConfig(Options):
+    """Options of DRS."""
 
-    Attributes:
-        mode: "learnable" (a controller per image and channel) or "fixed" (one `delta` for all).
-        delta: share of its maximum that a channel may keep in fixed mode, in (0, 1].
-        layers: names of the backbone's activation functions to suppress after, as shell patterns; "*" is all of them.
-            None takes those that `PLACEMENTS` has for the backbone's family, or all where a small one lacks these;
-            a model saves which these were.
-    """
-
-    mode: str = "learnable"
-    delta: float = 0.55
-    layers: list[str] | None = None
-
-    def __post_init__(self):
-        if self.mode not in ("learnable", "fixed"):
-            raise ValueError(f"drs.mode={self.mode!r}: 'learnable' or 'fixed' would be right")
-        if not isinstance(self.delta, int | float) or not 0 < self.delta <= 1:
-            raise ValueError(f"drs.delta={self.delta!r}: a number in (0, 1] would be right")
-        if self.layers is not None and not (isinstance(self.layers, list | tuple) and self.layers):
-            raise ValueError(f"drs.layers={self.layers!r}: a list of names or patterns would be right, such as ['*']")
+    mode: Literal["learnable", "fixed"] = option(
+        "learnable", "A controller per image and channel that learns, or one fixed `delta` for all."
+    )
+    delta: float = option(0.55, "Share of its maximum that a channel may keep in fixed mode.", above=0, at_most=1)
+    layers: list[str] | None = option(
+        None,
+        "Names of the backbone's activation functions to suppress after, as shell patterns ('*' is all of them); null "
+        "takes those that `PLACEMENTS` has for the backbone's family, or all where a small one lacks these.",
+    )
 
 
 @dataclass(frozen=True)
@@ -82,13 +80,31 @@ PLACEMENTS: dict[str, Placement] = {
     "dinov2_with_registers": LAST_BLOCKS,
     "dinov3_vit": LAST_BLOCKS,
 }
-"""Model type of a backbone → where DRS stands if the configuration doesn't say."""
+"""Model type of a backbone → the activations that DRS suppresses if the configuration names none."""
 
 
 def default_placement(backbone_config: PreTrainedConfig) -> Placement:
     """What `PLACEMENTS` has for the family; for others the last blocks of a transformer and every activation else."""
     has_attention = getattr(backbone_config, "num_attention_heads", None) is not None
     return PLACEMENTS.get(backbone_config.model_type, LAST_BLOCKS if has_attention else EVERYWHERE)
+
+
+def activation_outputs(backbone: Backbone) -> dict[str, tuple[int, int]]:
+    """Name in `backbone.body` → (channels, channel axis) of every activation's output, in order of execution."""
+    found = {}
+
+    def recorder(name: str):
+        def record(_module: nn.Module, _inputs: tuple[Tensor], output: Tensor):
+            shape = output.shape
+            channels_last = len(shape) == 3 or (shape[1] == shape[2] != shape[3])
+            axis = len(shape) - 1 if channels_last else 1
+            found[name] = (shape[axis], axis)
+
+        return record
+
+    with torch.no_grad():
+        backbone.probe({m: recorder(n) for n, m in backbone.body.named_modules() if isinstance(m, _ACTIVATIONS)})
+    return found
 
 
 def suppress(features: Tensor, controller: Tensor | float, channel_axis: int = 1) -> Tensor:
@@ -182,11 +198,11 @@ class Suppression(nn.Module):
         self.fc = nn.Linear(channels, channels, bias=False) if delta is None else None
 
     def forward(self, features: Tensor) -> Tensor:
-        positions, axis = _flatten(features, self.channel_axis)
-        controller = self.delta
+        controller: Any = self.delta
         if self.fc is not None:
-            controller = torch.sigmoid(self.fc(positions.mean(dim=axis))).unsqueeze(axis)
-        return _unflatten(_suppress(positions, controller, axis), axis, features.shape, self.channel_axis)
+            positions, axis = _flatten(features, self.channel_axis)
+            controller = torch.sigmoid(self.fc(positions.mean(dim=axis)))
+        return suppress(features, controller, self.channel_axis)
 
     def hook(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> Tensor:
         return self(output) if self.active or not self.training else output
@@ -200,18 +216,18 @@ class Drs(Method):
         "Kim, Han and Kim, “Discriminative Region Suppression for Weakly-Supervised Semantic Segmentation”, AAAI 2021."
     )
 
-    def __init__(self, config: DrsConfig, backbone: nn.Module, num_classes: int):
+    def __init__(self, config: DrsConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
-        activations = backbone.activations()
+        activations = activation_outputs(backbone)
         if config.layers is None:
-            # Written down, so that a saved model does not depend on today's table.
+            # Kept in the configuration, so that a saved model does not depend on today's table.
             names = default_placement(backbone.body.config).choose(list(activations))
-            self.config = config = dataclasses.replace(config, layers=names or [*activations] or ["*"])
-        for pattern in config.layers:
+            self.config = dataclasses.replace(config, layers=names or [*activations] or ["*"])
+        for pattern in self.config.layers:
             if not any(fnmatchcase(name, pattern) for name in activations):
                 raise ValueError(_no_such_layer(pattern, list(activations)))
         self.layers = nn.ModuleDict()
-        for name in Placement(tuple(config.layers)).choose(list(activations)):
+        for name in Placement(tuple(self.config.layers)).choose(list(activations)):
             channels, axis = activations[name]
             suppression = Suppression(channels, axis, config.delta if config.mode == "fixed" else None)
             self.layers[name.replace(".", "/")] = suppression
@@ -225,12 +241,13 @@ class Drs(Method):
     @active.setter
     def active(self, active: bool):
         for suppression in self.layers.values():
-            suppression.active = active
+            suppression.active = active  # type: ignore[assignment]
 
 
 def _no_such_layer(pattern: str, names: list[str]) -> str:
-    complaint = f"drs.layers: no activation of the backbone is named {pattern!r}"
     if not names:
-        return f"{complaint}; it has none, so DRS can't stand on it"
+        return f"drs.layers: expected activations of the backbone, which has none, got {pattern!r}"
     near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or [names[0], names[-1]]
-    return f"{complaint}; of its {len(names)}, near are {', '.join(near)}"
+    return (
+        f"drs.layers: expected one of the backbone's {len(names)} activations, such as {either(near)}, got {pattern!r}"
+    )

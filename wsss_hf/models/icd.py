@@ -10,47 +10,50 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .maps import IGNORE_INDEX
-from .methods import Method, TrainingStep, all_reduce_sum, register_method
+from .method_helpers import all_reduce_sum
+from .methods import Method, TrainingStep, register_method
+from .options import Options, option
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+
+SALIENT = 0.01  # where a saliency map is below, the seeds are background
 
 
 @dataclass
-class IcdConfig:
-    """Hyper-parameters of ICD; the defaults are those of the authors' released program.
+class IcdConfig(Options):
+    """Options of ICD; the defaults are those of the authors' released program."""
 
-    Attributes:
-        bottom_up_weight: weight of the energy that the directions climb.
-        top_down_weight: final weight of the top-down cross-entropy.
-        top_down_ramp: fraction of the training over which that weight ramps up (the first 2 of 20 epochs).
-        sign_momentum: momentum of the running CAM means that decide each direction's sign.
-        margin: normalised scores with an absolute value up to this teach the top-down classifier nothing.
-        hidden_channels: channels of both hidden convolutions of the top-down classifier, 1024 in the paper. None takes
-            an eighth of the backbone's, at least 64, so that a small backbone isn't outweighed by its classifier.
-    """
-
-    bottom_up_weight: float = 10.0
-    top_down_weight: float = 1.0
-    top_down_ramp: float = 0.1
-    sign_momentum: float = 0.9
-    margin: float = 0.2
-    hidden_channels: int | None = None
-
-    def __post_init__(self):
-        for name in ("bottom_up_weight", "top_down_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"icd: {name} must not be negative, but is {getattr(self, name)}.")
-        if not 0 <= self.top_down_ramp <= 1:
-            raise ValueError(f"icd: top_down_ramp must lie in [0, 1], but is {self.top_down_ramp}.")
-        for name in ("sign_momentum", "margin"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"icd: {name} must lie in [0, 1), but is {getattr(self, name)}.")
-        if self.hidden_channels is not None and self.hidden_channels < 1:
-            raise ValueError(f"icd: hidden_channels must be at least 1, but is {self.hidden_channels}.")
+    bottom_up_weight: float = option(10.0, "Weight of the energy that the directions climb.", at_least=0)
+    top_down_weight: float = option(1.0, "Final weight of the top-down cross-entropy.", at_least=0)
+    top_down_ramp: float = option(
+        0.1,
+        "Share of the training over which that weight ramps up (the first 2 of 20 epochs).",
+        at_least=0,
+        at_most=1,
+    )
+    sign_momentum: float = option(
+        0.9, "Momentum of the running CAM means that decide each direction's sign.", at_least=0, below=1
+    )
+    margin: float = option(
+        0.2,
+        "Normalised scores with an absolute value up to this teach the top-down classifier nothing.",
+        at_least=0,
+        below=1,
+    )
+    hidden_channels: int | None = option(
+        None,
+        "Channels of both hidden convolutions of the top-down classifier, 1024 in the paper; null takes an eighth of "
+        "the backbone's, at least 64, so that a small backbone isn't outweighed by its classifier.",
+        at_least=1,
+    )
 
 
 def projection(features: Tensor, directions: Tensor) -> Tensor:
@@ -142,7 +145,7 @@ def superpixel_refine(scores: Tensor, superpixels: Tensor, tags: Tensor) -> Tens
     batch, classes, height, width = scores.shape
     if superpixels.shape != (batch, height, width):
         raise ValueError(
-            f"superpixels must be {(batch, height, width)} like the scores, got {tuple(superpixels.shape)}."
+            f"superpixels: expected the shape of the scores, {(batch, height, width)}, got {tuple(superpixels.shape)}"
         )
     per_image = int(superpixels.max()) + 1
     offsets = per_image * torch.arange(batch, device=superpixels.device)
@@ -204,9 +207,11 @@ def top_down_weight(progress: float, ramp: float = 0.1) -> float:
 def icd_seeds(top_down: Tensor, cams: Tensor, tags: Tensor, saliency: Tensor | None = None) -> Tensor:
     """Label maps from the top-down scores: sure pixels only, the rest is left open.
 
-    A pixel with one positive tagged class is of that class; several are settled by the largest relu(CAM) times score
-    (the score divided by its class's maximum), and left open where no CAM is positive. Background is where every
-    tagged class is below 0, or, with saliency, where that is below 0.01. A pixel claimed by both is left open.
+    A pixel with one positive tagged class is of that class; several are settled by the largest relu(CAM) times score,
+    the CAMs divided by their image's maximum, each score by its class's. In an image with several tags, pixels of an
+    object where these products do not tell its classes apart, above all where no CAM is positive, are left open.
+    Background is where every tagged class is below 0 or, with saliency, where that is below 0.01; of a map that
+    covers less than 1 % of the image, both is asked. A pixel claimed by an object and by background is left open.
 
     Args:
         top_down: (B, C, H, W) scores of [`Icd.scores`], at the resolution of the seeds.
@@ -220,19 +225,30 @@ def icd_seeds(top_down: Tensor, cams: Tensor, tags: Tensor, saliency: Tensor | N
     tagged = tags.bool()[:, :, None, None]
     claimed = (top_down > 0) & tagged
     shares = top_down.relu() / top_down.amax(dim=(2, 3), keepdim=True).clamp(min=1e-5) * tagged
-    evidence = cams.relu() * shares
+    cams = cams.relu()
+    lowest = cams.masked_fill(~tagged, math.inf).amin(dim=(1, 2, 3), keepdim=True)
+    cams = (cams - lowest).masked_fill(~tagged, 0)
+    evidence = cams / cams.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-5) * shares
     several = claimed.sum(dim=1) > 1
     foreground = claimed.any(dim=1)
-    background = ((top_down < 0) | ~tagged).all(dim=1) if saliency is None else saliency < 0.01
+    background = ((top_down < 0) | ~tagged).all(dim=1)
+    if saliency is not None:
+        outside = saliency < SALIENT
+        is_empty = (~outside).float().mean(dim=(1, 2), keepdim=True) < 0.01
+        background = outside & (background | ~is_empty)
 
     seeds = torch.where(several, evidence.argmax(dim=1), claimed.int().argmax(dim=1)) + 1
     seeds = seeds.masked_fill(background, 0)
-    unsettled = several & (evidence.amax(dim=1) <= 0)
+    difference = evidence.amax(dim=1) - evidence.masked_fill(~tagged, math.inf).amin(dim=1)
+    unsettled = foreground & (difference <= 1e-5) & (tags.sum(dim=1) > 1)[:, None, None]
     return seeds.masked_fill((foreground == background) | unsettled, IGNORE_INDEX)
 
 
 class FeatureNorm(nn.Module):
     """Batch normalisation with its scale fixed to 1: only a bias is learnt. Statistics are those of all processes."""
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, momentum: float = 0.1, eps: float = 1e-5):
         super().__init__()
@@ -286,19 +302,21 @@ class Icd(Method):
     directions only; the top-down loss trains its classifier and the backbone; none of them reaches the CAMs.
     """
 
+    scheduled = True  # the top-down weight ramps up
+    running_means: Tensor
     paper = (
         "Fan, Zhang, Song and Tan, “Learning Integral Objects with Intra-Class Discriminator for Weakly-Supervised"
         " Semantic Segmentation”, CVPR 2020."
     )
 
-    def __init__(self, config: IcdConfig, backbone: nn.Module, num_classes: int):
+    def __init__(self, config: IcdConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
         channels = backbone.channels[-1]
         if config.hidden_channels is None:
-            self.config = config = dataclasses.replace(config, hidden_channels=max(64, channels // 8))
+            self.config = dataclasses.replace(config, hidden_channels=max(64, channels // 8))
         self.norm = FeatureNorm(channels)
         self.directions = nn.Parameter(torch.empty(num_classes, channels))
-        self.top_down = TopDownClassifier(channels, config.hidden_channels, num_classes)
+        self.top_down = TopDownClassifier(channels, self.config.hidden_channels, num_classes)
         self.register_buffer("running_means", torch.empty(num_classes, 2))
         self.reset_parameters()
 

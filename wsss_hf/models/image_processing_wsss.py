@@ -4,26 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoImageProcessor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
-
-
-def backbone_normalization(backbone: str | None, config, **hub_kwargs) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation that a backbone was trained with, for images in [0, 1].
-
-    From its preprocessor_config.json where `backbone`, a directory or Hub id, has one; else its model type's default
-    in transformers; else ImageNet's.
-    """
-    try:
-        known = AutoImageProcessor.from_pretrained(backbone, **hub_kwargs) if backbone else None
-    except (OSError, ValueError):  # published without a processor
-        known = None
-    if known is None and type(config) in IMAGE_PROCESSOR_MAPPING:
-        known = IMAGE_PROCESSOR_MAPPING[type(config)].get("pil")
-    mean, std = getattr(known, "image_mean", None), getattr(known, "image_std", None)
-    return list(mean or IMAGENET_DEFAULT_MEAN), list(std or IMAGENET_DEFAULT_STD)
 
 
 class WsssImageProcessor(PilBackend):
@@ -56,15 +38,13 @@ class WsssImageProcessor(PilBackend):
         logits = outputs.logits
         if logits.ndim != 4:
             raise ValueError(
-                "these are the outputs of a CAM classifier; its label maps come from "
-                "model.segmentation_scores(outputs, size, tags).argmax(1)"
+                f"outputs: expected logits (B, C+1, h, w), got {tuple(logits.shape)}; label maps of a CAM classifier "
+                "are model.segmentation_scores(outputs, size, tags).argmax(1)"
             )
         if target_sizes is None:
             return list(logits.argmax(dim=1))
         if len(target_sizes) != len(logits):
-            raise ValueError(
-                f"{len(target_sizes)} target sizes for {len(logits)} images; one per image would be right"
-            )
+            raise ValueError(f"target_sizes: expected {len(logits)}, one per image, got {len(target_sizes)}")
         return [
             F.interpolate(image[None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0].argmax(dim=0)
             for image, size in zip(logits, target_sizes, strict=True)

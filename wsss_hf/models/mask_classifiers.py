@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ def pixel_logits(class_queries_logits: Tensor, masks_queries_logits: Tensor, siz
     return scores.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
 
-def auto_class(config: PreTrainedConfig) -> type:
+def auto_class(config: PreTrainedConfig) -> Any:
     """The Auto class that loads a segmentation model of this configuration."""
     is_mask_classifier = config.model_type in MASK_CLASSIFIERS
     return AutoModelForUniversalSegmentation if is_mask_classifier else AutoModelForSemanticSegmentation
@@ -86,5 +87,5 @@ def _add_logits(_model, args: tuple, kwargs: dict, output):
 
 def square_side(model) -> int:
     """Side in pixels of the squares that a model takes, and takes alone; 0 where it is not bound to such."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.image_size if getattr(config, "model_type", None) in _SQUARES else 0

@@ -1,12 +1,22 @@
-"""What every method has in common: what it sees of a step, what it returns, where it is registered."""
+"""What every method has in common: what it sees of a step, and what it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from .registry import METHODS, register_method
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+    from .modeling_cam import CamClassifier
+
+__all__ = ["METHODS", "Method", "TrainingStep", "register_method"]
 
 
 @dataclass
@@ -44,29 +54,72 @@ class Method(nn.Module):
     """Base of all methods: turns features, maps and tags into named losses and, if it has any, better maps.
 
     Args:
-        config: the method's own config dataclass. A method that fills in what depends on the backbone puts a completed
-            copy into `self.config`; the model saves that.
-        backbone: the [`Backbone`] it will stand on; read its `channels` and `strides`, do not keep it.
+        config: the method's options. A method that fills in what depends on the backbone puts a completed copy into
+            `self.config`; the model saves that.
+        backbone: the [`Backbone`] of the model; read its `channels` and `strides`, do not keep it.
         num_classes: number of object classes C.
 
     Attributes:
         active: False while the training is in the warmup that comes before the methods.
-        leads: True if its losses are computed before those of others. So are those that run the network once more
-            without gradient: what that needs for a moment is then not needed beside what the others keep.
+        leads: True if its losses are computed before those of others. Set it for a method with an extra forward pass
+            without gradient: its memory is free again before the others keep their activations.
+        scheduled: True if its losses depend on `step.progress`; a training that never sets the model's progress then
+            gets a warning.
         paper: where it was published, for the cards of models trained with it.
     """
 
     active: bool = True
-    leads: bool = False
-    paper: str | None = None
+    config: Any  # its options
+    leads: ClassVar[bool] = False
+    scheduled: ClassVar[bool] = False
+    paper: ClassVar[str | None] = None
 
-    def __init__(self, config, backbone: nn.Module, num_classes: int):
+    def __init__(self, config, backbone: Backbone, num_classes: int):
         super().__init__()
         self.config = config
         self.num_classes = num_classes
 
+    @classmethod
+    def has_maps(cls) -> bool:
+        """Whether it gives localisation maps."""
+        return cls.maps is not Method.maps
+
     def reset_parameters(self):
         """Initialise, with `torch.nn.init`, what needs other values than N(0, 0.01) or has no weight matrix."""
+
+    @staticmethod
+    def step(
+        model: CamClassifier,
+        pixel_values: Tensor,
+        tags: Tensor | None,
+        features: tuple[Tensor, ...],
+        cams: Tensor,
+        superpixels: Tensor | None,
+        saliency: Tensor | None,
+    ) -> TrainingStep:
+        """What the methods of a model see of a batch; without tags every class may be there."""
+        config = model.config
+        mean, std = (pixel_values.new_tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
+        step = TrainingStep(
+            pixel_values=pixel_values,
+            images=(pixel_values * std + mean).clamp(0, 1),
+            tags=torch.ones_like(cams[:, :, 0, 0]).float() if tags is None else tags.float(),
+            features=features,
+            cams=cams,
+            progress=max(0.0, model.progress - config.method_warmup) / (1 - config.method_warmup),
+            classify=model.classify_view,
+            superpixels=superpixels,
+            saliency=saliency,
+        )
+
+        def localize(name: str, pixel_values: Tensor, features: tuple[Tensor, ...], cams: Tensor) -> Tensor:
+            if name == "cam":
+                return cams
+            view = dataclasses.replace(step, pixel_values=pixel_values, features=features, cams=cams)
+            return model.methods[name].maps(view)
+
+        step.localize = localize
+        return step
 
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
         """Named, weighted, scalar float32 losses of this step."""
@@ -75,63 +128,3 @@ class Method(nn.Module):
     def maps(self, step: TrainingStep) -> Tensor | None:
         """(B, C, h, w) non-negative localisation maps that are better than the CAM, or None."""
         return None
-
-
-METHODS: dict[str, tuple[type, type[Method]]] = {}
-"""Name of a method → (its config dataclass, its module). The name is its field in `CamConfig`."""
-
-
-def register_method(name: str, config_class: type) -> Callable[[type[Method]], type[Method]]:
-    """Class decorator: from now on `CamConfig(name=config_class(...))` trains with the decorated method.
-
-    Raises:
-        ValueError: another class holds the name.
-    """
-
-    def register(module_class: type[Method]) -> type[Method]:
-        holder = METHODS.get(name, (None, module_class))[1]
-        # A notebook may run its cell again.
-        if (holder.__module__, holder.__qualname__) != (module_class.__module__, module_class.__qualname__):
-            raise ValueError(
-                f"method {name!r} is {holder.__module__}.{holder.__qualname__} already; give the new one another name"
-            )
-        METHODS[name] = (config_class, module_class)
-        return module_class
-
-    return register
-
-
-def check_stages(method: str, stages: Sequence[int], backbone: nn.Module) -> None:
-    """Whether a backbone has the stages that a method's options name, counted from either end.
-
-    Raises:
-        ValueError: it has not.
-    """
-    depth = len(backbone.channels)
-    for stage in stages:
-        if not -depth <= stage < depth:
-            raise ValueError(
-                f"{method}: stages names stage {stage}, but this backbone has {depth}: "
-                f"{-depth} to {depth - 1} would be right"
-            )
-
-
-class _AllReduceSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, tensor: Tensor) -> Tensor:
-        tensor = tensor.clone()
-        torch.distributed.all_reduce(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        torch.distributed.all_reduce(gradient)
-        return gradient
-
-
-def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all training processes, differentiable (the tensor itself where there is only one)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return _AllReduceSum.apply(tensor)
-    return tensor

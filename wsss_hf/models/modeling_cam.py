@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from .backbone import Backbone
 from .configuration_cam import CamConfig
-from .maps import add_background, normalize_maps
-from .methods import METHODS, TrainingStep
-from .portable_model import PortableModelMixin
+from .maps import add_background, at_all_classes, fuse_maps
+from .portable_model import PortableModel
+from .registry import METHODS
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -41,7 +42,7 @@ class CamOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
 
 
-class CamClassifier(PortableModelMixin, PreTrainedModel):
+class CamClassifier(PortableModel):
     """Any backbone, a 1×1 convolution to C maps, and their global average as tag logits.
 
     The maps *are* the class activation maps. Methods that are on in the configuration change the backbone's
@@ -50,15 +51,21 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
 
     config_class = CamConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    auto_classes = ("AutoModel", "AutoModelForImageClassification", "AutoModelForSemanticSegmentation")
+    input_modalities = ["image"]
+    auto_classes: tuple[str, ...] = (
+        "AutoModel",
+        "AutoModelForImageClassification",
+        "AutoModelForSemanticSegmentation",
+    )
+
+    methods: Any  # nn.ModuleDict of [`Method`]
 
     def __init__(self, config: CamConfig):
         super().__init__(config)
-        self._progress = 0.0
+        self._progress: float | None = None
         self.backbone = Backbone(config.backbone_config, config.output_stride)
         channels, bias = self.backbone.channels[-1], config.classifier_bias
-        self.classifier = nn.Conv2d(channels, config.num_labels, kernel_size=1, bias=bias)
+        self.classifier = nn.Conv2d(channels, self.config.num_labels, kernel_size=1, bias=bias)
         self.methods = nn.ModuleDict(
             {
                 name: METHODS[name][1](options, self.backbone, config.num_labels)
@@ -67,6 +74,7 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         )
         for name, method in self.methods.items():
             setattr(config, name, method.config)  # which may have been completed for this backbone
+            method.active = config.method_warmup == 0
         self.post_init()
 
     @torch.no_grad()
@@ -80,14 +88,19 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
 
     @property
     def progress(self) -> float:
-        """Share of the training that is done, in [0, 1]; the training loop moves it."""
-        return self._progress
+        """Share of the training that is done, in [0, 1]: what the training loop has set, or gave to `forward`."""
+        return self._progress or 0.0
 
     @progress.setter
     def progress(self, progress: float):
         self._progress = progress
         for method in self.methods.values():
             method.active = progress >= self.config.method_warmup
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether training depends on `progress`."""
+        return any(method.scheduled or self.config.method_warmup > 0 for method in self.methods.values())
 
     def classify(self, pixel_values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Images (B, 3, H, W) → stage maps of the backbone, and CAM logits (B, C, h, w)."""
@@ -111,6 +124,7 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         output_hidden_states: bool | None = None,
         superpixels: Tensor | None = None,
         saliency: Tensor | None = None,
+        progress: float | None = None,
         **kwargs,
     ) -> CamOutput:
         """
@@ -120,15 +134,24 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             output_hidden_states: also return the stage maps of the backbone; None does as the configuration says.
             superpixels: (B, H, W) int64, for methods that use them.
             saliency: (B, H, W) float in [0, 1], for methods that use it.
+            progress: share of the training that is done, in [0, 1], which becomes `self.progress`; None leaves it.
 
         Raises:
             ValueError: tags are not (B, C).
         """
+        if progress is not None:
+            self.progress = progress
         features, cams = self.classify(pixel_values)
         logits = cams.mean(dim=(-2, -1))
-        losses, maps = None, cams
+        losses: dict[str, Tensor] | None = None
+        maps = cams
         if tags is not None:
             _check_tags(tags, logits)
+            if self.training and self._progress is None and self.scheduled:
+                logger.warning_once(
+                    "The losses of this model depend on the share of the training that is done, which was never set: "
+                    "give the model `progress=` (0 to 1) at each step, or the Trainer wsss_hf.ScheduleCallback()."
+                )
             losses = {"classification": F.multilabel_soft_margin_loss(logits.float(), tags.float())}
             if self.training and any(method.active for method in self.methods.values()):
                 step = self._step(pixel_values, tags, features, cams, superpixels, saliency)
@@ -142,7 +165,7 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             step = self._step(pixel_values, tags, features, cams, superpixels, saliency)
             maps = step.localize(self.config.maps, pixel_values, features, cams)
         return CamOutput(
-            loss=None if losses is None else sum(losses.values()),
+            loss=None if losses is None else sum(losses.values(), torch.zeros((), device=cams.device)),
             logits=logits,
             cams=cams,
             maps=maps,
@@ -150,39 +173,25 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
             hidden_states=features if self._shows_hidden_states(output_hidden_states) else None,
         )
 
-    def _step(self, pixel_values: Tensor, tags: Tensor | None, features, cams, superpixels, saliency) -> TrainingStep:
-        mean, std = (
-            pixel_values.new_tensor(v)[:, None, None] for v in (self.config.image_mean, self.config.image_std)
-        )
-        step = TrainingStep(
-            pixel_values=pixel_values,
-            images=(pixel_values * std + mean).clamp(0, 1),
-            tags=torch.ones_like(cams[:, :, 0, 0]).float() if tags is None else tags.float(),
-            features=features,
-            cams=cams,
-            progress=max(0.0, self.progress - self.config.method_warmup) / (1 - self.config.method_warmup),
-            classify=self.classify_view,
-            superpixels=superpixels,
-            saliency=saliency,
-        )
-
-        def localize(name: str, pixel_values: Tensor, features: tuple[Tensor, ...], cams: Tensor) -> Tensor:
-            if name == "cam":
-                return cams
-            view = dataclasses.replace(step, pixel_values=pixel_values, features=features, cams=cams)
-            return self.methods[name].maps(view)
-
-        step.localize = localize
-        return step
+    def _step(self, *seen):
+        """What the methods see; see [`Method.step`]."""
+        method, *_ = self.methods.values()
+        return method.step(self, *seen)
 
     @property
     def mask_id2label(self) -> dict[int, str]:
         """Names of the values of a mask: background is 0, class c is c + 1."""
         return {0: "background"} | {c + 1: name for c, name in self.config.id2label.items()}
 
+    def predicted_tags(self, outputs: Any) -> Tensor:
+        """(B, C) bool: the tags whose probability, by the mean logit of the views, is above `config.tag_threshold`."""
+        views = outputs if isinstance(outputs, list) else [outputs]
+        logits = torch.stack([view.logits.float() for view in views]).mean(dim=0)
+        return logits.sigmoid() > self.config.tag_threshold
+
     def segmentation_scores(
         self,
-        outputs: CamOutput,
+        outputs: Any,
         size: tuple[int, int],
         tags: Tensor | None = None,
         background_threshold: float | None = None,
@@ -190,19 +199,20 @@ class CamClassifier(PortableModelMixin, PreTrainedModel):
         """Scores (B, C+1, H, W) whose argmax is the label map; channel 0 is background.
 
         Args:
-            outputs: what `forward` gave.
+            outputs: what `forward` gave; or a list of views, see `tta.views`, whose maps are averaged.
             size: (H, W) of the label map.
             tags: (B, C) 0/1; None takes the tags that the model predicts.
             background_threshold: None takes the configured one.
         """
-        if tags is None:
-            tags = outputs.logits.float().sigmoid() > self.config.tag_threshold
-        _check_tags(tags, outputs.logits)
+        views = outputs if isinstance(outputs, list) else [outputs]
+        tags = self.predicted_tags(views) if tags is None else tags.to(views[0].logits.device)
+        _check_tags(tags, views[0].logits)
         if background_threshold is None:
             background_threshold = self.config.background_threshold
-        return add_background(normalize_maps(outputs.maps, tags, size), background_threshold)
+        maps = fuse_maps((view.maps for view in views), tags, size)
+        return add_background(at_all_classes(maps, tags), background_threshold)
 
 
 def _check_tags(tags: Tensor, logits: Tensor) -> None:
     if tags.shape != logits.shape:
-        raise ValueError(f"tags have shape {tuple(tags.shape)}; {tuple(logits.shape)} would be right")
+        raise ValueError(f"tags: expected shape {tuple(logits.shape)}, got {tuple(tags.shape)}")

@@ -28,7 +28,7 @@ class MapRefinerConfig(CamConfig):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.methods:
-            raise ValueError(f"a map refiner has no methods, but {', '.join(self.methods)} is on")
+            raise ValueError(f"map refiner: expected no methods, got {', '.join(self.methods)}")
 
 
 class MapRefiner(CamClassifier):
@@ -38,7 +38,7 @@ class MapRefiner(CamClassifier):
     """
 
     config_class = MapRefinerConfig
-    auto_classes = ("AutoModel", "AutoModelForSemanticSegmentation")
+    auto_classes: tuple[str, ...] = ("AutoModel", "AutoModelForSemanticSegmentation")
 
     @can_return_tuple
     def forward(
@@ -65,9 +65,8 @@ class MapRefiner(CamClassifier):
         losses = None
         if targets is not None:
             if targets.ndim != 4 or targets.shape[:2] != maps.shape[:2]:
-                raise ValueError(
-                    f"targets have shape {tuple(targets.shape)}; ({len(maps)}, {maps.shape[1]}, H, W) would be right"
-                )
+                expected = f"({len(maps)}, {maps.shape[1]}, H, W)"
+                raise ValueError(f"targets: expected shape {expected}, got {tuple(targets.shape)}")
             predicted = F.interpolate(maps.float(), size=targets.shape[-2:], mode="bilinear", align_corners=False)
             losses = {"refinement": F.mse_loss(predicted, targets.float())}
         return CamOutput(

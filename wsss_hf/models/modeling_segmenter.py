@@ -1,22 +1,24 @@
-"""The segmenter: what is trained on the pseudo masks and leaves the house."""
+"""Segmenter: a DeepLab head on any backbone, trained on pseudo masks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .backbone import Backbone
 from .configuration_segmenter import SegmenterConfig
 from .deeplab import HEADS
 from .maps import IGNORE_INDEX
-from .portable_model import PortableModelMixin
+from .portable_model import PortableModel
+from .probabilities import class_probabilities, mean_probabilities
 
 
 @dataclass
@@ -31,7 +33,7 @@ class SegmenterOutput(SemanticSegmenterOutput):
     scale_logits: tuple[Tensor, ...] | None = None
 
 
-class Segmenter(PortableModelMixin, PreTrainedModel):
+class Segmenter(PortableModel):
     """A DeepLab head on the stage maps of any backbone; see `deeplab.py` for the heads.
 
     With several `config.input_scales` the logits are their maximum over the scales, in training and afterwards, and
@@ -40,7 +42,7 @@ class Segmenter(PortableModelMixin, PreTrainedModel):
 
     config_class = SegmenterConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     auto_classes = ("AutoModel", "AutoModelForSemanticSegmentation")
 
     def __init__(self, config: SegmenterConfig):
@@ -84,7 +86,9 @@ class Segmenter(PortableModelMixin, PreTrainedModel):
             logits = torch.stack(scale_logits).amax(dim=0)
         loss = None
         if labels is not None:
-            loss = sum(pixel_cross_entropy(view, labels) for view in (logits, *(scale_logits or ())))
+            loss = pixel_cross_entropy(logits, labels)
+            for view in scale_logits or ():
+                loss = loss + pixel_cross_entropy(view, labels)
         return SegmenterOutput(
             loss=loss,
             logits=logits,
@@ -107,22 +111,27 @@ class Segmenter(PortableModelMixin, PreTrainedModel):
 
     def segmentation_scores(
         self,
-        outputs: SegmenterOutput,
+        outputs: SemanticSegmenterOutput | list[ModelOutput],
         size: tuple[int, int],
         tags: Tensor | None = None,
     ) -> Tensor:
         """Probabilities (B, C+1, H, W) whose argmax is the label map; channel 0 is background.
 
         Args:
-            outputs: what `forward` gave.
+            outputs: what `forward` gave; or a list of views, see `tta.views`, whose probabilities are averaged.
             size: (H, W) of the label map.
             tags: (B, C) 0/1; classes that are known to be absent get no pixel. None allows all.
         """
-        logits = F.interpolate(outputs.logits.float(), size=size, mode="bilinear", align_corners=False)
-        if tags is not None:
-            allowed = F.pad(tags.to(logits.device).bool(), (1, 0), value=True)
-            logits = logits.masked_fill(~allowed[:, :, None, None], float("-inf"))
-        return logits.softmax(dim=1)
+        views: list[Any] = outputs if isinstance(outputs, list) else [outputs]
+        scores = mean_probabilities((view.logits for view in views), size)
+        if tags is None:
+            return scores
+        possible = torch.zeros_like(scores)
+        for image, present in enumerate(tags.to(scores.device)):
+            classes = present.nonzero()[:, 0]
+            channels = torch.cat([classes.new_zeros(1), classes + 1])
+            possible[image, channels] = class_probabilities(scores[image], classes)
+        return possible
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

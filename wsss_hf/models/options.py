@@ -24,6 +24,7 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     length: int | None = None,
+    ascending: bool = False,
 ) -> Any:
     """A field of [`Options`]; the limits hold for every number in it, also inside a list.
 
@@ -32,9 +33,11 @@ def option(
         text: one sentence, with the unit.
         at_least, above, at_most, below: limits of the numbers.
         length: of a list; 0 is any, and without it a list must not be empty.
+        ascending: of a list, no number is below the one before it.
     """
     limits = {"at_least": at_least, "above": above, "at_most": at_most, "below": below, "length": length}
     metadata = {"text": text} | {key: value for key, value in limits.items() if value is not None}
+    metadata |= {"ascending": True} if ascending else {}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -131,7 +134,8 @@ def _fit(kind: Any, limits: Mapping, value: Any, where: str) -> Any:
         return value
     elif origin is list and isinstance(value, list | tuple):
         fitted = [_fit(get_args(kind)[0], limits, item, where) for item in value]
-        if len(fitted) == limits.get("length", len(fitted) or -1) or limits.get("length") == 0:
+        fits = len(fitted) == limits.get("length", len(fitted) or -1) or limits.get("length") == 0
+        if fits and (not limits.get("ascending") or fitted == sorted(fitted)):
             return fitted
     elif origin is dict and isinstance(value, Mapping):
         return dict(value)
@@ -175,7 +179,8 @@ def _expected(kind: Any, limits: Mapping) -> str:
         count = f"{limits['length']} " if limits.get("length") else ""
         item = get_args(kind)[0]
         plural = {int: "whole numbers", float: "numbers", str: "names"}.get(item, "items")
-        return f"a list of {count}{plural}{_limits_in_words(limits)}"
+        order = ", ascending" if limits.get("ascending") else ""
+        return f"a list of {count}{plural}{_limits_in_words(limits)}{order}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
     name = names.get(kind, "a mapping")
     return name + _limits_in_words(limits) if kind in (int, float) else name

@@ -67,22 +67,22 @@ def pamr(
     Args:
         images: (B, 3, H, W), in [0, 1] or normalised (see `colour_affinity`).
         scores: (B, K, h, w), any range.
-        iterations: number of refinement steps.
+        iterations: number of times.
         dilations: distances to the neighbours in pixels.
 
     Returns:
         (B, K, h, w) float32 refined scores, in the range of `scores`.
 
     Raises:
-        ValueError: if images and scores are not batches of the same length, or there is no dilation.
+        ValueError: images and scores are not batches of the same length, or there is no dilation.
     """
     if images.ndim != 4 or scores.ndim != 4 or len(images) != len(scores):
         raise ValueError(
-            "pamr needs images (B, 3, H, W) and scores (B, K, h, w) of one batch size, "
-            f"but got {tuple(images.shape)} and {tuple(scores.shape)}"
+            "pamr: expected images (B, 3, H, W) and scores (B, K, h, w) of one batch size, "
+            f"got {tuple(images.shape)} and {tuple(scores.shape)}"
         )
     if not dilations or min(dilations) < 1:
-        raise ValueError(f"pamr needs at least one dilation, all of them 1 or more, but got {list(dilations)}")
+        raise ValueError(f"pamr: expected at least one dilation, each >= 1, got {list(dilations)}")
     images, scores = images.float(), scores.float()
     if images.shape[-2:] != scores.shape[-2:]:
         images = F.interpolate(images, size=scores.shape[-2:], mode="bilinear", align_corners=True)
@@ -93,3 +93,19 @@ def pamr(
             refined.addcmul_(weight, neighbour)
         scores = refined
     return scores
+
+
+def refine_pictures(
+    pictures: Tensor, scores: Tensor, iterations: int = 10, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)
+) -> Tensor:
+    """[`pamr`] of scores in [0, 1], which stay there, at the size of the images.
+
+    Args:
+        pictures: (B, H, W, 3) uint8 RGB images.
+        scores: (B, K, H, W) in [0, 1].
+
+    Returns:
+        (B, K, H, W) float32 in [0, 1].
+    """
+    refined = pamr(pictures.to(scores.device).permute(0, 3, 1, 2) / 255, scores, iterations, dilations)
+    return refined.clamp(0, 1)  # the affinities sum to 1 up to rounding

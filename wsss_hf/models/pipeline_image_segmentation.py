@@ -1,8 +1,9 @@
-"""`pipeline("image-segmentation")` for the CAM classifier and the segmenter, and for every other model as before."""
+"""`pipeline("image-segmentation")` and `pipeline("image-classification")` for the CAM classifier and the segmenter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -11,11 +12,10 @@ from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
 
 class MaskPipeline(ImageSegmentationPipeline):
-    """The library's image-segmentation pipeline, which also knows image tags.
+    """The library's image-segmentation pipeline for our models, which also takes image tags.
 
-    With our models, every class found gives `{"label", "score", "mask"}`: the mask is a black-and-white PIL image of
-    the input's size, the score the mean score of its pixels in [0, 1]. Others that could find objects as well label
-    pixels, without a score, if background is their first class.
+    Every class found gives `{"label", "score", "mask"}`: the mask is a black-and-white PIL image of the input's size,
+    the score the mean score of its pixels in [0, 1].
 
     Call arguments beside the library's own:
         tags: names of the classes that are in the image (or images), if known; without them the CAM classifier takes
@@ -24,11 +24,11 @@ class MaskPipeline(ImageSegmentationPipeline):
     """
 
     # Left open, transformers takes the image processor's code for a video processor's and asks whether to run it.
-    _load_video_processor = False
+    _load_video_processor = False  # type: ignore[assignment]
+    model: Any
 
     def check_model_type(self, supported_models):
-        if not hasattr(self.model, "segmentation_scores"):
-            super().check_model_type(supported_models)
+        """Our models are; the library does not know them."""
 
     def _sanitize_parameters(self, tags=None, **kwargs):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -36,20 +36,15 @@ class MaskPipeline(ImageSegmentationPipeline):
             postprocess["tags"] = [tags] if isinstance(tags, str) else list(tags)
         return preprocess, forward, postprocess
 
-    def postprocess(self, model_outputs, tags: list[str] | None = None, threshold: float | None = None, **kwargs):
-        if not hasattr(self.model, "segmentation_scores"):
-            if tags is not None:
-                raise ValueError(f"tags: {type(self.model).__name__} can't use them; leave them out")
-            if threshold is not None:
-                kwargs["threshold"] = threshold
-            if self.model.config.id2label.get(0) == "background":
-                kwargs.setdefault("subtask", "semantic")
-            return super().postprocess(model_outputs, **kwargs)
-
-        options = {}
+    def postprocess(  # type: ignore[override]
+        self, model_outputs, tags: list[str] | None = None, threshold: float | None = None, **kwargs
+    ):
+        options: dict[str, Any] = {}
         if threshold is not None:
             if not hasattr(self.model.config, "background_threshold"):
-                raise ValueError(f"threshold: {type(self.model).__name__} can't use it; leave it out")
+                raise ValueError(
+                    f"threshold: expected none, as {type(self.model).__name__} has none, got {threshold!r}"
+                )
             options["background_threshold"] = threshold
         if tags is not None:
             options["tags"] = tags_to_multi_hot(tags, list(self.model.mask_id2label.values())[1:])
@@ -58,13 +53,12 @@ class MaskPipeline(ImageSegmentationPipeline):
 
 
 class TagPipeline(ImageClassificationPipeline):
-    """The library's image-classification pipeline, which also knows the CAM classifier."""
+    """The library's image-classification pipeline for the CAM classifier."""
 
-    _load_video_processor = False  # as above
+    _load_video_processor = False  # type: ignore[assignment]
 
     def check_model_type(self, supported_models):
-        if not hasattr(self.model, "segmentation_scores"):
-            super().check_model_type(supported_models)
+        """As above."""
 
 
 def named_segments(scores: torch.Tensor, names: dict[int, str]) -> list[dict]:
@@ -88,5 +82,5 @@ def tags_to_multi_hot(tags: Sequence[str], names: Sequence[str]) -> torch.Tensor
     """
     for tag in tags:
         if tag not in names:
-            raise ValueError(f"tags: {tag!r} is no class of this model; it knows {', '.join(names)}")
+            raise ValueError(f"tags: expected classes of this model ({', '.join(names)}), got {tag!r}")
     return torch.tensor([[float(name in tags) for name in names]])

@@ -1,25 +1,27 @@
-"""`pipeline("weak-segmentation")`: all that our models know of an image at once."""
+"""`pipeline("weak-segmentation")`: label map, segments, class maps and overlay of an image, tags known or not."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.image_utils import load_image
 from transformers.pipelines.base import Pipeline
+from transformers.utils import ModelOutput
 
-from .background_threshold import THRESHOLDS, choose_threshold, object_areas, value_histogram
 from .label_colors import mask_image, overlay
-from .maps import normalize_maps
-from .pamr import pamr
+from .maps import add_background
+from .pamr import refine_pictures
 from .pipeline_image_segmentation import named_segments, tags_to_multi_hot
+from .tta import views
 
-REFINERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pamr": pamr}
-"""Name → (image (1, 3, H, W) in [0, 1], scores (1, C+1, H, W)) → scores. Only what needs no other library."""
+REFINEMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pamr": refine_pictures}
+"""Name → (images (B, H, W, 3) uint8, scores (B, K+1, H, W)) → scores. Only what needs no other library."""
 
 
 class WeakSegmentationPipeline(Pipeline):
@@ -32,11 +34,12 @@ class WeakSegmentationPipeline(Pipeline):
     Call arguments:
         tags: names of the classes that are in every image, if known; a row's own tags go first. Without tags a CAM
             classifier takes those it predicts, and a segmenter allows every class.
-        threshold: background threshold of a CAM classifier, in [0, 1]; "auto" is where the image's own maps separate
-            best into objects and background; None takes the configured one.
+        threshold: background threshold of a CAM classifier, in [0, 1]; "auto" finds it on the image's maps and
+            features, as `masks.background_threshold: auto` does for a data set, and needs wsss_hf to be installed;
+            None takes the configured one.
         scales: input sizes relative to that of the image processor; several are averaged.
-        flip: also look at the mirror image.
-        refiner: "pamr" lets the masks follow the colours of the image; None leaves the scores as they are.
+        flip: also average with the mirror image.
+        refine: "pamr" lets the masks follow the colours of the image; None leaves the scores as they are.
         timeout: seconds to wait for a URL.
 
     Returns, for every image, a dict:
@@ -47,6 +50,8 @@ class WeakSegmentationPipeline(Pipeline):
         overlay: RGB image, the mask in colours on the image.
     """
 
+    model: Any
+    image_processor: Any
     _load_processor = False
     _load_image_processor = True
     _load_video_processor = False
@@ -57,8 +62,8 @@ class WeakSegmentationPipeline(Pipeline):
         super().__init__(*args, **kwargs)
         if not hasattr(self.model, "segmentation_scores"):
             raise ValueError(
-                f"weak-segmentation: {type(self.model).__name__} is no model of wsss_hf; "
-                'pipeline("image-segmentation") would be right'
+                f"weak-segmentation: expected a model of wsss_hf, got {type(self.model).__name__}; "
+                'pipeline("image-segmentation") takes it'
             )
 
     def _sanitize_parameters(
@@ -67,22 +72,20 @@ class WeakSegmentationPipeline(Pipeline):
         threshold: float | str | None = None,
         scales: Sequence[float] | None = None,
         flip: bool | None = None,
-        refiner: str | None = None,
+        refine: str | None = None,
         timeout: float | None = None,
     ):
         if threshold is not None and not hasattr(self.model.config, "background_threshold"):
-            raise ValueError(f"threshold: {type(self.model).__name__} can't use it; leave it out")
+            raise ValueError(f"threshold: expected none, as {type(self.model).__name__} has none, got {threshold!r}")
         if isinstance(threshold, str) and threshold != "auto":
-            raise ValueError(f"threshold: {threshold!r}; a number in [0, 1] or 'auto' would be right")
+            raise ValueError(f"threshold: expected a number in [0, 1] or 'auto', got {threshold!r}")
         if scales is not None and not (len(scales) and min(scales) > 0):
-            raise ValueError(
-                f"scales: {list(scales)}; positive numbers, for example [0.75, 1.0, 1.25], would be right"
-            )
-        if refiner is not None and refiner not in REFINERS:
-            raise ValueError(f"refiner: {refiner!r} is none; {', '.join(REFINERS)} or None would be right")
+            raise ValueError(f"scales: expected positive numbers, for example [0.75, 1.0, 1.25], got {list(scales)}")
+        if refine is not None and refine not in REFINEMENTS:
+            raise ValueError(f"refine: expected {', '.join(map(repr, REFINEMENTS))} or None, got {refine!r}")
         preprocess = {"tags": [tags] if isinstance(tags, str) else tags, "timeout": timeout}
-        forward = {"scales": scales, "flip": flip}
-        postprocess = {"threshold": threshold, "refiner": refiner}
+        forward = {"scales": scales, "flip": flip, "features": True if threshold == "auto" else None}
+        postprocess = {"threshold": threshold, "refine": refine}
         return tuple(
             {key: value for key, value in part.items() if value is not None}
             for part in (preprocess, forward, postprocess)
@@ -93,10 +96,10 @@ class WeakSegmentationPipeline(Pipeline):
             inputs = _rows(inputs)
         return super().__call__(inputs, **kwargs)
 
-    def preprocess(self, row, tags: Sequence[str] | None = None, timeout: float | None = None) -> dict:
+    def preprocess(self, row, tags: Sequence[str] | None = None, timeout: float | None = None) -> Any:
         given = row if isinstance(row, Mapping) else {"image": row}
         if given.get("image") is None:
-            raise ValueError(f"a row needs an image; this one has {', '.join(given)}")
+            raise ValueError(f"row: expected an image, got {', '.join(given)}")
         image = load_image(_as_picture(given["image"]), timeout=timeout)
         own = given.get("tags")
         names = list(self.model.mask_id2label.values())[1:]
@@ -107,59 +110,64 @@ class WeakSegmentationPipeline(Pipeline):
         inputs["picture"] = [{"image": image, "tags": multi_hot}]
         return inputs
 
-    def _forward(self, model_inputs, scales: Sequence[float] = (1.0,), flip: bool = False):
-        pictures, pixel_values = model_inputs.pop("picture"), model_inputs["pixel_values"]
-        views = [view for scale in scales for view in self._views(pixel_values, scale, flip)]
-        outputs = views[0][0]
-        if len(views) > 1:
-            _fuse(outputs, views, tuple(pixel_values.shape[-2:]))
-        outputs["picture"] = pictures
+    def _forward(self, model_inputs, scales: Sequence[float] = (1.0,), flip: bool = False, features: bool = False):
+        pixel_values = model_inputs["pixel_values"]
+        outputs = {"picture": model_inputs["picture"]}
+        for number, view in enumerate(views(self.model, pixel_values, scales, flip)):
+            outputs |= {f"view_{number}_{name}": value for name, value in view.items()}
+        if features:
+            outputs |= {f"stage_{number}": stage for number, stage in enumerate(self.model.backbone(pixel_values))}
         return outputs
 
-    def _views(self, pixel_values: Tensor, scale: float, flip: bool) -> list[tuple]:
-        """What the model makes of the image at one scale, and of its mirror image, which the second value says."""
-        if scale != 1:
-            size = [max(1, round(side * scale)) for side in pixel_values.shape[-2:]]
-            pixel_values = F.interpolate(pixel_values, size=size, mode="bilinear", align_corners=False, antialias=True)
-        views = [(self.model(pixel_values), False)]
-        return [*views, (self.model(pixel_values.flip(-1)), True)] if flip else views
-
-    def postprocess(self, model_outputs, threshold: float | str | None = None, refiner: str | None = None) -> dict:
+    def postprocess(self, model_outputs, threshold: float | str | None = None, refine: str | None = None) -> dict:
         (picture,) = model_outputs["picture"]
-        image, tags = picture["image"], picture["tags"]
+        image, tags, names = picture["image"], picture["tags"], self.model.mask_id2label
+        outputs, size = _views(model_outputs), (image.height, image.width)
+        if tags is None and hasattr(self.model, "predicted_tags"):
+            tags = self.model.predicted_tags(outputs)
         options = {} if threshold in (None, "auto") else {"background_threshold": threshold}
-        if tags is not None:
-            options["tags"] = tags
-        scores = self.model.segmentation_scores(model_outputs, (image.height, image.width), **options)
-        plain = scores[0, 1:]
-        if refiner is not None:
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-            scores = REFINERS[refiner](pixels, scores)
-        scores = scores[0]
-        if threshold == "auto" and plain.any():
-            histogram = value_histogram(plain)
-            found = choose_threshold(histogram)
-            if refiner is not None:  # the refined objects cover as much as the plain ones
-                wanted = object_areas(histogram)[THRESHOLDS.index(found)]
-                found = THRESHOLDS[int((object_areas(value_histogram(scores[1:])) - wanted).abs().argmin())]
-            scores[0] = found  # which refinement left as it was, the same everywhere
-        names = self.model.mask_id2label
-        labels = scores.argmax(dim=0)
-        shown = labels.unique() if tags is None else tags[0].nonzero()[:, 0] + 1
-        if tags is None and hasattr(model_outputs, "maps"):
-            shown = scores[1:].flatten(1).any(dim=1).nonzero()[:, 0] + 1
+        scores = self.model.segmentation_scores(outputs, size, tags, **options)[0]
+        channels = [0, *((tags[0].nonzero()[:, 0] + 1).tolist() if tags is not None else range(1, len(scores)))]
+        scores = scores[channels]  # background and the classes that may be there
+        pixels = torch.from_numpy(np.array(image))[None]
+        step = REFINEMENTS[refine] if refine else lambda _pixels, plain: plain
+        if threshold == "auto" and len(channels) > 1:
+            rule = importlib.import_module("wsss_hf.models.background_threshold")  # not uploaded with models
+            search = rule.ThresholdSearch(len(self.model.backbone.channels))
+            stages = [value[0] for name, value in model_outputs.items() if name.startswith("stage_")]
+            search.add(scores[1:], stages)
+
+            def refined_area(limit: float) -> float:
+                return rule.object_share(step(pixels, add_background(scores[None, 1:], limit))[0])
+
+            found = search.threshold() if refine is None else search.threshold_after(refined_area)
+            scores = add_background(scores[None, 1:], found)[0]
+        if len(channels) > 1:
+            scores = step(pixels, scores[None])[0]
+        labels = torch.tensor(channels)[scores.argmax(dim=0)]
+        shown = channels if tags is not None else labels.unique().tolist()
         mask = labels.to(torch.uint8).numpy()
         return {
             "mask": mask_image(mask),
-            "segments": named_segments(scores, names),
-            "maps": {names[label]: scores[label].numpy() for label in shown.tolist() if label},
+            "segments": named_segments(scores, {k: names[channel] for k, channel in enumerate(channels)}),
+            "maps": {names[channel]: scores[channels.index(channel)].numpy() for channel in shown if channel},
             "overlay": overlay(image, mask),
         }
 
 
+def _views(model_outputs: Mapping) -> list[ModelOutput]:
+    """What `_forward` has flattened, so that batches of images can be taken apart."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, value in model_outputs.items():
+        if key.startswith("view_"):
+            _, number, name = key.split("_")
+            found.setdefault(number, {})[name] = value
+    return [ModelOutput(view) for view in found.values()]
+
+
 def _rows(dataset) -> Iterator[dict]:
     """Images of a data set with their tags, if it has any, as names."""
-    feature = getattr(dataset.features.get("tags"), "feature", None)
+    feature: Any = getattr(dataset.features.get("tags"), "feature", None)
     for row in dataset:
         tags = row.get("tags")
         if tags is not None and hasattr(feature, "int2str"):
@@ -168,33 +176,9 @@ def _rows(dataset) -> Iterator[dict]:
 
 
 def _as_picture(image):
-    """An array as PIL image; everything else is `load_image`'s business."""
+    """An array as PIL image; everything else is left to `load_image`."""
     if not isinstance(image, np.ndarray):
         return image
     if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
-        raise ValueError(
-            f"an array of shape {image.shape} and type {image.dtype} is no image; (H, W, 3) or (H, W) of uint8 is"
-        )
+        raise ValueError(f"image: expected an array (H, W, 3) or (H, W) of uint8, got {image.shape} of {image.dtype}")
     return Image.fromarray(image)
-
-
-def _mean_maps(views: Sequence[tuple], size: tuple[int, int]) -> Tensor:
-    """(B, C, H, W), the mean of the views' normalised maps at `size`."""
-    maps = [view.maps.flip(-1) if mirrored else view.maps for view, mirrored in views]
-    return torch.stack([normalize_maps(view_maps, size=size) for view_maps in maps]).mean(dim=0)
-
-
-def _fuse(outputs, views: Sequence[tuple], size: tuple[int, int]) -> None:
-    """Put the mean over the views, each an output and whether it is mirrored, into `outputs`, at `size`."""
-    logits = [view.logits.float() for view, _ in views]
-    if logits[0].ndim == 2:  # tag logits, and maps
-        outputs["maps"] = _mean_maps(views, size)
-        outputs["logits"] = torch.stack(logits).mean(dim=0)
-        return
-    probabilities = [
-        F.interpolate(
-            view_logits.flip(-1) if mirrored else view_logits, size=size, mode="bilinear", align_corners=False
-        ).softmax(dim=1)
-        for view_logits, (_, mirrored) in zip(logits, views, strict=True)
-    ]
-    outputs["logits"] = torch.stack(probabilities).mean(dim=0).clamp_min(1e-12).log()

@@ -9,70 +9,58 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .method_helpers import min_max_normalize
 from .methods import Method, TrainingStep, register_method
+from .options import Options, option
 from .pamr import pamr
-from .seam import min_max_normalize
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
 
 # The values of a domain map.
 SOURCE, TARGET, IGNORED = 0, 1, 255
 
 
 @dataclass
-class PldaConfig:
-    """Settings of PLDA.
+class PldaConfig(Options):
+    """Options of PLDA."""
 
-    Attributes:
-        maps: whose localisation maps tell source from target: "cam", or a method that is on and has maps, such as
-            "seam", which the authors put PLDA on.
-        source_threshold: normalised map value above which a pixel belongs to its domain, in (0, 1).
-        foreground: part of an object's highest score that its pseudo labels must exceed, in (0, 1).
-        background: the same for the background.
-        floor: score that every pseudo label must exceed, in [0, 1).
-        hidden: channels of the domain classifier's hidden layers. None takes, as on the paper's backbone with 4096, a
-            quarter and an eighth of the backbone's channels, at least 64 and 32.
-        dropout: probability of dropping a hidden channel's value, in [0, 1).
-        pamr_iterations: refinement steps of the scores before they become pseudo labels (0: no refinement).
-        pamr_dilations: distances to the neighbours in that refinement.
-        adversarial_weight: weight of the adversarial loss.
-        source_weight: weight of the cross-entropy on source pixels.
-        target_weight: weight of the cross-entropy on target pixels.
-    """
-
-    maps: str = "cam"
-    source_threshold: float = 0.6
-    foreground: float = 0.6
-    background: float = 0.7
-    floor: float = 0.2
-    hidden: list[int] | None = None
-    dropout: float = 0.5
-    pamr_iterations: int = 10
-    pamr_dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 12, 24])
-    adversarial_weight: float = 1.0
-    source_weight: float = 1.0
-    target_weight: float = 1.0
-
-    def __post_init__(self):
-        for name in ("source_threshold", "foreground", "background"):
-            if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"plda: {name} must lie between 0 and 1, but is {getattr(self, name)}")
-        for name in ("floor", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"plda: {name} must lie in [0, 1), but is {getattr(self, name)}")
-        if self.hidden is not None and (not self.hidden or min(self.hidden) < 1):
-            raise ValueError(f"plda: hidden must name the channels of one layer or more, but is {self.hidden}")
-        if self.pamr_iterations < 0:
-            raise ValueError(f"plda: pamr_iterations must not be negative, but is {self.pamr_iterations}")
-        if not self.pamr_dilations or min(self.pamr_dilations) < 1:
-            raise ValueError(f"plda: pamr_dilations must be 1 or more each, but is {self.pamr_dilations}")
-        for name in ("adversarial_weight", "source_weight", "target_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"plda: {name} must not be negative, but is {getattr(self, name)}")
+    maps: str = option(
+        "cam",
+        "Whose localisation maps tell source from target: 'cam', or a method that is on and has maps, such as 'seam', "
+        "which the authors put PLDA on.",
+    )
+    source_threshold: float = option(
+        0.6, "Normalised map value above which a pixel belongs to its domain.", above=0, below=1
+    )
+    foreground: float = option(
+        0.6, "Share of an object's highest score that its pseudo labels must exceed.", above=0, below=1
+    )
+    background: float = option(0.7, "The same for the background.", above=0, below=1)
+    floor: float = option(0.2, "Score that every pseudo label must exceed.", at_least=0, below=1)
+    hidden: list[int] | None = option(
+        None,
+        "Channels of the domain classifier's hidden layers; null takes, as on the paper's backbone with 4096, a "
+        "quarter and an eighth of the backbone's channels, at least 64 and 32.",
+        at_least=1,
+    )
+    dropout: float = option(0.5, "Probability of dropping a hidden channel's value.", at_least=0, below=1)
+    pamr_iterations: int = option(
+        10, "Refinement steps of the scores before they become pseudo labels; 0 refines nothing.", at_least=0
+    )
+    pamr_dilations: list[int] = option(
+        [1, 2, 4, 8, 12, 24], "Distances to the neighbours in that refinement, in pixels of the maps.", at_least=1
+    )
+    adversarial_weight: float = option(1.0, "Weight of the adversarial loss.", at_least=0)
+    source_weight: float = option(1.0, "Weight of the cross-entropy on source pixels.", at_least=0)
+    target_weight: float = option(1.0, "Weight of the cross-entropy on target pixels.", at_least=0)
 
 
 def source_pixels(maps: Tensor, tags: Tensor, threshold: float = 0.6) -> Tensor:
@@ -242,17 +230,18 @@ class Plda(Method):
     """
 
     leads = True
+    scheduled = True  # the gradient reversal grows
     paper = (
         "Du et al., “Pixel-Level Domain Adaptation: A New Perspective for Enhancing Weakly Supervised Semantic "
         "Segmentation”, TIP 2024."
     )
 
-    def __init__(self, config: PldaConfig, backbone: nn.Module, num_classes: int):
+    def __init__(self, config: PldaConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
         channels = backbone.channels[-1]
         if config.hidden is None:
-            self.config = config = dataclasses.replace(config, hidden=[max(64, channels // 4), max(32, channels // 8)])
-        self.domain_classifier = DomainClassifier(channels, num_classes, config.hidden, config.dropout)
+            self.config = dataclasses.replace(config, hidden=[max(64, channels // 4), max(32, channels // 8)])
+        self.domain_classifier = DomainClassifier(channels, num_classes, self.config.hidden, config.dropout)
 
     def reset_parameters(self):
         self.domain_classifier.reset_parameters()

@@ -1,30 +1,35 @@
-"""What makes our configurations and models loadable by a stranger who has not installed this package."""
+"""What makes our configurations and models loadable where this package is not installed."""
 
 from __future__ import annotations
 
+import importlib
 import os
-import tempfile
-from collections.abc import Callable
+import shutil
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig
-from transformers.dynamic_module_utils import custom_object_save
+from transformers import AutoConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_imports
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from .backbone import from_safetensors, pinned, pretrained_body, resolve_backbone_config
-from .image_processing_wsss import WsssImageProcessor, backbone_normalization
+from .backbone import Backbone, from_safetensors, usable_config
+from .components import COMPONENTS
+from .image_processing_wsss import WsssImageProcessor
 from .pipeline_image_segmentation import MaskPipeline, TagPipeline
 from .pipeline_weak_segmentation import WeakSegmentationPipeline
 
-_TASK = "image-segmentation"  # what our models are for where nobody says more
+_TASK = "image-segmentation"  # the task of our models where none is named
 _PIPELINES = (
     (_TASK, MaskPipeline, "AutoModelForSemanticSegmentation"),
     ("weak-segmentation", WeakSegmentationPipeline, "AutoModelForSemanticSegmentation"),
     ("image-classification", TagPipeline, "AutoModelForImageClassification"),
 )
+_COMPONENTS_FILE = "components.py"
 _DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
@@ -35,13 +40,14 @@ class BackboneConfigMixin:
     sub_configs = {"backbone_config": AutoConfig}
 
     def _set_backbone(self, backbone: str | None, backbone_config) -> None:
+        if backbone is not None and backbone_config is None:
+            backbone_config = _pretrained().resolve_backbone_config(backbone, None)
         # transformers builds a configuration without arguments to learn its defaults.
-        given = backbone is not None or backbone_config is not None
-        self.backbone_config = resolve_backbone_config(backbone, backbone_config) if given else None
+        self.backbone_config: Any = None if backbone_config is None else usable_config(backbone_config)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         # `pipeline(model=…)` without a task, which then is None here, takes a model's only custom pipeline, never one
         # of several.
         if "_from_pipeline" in kwargs and kwargs["_from_pipeline"] is None and "custom_pipelines" in values:
@@ -49,7 +55,7 @@ class BackboneConfigMixin:
         return values, unused
 
     def to_dict(self) -> dict:
-        values = super().to_dict()
+        values = super().to_dict()  # type: ignore[misc]
         # As at the top level: where the backbone came from may be a path of this machine.
         if isinstance(values.get("backbone_config"), dict):
             values["backbone_config"].pop("_name_or_path", None)
@@ -68,8 +74,8 @@ class BackboneConfigMixin:
         return kwargs
 
 
-class PortableModelMixin:
-    """A model on a backbone that strangers can load.
+class PortableModel(PreTrainedModel):
+    """A model on a backbone that loads where this package is not installed.
 
     `save_pretrained` writes, beside weights and config, the image processor and the flat code files that
     `trust_remote_code=True` runs; `push_to_hub` uploads all of it, with a card.
@@ -80,32 +86,24 @@ class PortableModelMixin:
     """
 
     auto_classes: tuple[str, ...] = ()
+    config: Any
+    backbone: Backbone
     image_processor: WsssImageProcessor | None = None
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # `transformers.Trainer` then averages the loss over accumulated batches itself
     # Whatever attention is asked for goes on to the backbone, which refuses what it does not know.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     @classmethod
     def from_backbone(cls, backbone: str, hub_kwargs: dict | None = None, **config_kwargs):
-        """A model with a new head on the published weights of a backbone.
+        """A model with a new head on the published weights of a backbone. Needs wsss_hf to be installed.
 
         Args:
             backbone: directory, or Hub id (`owner/name@revision`).
             hub_kwargs: `revision`, `token`, `cache_dir` … for the download.
             config_kwargs: arguments of the model's configuration.
         """
-        backbone, hub_kwargs = pinned(backbone, hub_kwargs or {})
-        backbone_config = resolve_backbone_config(backbone, config_kwargs.pop("backbone_config", None), **hub_kwargs)
-        config = cls.config_class(backbone_config=backbone_config, **config_kwargs)
-        mean, std = backbone_normalization(backbone, backbone_config, **hub_kwargs)
-        for key, value in (("image_mean", mean), ("image_std", std)):
-            if hasattr(config, key) and key not in config_kwargs:
-                setattr(config, key, value)
-        model = cls(config)
-        body = pretrained_body(backbone, config.backbone_config, **hub_kwargs)
-        model.backbone.body.load_state_dict(body.state_dict())
-        model.image_processor = _processor_for(config, mean, std)
-        return model
+        return _pretrained().from_backbone(cls, backbone, hub_kwargs, **config_kwargs)
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
@@ -128,103 +126,79 @@ class PortableModelMixin:
     def _shows_hidden_states(self, asked: bool | None) -> bool:
         return self.config.output_hidden_states if asked is None else asked
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs
+    ):
         """As `PreTrainedModel.save_pretrained`; a processor that is there stays if the model has none."""
         hub_options = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if key in kwargs}
         classes = {"AutoConfig": type(self.config)} | dict.fromkeys(self.auto_classes, type(self))
+        pipelines = [entry for entry in _PIPELINES if entry[2] in self.auto_classes]
         self.config.auto_map = {auto_class: _code_reference(cls) for auto_class, cls in classes.items()}
         self.config.custom_pipelines = {
             task: {"impl": _code_reference(pipeline_class), "pt": [auto_class], "type": "image"}
-            for task, pipeline_class, auto_class in _PIPELINES
-            if auto_class in self.auto_classes
+            for task, pipeline_class, auto_class in pipelines
         }
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            custom_object_save(self, save_directory)
+            _save_code(self, [*classes.values(), *(entry[1] for entry in pipelines)], Path(save_directory))
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(save_directory)
             elif not Path(save_directory, IMAGE_PROCESSOR_NAME).exists():
-                _processor_for(self.config).save_pretrained(save_directory)
+                processor_for(self.config).save_pretrained(save_directory)
             if push_to_hub:
                 repo_id = hub_options.pop("repo_id", Path(save_directory).resolve().name)
                 self.push_to_hub(repo_id, token=kwargs.get("token"), **hub_options)
 
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        max_shard_size: int | str = "50GB",
-        tags: list[str] | None = None,
-    ) -> CommitInfo:
-        """Upload what `save_pretrained` writes, in one commit; files that the repository has already are not sent.
+    def push_to_hub(self, repo_id: str, **options):  # type: ignore[override]
+        """Upload what `save_pretrained` writes, in one commit; a repository without a card gets a short one.
 
-        The options are those of `PreTrainedModel.push_to_hub`. A repository without a card gets a short one, which
-        claims nothing; `wsss push` writes one with the figures of the run.
+        The options are those of `PreTrainedModel.push_to_hub`, which does it all where wsss_hf is not installed.
         """
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None and not revision.startswith("refs/pr"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, max_shard_size=max_shard_size)
-            if not api.file_exists(repo_id, "README.md", revision=revision):
-                _short_card(self, repo_id, [*(self.model_tags or []), *(tags or [])]).save(f"{folder}/README.md")
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=commit_message or "Upload model",
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
+        try:
+            importlib.import_module("wsss_hf")
+        except ImportError:
+            return super().push_to_hub(repo_id, **options)  # type: ignore[misc, arg-type]
+        return importlib.import_module("wsss_hf.hub.push").push_loaded_model(self, repo_id, **options)
+
+
+def _pretrained():
+    return importlib.import_module("wsss_hf.models.pretrained")
+
+
+def processor_for(config, mean: list[float] | None = None, std: list[float] | None = None) -> WsssImageProcessor:
+    """For a model that has none yet: the normalisation is that of its configuration, if it names one, or the given."""
+    given: dict[str, Any] = {
+        "image_mean": getattr(config, "image_mean", mean),
+        "image_std": getattr(config, "image_std", std),
+    }
+    return WsssImageProcessor(**{key: value for key, value in given.items() if value is not None})
 
 
 def _code_reference(cls: type) -> str:
     return f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
 
 
-def _processor_for(config, mean: list[float] | None = None, std: list[float] | None = None) -> WsssImageProcessor:
-    """For a model that has none yet: the normalisation is that of its configuration, if it names one, or the given."""
-    given = {"image_mean": getattr(config, "image_mean", mean), "image_std": getattr(config, "image_std", std)}
-    return WsssImageProcessor(**{key: value for key, value in given.items() if value is not None})
+def _save_code(model: nn.Module, classes: Iterable[type], folder: Path) -> None:
+    """Write the files of these classes, and all that they import relatively, flat into `folder`."""
+    for cls in classes:
+        file = getattr(sys.modules[cls.__module__], "__file__", None)
+        if file is None:  # of a class from a notebook there is none
+            continue
+        missing, written = [Path(file).stem], set()
+        while missing:
+            written.add(name := missing.pop())
+            copy = folder / f"{name}.py"
+            if copy.name == _COMPONENTS_FILE:
+                copy.write_text(_components_of(model))
+            else:
+                shutil.copyfile(Path(file).with_name(copy.name), copy)
+            missing += set(get_relative_imports(copy)) - written
 
 
-def _short_card(model: PortableModelMixin, repo_id: str, tags: list[str]) -> ModelCard:
-    """A card for a model of which nothing is known but itself."""
-    kind, backbone = type(model).__name__, model.config.backbone_config.model_type
-    classes = [label for value, label in sorted(model.mask_id2label.items()) if value > 0]
-    metadata = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=_TASK,
-        tags=list(dict.fromkeys(["wsss_hf", "weakly-supervised-semantic-segmentation", *tags])),
-    )
-    return ModelCard(f"""---
-{metadata.to_yaml()}
----
-
-# {repo_id.rpartition("/")[2]}
-
-A `{kind}` of wsss_hf (weakly supervised semantic segmentation) on a `{backbone}` backbone.
-It knows {len(classes)} classes: {", ".join(classes)}; all else is background.
-
-What it was trained on, and how well it does, is not recorded here: try it on images of your own before you rely on it.
-
-## Use
-
-```python
-from transformers import pipeline
-
-segmenter = pipeline("{_TASK}", model="{repo_id}", trust_remote_code=True)
-for found in segmenter("photo.jpg"):
-    print(found["label"], found["score"], found["mask"].size)
-```
-
-The repository brings the code that `trust_remote_code=True` runs; read it first. Where wsss_hf is installed,
-`import wsss_hf` takes its place.
-""")
+def _components_of(model: nn.Module) -> str:
+    """`components.py` with what the model uses."""
+    used = {_code_reference(type(module)) for module in model.modules()}
+    names = {cls.__name__: cls.__module__.split(".")[-1] for cls in COMPONENTS if _code_reference(cls) in used}
+    imports = "".join(f"from .{module} import {name}\n" for name, module in names.items())
+    text = "The methods and backbones of wsss_hf that this model uses; importing this file registers them."
+    return f'"""{text}"""\n\n{imports}\nCOMPONENTS = [{", ".join(names)}]\n'

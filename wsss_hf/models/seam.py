@@ -8,77 +8,55 @@ regularisation and the lowest-quarter loss train PCM alone, while classification
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .methods import Method, TrainingStep, check_stages, register_method
+from .method_helpers import check_stages, min_max_normalize
+from .methods import Method, TrainingStep, register_method
+from .options import Options, option
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
 
 
 @dataclass
-class SeamConfig:
-    """Settings of SEAM.
+class SeamConfig(Options):
+    """Options of SEAM."""
 
-    Attributes:
-        scale: size of the second view relative to the image, in (0, 1).
-        stages: backbone stages that PCM reads (negative ones count from the last, which feeds the classifier).
-        projections: channels that the 1x1 convolution after each of these stages gives.
-        embedding: channels of the pixel embedding whose correlations are the affinities.
-        cross_fraction: part of the largest differences that the cross regularisation counts, in (0, 1].
-        classification_weight: weight of the second view's classification loss (the first view's is the model's own).
-        equivariance_weight: weight of the equivariance loss.
-        cross_weight: weight of the equivariant cross regularisation.
-        min_weight: weight of the lowest-quarter loss.
-    """
+    scale: float = option(0.3, "Size of the second view relative to the image.", above=0, below=1)
+    stages: list[int] = option(
+        [-2, -1],
+        "Backbone stages that PCM reads (negative ones count from the last, which feeds the classifier).",
+    )
+    projections: list[int] = option(
+        [64, 128], "Channels that the 1×1 convolution after each of these stages gives.", at_least=1
+    )
+    embedding: int = option(192, "Channels of the pixel embedding whose correlations are the affinities.", at_least=1)
+    cross_fraction: float = option(
+        0.2, "Share of the largest differences that the cross regularisation counts.", above=0, at_most=1
+    )
+    classification_weight: float = option(
+        1.0, "Weight of the second view's classification loss (the first view's is the model's own).", at_least=0
+    )
+    equivariance_weight: float = option(1.0, "Weight of the equivariance loss.", at_least=0)
+    cross_weight: float = option(1.0, "Weight of the equivariant cross regularisation.", at_least=0)
+    min_weight: float = option(1.0, "Weight of the lowest-quarter loss.", at_least=0)
 
-    scale: float = 0.3
-    stages: list[int] = field(default_factory=lambda: [-2, -1])
-    projections: list[int] = field(default_factory=lambda: [64, 128])
-    embedding: int = 192
-    cross_fraction: float = 0.2
-    classification_weight: float = 1.0
-    equivariance_weight: float = 1.0
-    cross_weight: float = 1.0
-    min_weight: float = 1.0
-
-    def __post_init__(self):
-        if not 0 < self.scale < 1:
-            raise ValueError(f"seam: scale must lie between 0 and 1, but is {self.scale}")
-        if not 0 < self.cross_fraction <= 1:
-            raise ValueError(f"seam: cross_fraction must lie in (0, 1], but is {self.cross_fraction}")
-        if not self.stages or len(self.stages) != len(self.projections):
+    def check(self) -> None:
+        if len(self.stages) != len(self.projections):
             raise ValueError(
-                "seam: projections must name one number of channels per stage, "
-                f"but stages is {self.stages} and projections is {self.projections}"
+                f"projections: expected one number for each of stages {self.stages}, got {self.projections}"
             )
-        if min(self.embedding, *self.projections) < 1:
-            raise ValueError(
-                f"seam: embedding ({self.embedding}) and projections ({self.projections}) must be 1 channel or more"
-            )
-        for name in ("classification_weight", "equivariance_weight", "cross_weight", "min_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"seam: {name} must not be negative, but is {getattr(self, name)}")
 
 
-def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Bilinear resizing of (B, K, h, w) to `size`, corner on corner, so that images and maps of both views align."""
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=True)
-
-
-def min_max_normalize(maps: Tensor, eps: float = 1e-5) -> Tensor:
-    """Each map's positive part stretched to [0, 1): relu, minus its spatial minimum, divided by its spatial range.
-
-    Args:
-        maps: (B, K, h, w).
-
-    Returns:
-        (B, K, h, w) in [0, 1); a constant map gives zeros.
-    """
-    maps = maps.relu()
-    lowest, highest = maps.amin(dim=(2, 3), keepdim=True), maps.amax(dim=(2, 3), keepdim=True)
-    return (maps - lowest - eps).relu() / (highest - lowest + eps)
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)
 
 
 def max_one_hot(scores: Tensor) -> Tensor:
@@ -177,7 +155,7 @@ class Seam(Method):
         "Semantic Segmentation”, CVPR 2020."
     )
 
-    def __init__(self, config: SeamConfig, backbone: nn.Module, num_classes: int):
+    def __init__(self, config: SeamConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
         check_stages("seam", config.stages, backbone)
         self.stride = backbone.strides[-1]
@@ -190,6 +168,7 @@ class Seam(Method):
         self.reset_parameters()
 
     def reset_parameters(self):
+        projection: Any
         for projection in self.projections:
             nn.init.kaiming_normal_(projection.weight)
         nn.init.xavier_uniform_(self.embedding.weight, gain=4)

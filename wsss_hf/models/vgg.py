@@ -43,7 +43,7 @@ class Vgg16Config(BackboneConfigMixin, PreTrainedConfig):
         **kwargs,
     ):
         if len(widths) != len(DEPTHS):
-            raise ValueError(f"widths={list(widths)}: the channels of {len(DEPTHS)} blocks would be right")
+            raise ValueError(f"widths: expected {len(DEPTHS)} numbers, one per block, got {list(widths)}")
         self.widths = list(widths)
         self.extra_channels = list(extra_channels)
         super().__init__(**kwargs)
@@ -68,7 +68,7 @@ class Vgg16Backbone(BackboneMixin, PreTrainedModel):
     config_class = Vgg16Config
     base_model_prefix = "vgg16"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     has_attentions = False
     supports_gradient_checkpointing = True
 
@@ -110,7 +110,7 @@ class Vgg16Backbone(BackboneMixin, PreTrainedModel):
             maps.append(self._run(self.extra, hidden))
         return BackboneOutput(feature_maps=tuple(maps[index] for index in self.out_indices))
 
-    def _run(self, layers: nn.Sequential, hidden: Tensor) -> Tensor:
+    def _run(self, layers: nn.Module, hidden: Tensor) -> Tensor:
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(layers, hidden)
         return layers(hidden)

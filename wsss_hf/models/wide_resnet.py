@@ -43,9 +43,9 @@ class WideResNet38Config(BackboneConfigMixin, PreTrainedConfig):
         **kwargs,
     ):
         if len(widths) != NUM_WIDTHS:
-            raise ValueError(f"widths={list(widths)}: {NUM_WIDTHS}, of conv1a and b2 to b7, would be right")
+            raise ValueError(f"widths: expected {NUM_WIDTHS} numbers, of conv1a and b2 to b7, got {list(widths)}")
         if len(dropout) != 2:
-            raise ValueError(f"dropout={list(dropout)}: 2 probabilities, of b6 and b7, would be right")
+            raise ValueError(f"dropout: expected 2 probabilities, of b6 and b7, got {list(dropout)}")
         self.widths = list(widths)
         self.dropout = list(dropout)
         self.freeze = freeze
@@ -126,14 +126,14 @@ class WideResNet38Backbone(BackboneMixin, PreTrainedModel):
     config_class = WideResNet38Config
     base_model_prefix = "wide_resnet38"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     has_attentions = False
     supports_gradient_checkpointing = True
 
     def __init__(self, config: WideResNet38Config):
         super().__init__(config)
         stem, w2, w3, w4, w5, w6, w7 = config.widths
-        groups = {
+        groups: dict[str, list] = {
             "b2": [BasicBlock(stem, w2, w2, stride=2)] + [BasicBlock(w2, w2, w2) for _ in range(2)],
             "b3": [BasicBlock(w2, w3, w3, stride=2)] + [BasicBlock(w3, w3, w3) for _ in range(2)],
             "b4": [BasicBlock(w3, w4, w4, stride=2)] + [BasicBlock(w4, w4, w4) for _ in range(5)],

@@ -1,39 +1,35 @@
-"""Tagged images in, pseudo masks out."""
+"""Tagged images in, pseudo masks out: CAMs, background, refinement, label rule."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from datasets import Dataset
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+from torch import Tensor
 
 from ..data.batches import batches_by_size
 from ..inference.cam_maps import average_maps, label_map, localize
-from ..inference.optimize import for_inference
-from ..models.backbone import pinned
-from ..models.configuration_cam import CamConfig
 from ..models.maps import IGNORE_INDEX, add_background
 from ..models.modeling_cam import CamClassifier
-from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
-from .refinement import Chain, Matting, Note, build_refiner
-from .rules import Evidence, SeedError, SeedRule, build_seeds
+from ..refinement.steps import Matting, Note, RefinementChain, build_refinement
+from ..settings import MasksSettings
+from .rules import Evidence, Rule, RuleError, build_rule, check_columns, reads_saliency
 
 
 @dataclass
 class Labelled:
-    """What labelling made of one image.
+    """The pseudo mask of one image, and what it was made from.
 
     Attributes:
         index: its row in the data set.
         image: the RGB image.
         classes: (K,) indices of its tags.
         maps: (K, H, W) float32 localisation maps in [0, 1], before refinement.
-        pseudo_mask: (H, W) uint8, 0 = background, c + 1 = class c, 255 = open.
-        confidence: (H, W) float32 in [0, 1], see `localization.label_map`; 0 at open pixels.
+        pseudo_mask: (H, W) uint8, 0 = background, c + 1 = class c, 255 = ignore.
+        confidence: (H, W) float32 in [0, 1], see `maps.label_map`; 0 at ignored pixels.
         logits: (C,) float32 tag logits.
         note: fallbacks that were taken, and pictures of the steps.
     """
@@ -48,46 +44,67 @@ class Labelled:
     note: Note
 
 
-def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict) -> Iterator[Labelled]:
+def label_images(
+    model: CamClassifier,
+    processor: Callable,
+    rows: Dataset,
+    settings: MasksSettings,
+    rules: tuple[RefinementChain, Rule] | None = None,
+) -> Iterator[Labelled]:
     """Label every row of `rows` from its tags; true masks are never read.
 
     Args:
         model: in eval mode, on the device to work on.
         processor: the model's image processor.
-        settings: a recipe's `masks` section, its background threshold a number (see `auto_threshold`).
+        settings: its thresholds numbers (see [`with_threshold`]).
+        rules: what [`build_rules`] gives; a caller that has called it can keep worker processes over several calls.
 
     Raises:
-        DataError: an image does not decode, or the seed rule needs a saliency that is missing; names the row.
-        ValueError: refinement or seeds can't be had with this model or installation.
+        DataError: an image does not decode, or the label rule needs saliency that is missing; names the rows.
+        ValueError: refinement or rule lack something in this model or installation.
     """
-    views = {key: settings[key] for key in ("scales", "flip", "bf16")}
-    refine, seeds = build_rules(settings)
-    has_saliency = "saliency" in rows.column_names
-    reads_saliency = seeds.saliency == "needed" or (seeds.saliency == "optional" and has_saliency)
-    for batch in batches_by_size(rows, processor, settings["batch_size"], reads_saliency):
+    if rules is None:
+        rules = build_rules(settings)
+        with rules[0]:
+            yield from label_images(model, processor, rows, settings, rules)
+        return
+    refine, rule = rules
+    threshold = settings.background_threshold
+    if isinstance(threshold, str):
+        raise ValueError(f"masks.background_threshold: expected a number, got {threshold!r}")
+    check_columns(settings, rows)
+    has_saliency = reads_saliency(settings, rows)
+    salient_above = rule.salient_above if has_saliency else 0.0
+    scales, flip, bf16 = settings.scales, settings.flip, settings.bf16
+    for batch in batches_by_size(rows, processor, settings.batch_size, has_saliency):
         pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
         counts = [int(count) for count in batch.tags.sum(dim=1)]
-        maps, logits = localize(model, pixel_values, tags, batch.size, **views, fusion=settings["fusion"])
-        per_image, averages = maps.split(counts), [None] * len(counts)
-        if seeds.averages:
-            both = average_maps(model, pixel_values, tags, batch.size, **views)
-            averages = list(zip(*(part.split(counts) for part in both), strict=True))
-        notes = [Note() for _ in counts]
         images = [np.asarray(image) for image in batch.images]
-        scores = [add_background(one[None], settings["background_threshold"])[0] for one in per_image]
-        refined = refine.batch(scores, images, notes)
+        notes = [Note() for _ in images]
+
+        maps, logits = localize(model, pixel_values, tags, batch.size, scales, flip, settings.fusion, bf16)
+        maps_of = maps.split(counts)
+        scores = [add_background(one[None], threshold)[0] for one in maps_of]
+        scores = refine.batch(scores, images, notes)
+
+        averages: list[tuple[Tensor, Tensor] | None] = [None] * len(counts)
+        if rule.averages:
+            both = average_maps(model, pixel_values, tags, batch.size, scales, flip, bf16)
+            averages = list(zip(*(part.split(counts) for part in both), strict=True))
         for i, index in enumerate(batch.indices):
             classes = tags[i].nonzero()[:, 0]
-            if zeros := int((per_image[i].flatten(1).amax(dim=1) == 0).sum()):
+            if zeros := int((maps_of[i].flatten(1).amax(dim=1) == 0).sum()):
                 notes[i].fallbacks["map of zeros"] = zeros
             saliency = None if batch.saliency is None else batch.saliency[i].to(model.device)
-            labels = seeds.label(Evidence(refined[i], classes, len(tags[i]), images[i], saliency, averages[i]))
-            confidence = label_map(refined[i], classes)[1].masked_fill(labels == IGNORE_INDEX, 0)
+            if saliency is not None and (kind := _unusual(saliency, salient_above)):
+                notes[i].fallbacks[f"{kind} saliency map"] = 1
+            labels = rule.label(Evidence(scores[i], classes, len(tags[i]), images[i], saliency, averages[i]))
+            confidence = label_map(scores[i], classes)[1].masked_fill(labels == IGNORE_INDEX, 0)
             yield Labelled(
                 index=index,
                 image=batch.images[i],
                 classes=classes.cpu().numpy(),
-                maps=per_image[i].cpu().numpy(),
+                maps=maps_of[i].cpu().numpy(),
                 pseudo_mask=labels.cpu().numpy(),
                 confidence=confidence.cpu().numpy(),
                 logits=logits[i].cpu().numpy(),
@@ -95,32 +112,30 @@ def label_images(model: CamClassifier, processor, rows: Dataset, settings: dict)
             )
 
 
-def build_rules(settings: dict) -> tuple[Chain, SeedRule]:
-    """The refinement and the seed rule that a recipe's `masks` section names.
+def _unusual(saliency: Tensor, threshold: float) -> str | None:
+    """What is odd about a map: empty, constant, all-salient; it says nothing about where the object is."""
+    salient = saliency > threshold
+    if not salient.any():
+        return "empty"
+    if saliency.min() == saliency.max():
+        return "constant"
+    return "all-salient" if salient.all() else None
+
+
+def build_rules(settings: MasksSettings) -> tuple[RefinementChain, Rule]:
+    """The refinement and the label rule that the settings name, with all that they need.
+
+    The chain is a context manager; it owns the processes of `settings.workers`.
 
     Raises:
-        RefinementError, SeedError: one of them can't be had, or they don't fit.
+        OptionError: an unknown name or option, an unfit value, a library that is not installed, or two that don't fit.
     """
-    refine = build_refiner(settings["refine"], settings["workers"])
-    seeds = build_seeds(settings["seeds"], settings["seed_options"])
-    if seeds.alphas and not (refine.refiners and isinstance(refine.refiners[-1], Matting)):
-        raise SeedError(
-            f"masks.seeds: {settings['seeds']} reads alphas; matting as the last step of masks.refine would be right"
+    refine = build_refinement(settings.refine, "masks.refine", settings.workers)
+    rule = build_rule(settings.seeds, settings.seed_options)
+    if rule.alphas and not (refine.steps and isinstance(refine.steps[-1], Matting)):
+        raise RuleError(
+            f"masks.seeds: {settings.seeds}: expected matting as the last step of masks.refine, got {settings.refine}"
         )
-    return refine, seeds
-
-
-def load_labeler(directory: str, device: torch.device | str, **hub_kwargs) -> tuple[CamClassifier, BaseImageProcessor]:
-    """A trained CAM classifier or map refiner, ready for inference only, and its image processor, from a directory or
-    Hub id.
-
-    Raises:
-        ValueError: it is another kind of model.
-    """
-    directory, hub_kwargs = pinned(directory, hub_kwargs)
-    config = AutoConfig.from_pretrained(directory, **hub_kwargs)
-    model_class = MapRefiner if isinstance(config, MapRefinerConfig) else CamClassifier
-    if not isinstance(config, CamConfig):
-        raise ValueError(f"{directory} is a {config.model_type}; a CAM classifier or a map refiner would be right")
-    model = for_inference(model_class.from_pretrained(directory, **hub_kwargs), device)
-    return model, AutoImageProcessor.from_pretrained(directory, **hub_kwargs)
+    refine.prepare()
+    rule.prepare()
+    return refine, rule

@@ -1,36 +1,41 @@
 """From scores to labels: the rules, some of them published, that a recipe names in `masks.seeds`.
 
-Rules for the tagged classes of one image count 0 background, k + 1 the k-th *tagged* class, 255 open; `class_labels`
-turns that into labels of the data set.
+Published rules for the tagged classes of one image count 0 background, k + 1 the k-th *tagged* class, 255 ignore;
+`class_labels` turns that into labels of the data set.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..data.saliency import check_saliency, rows_with_saliency
 from ..inference.cam_maps import label_map
-from ..models.icd import icd_seeds
+from ..models.icd import SALIENT, icd_seeds
 from ..models.maps import IGNORE_INDEX
-from .crf import refine_labels, require_densecrf
-from .matting import merge_alphas
-from .refinement import same_kind
+from ..models.options import OptionError, Options, option, unknown_name
+from ..refinement.crf import refine_labels, require_densecrf
+from ..refinement.matting import merge_alphas
+from ..settings import AUTO, MasksSettings
+
+_THRESHOLD_TEXT = "Pixels whose saliency is above it are salient; auto finds it on all maps, without any mask."
 
 
-class SeedError(ValueError):
-    """A seed rule that is not known, or that this model, these data or this installation have nothing for."""
+class RuleError(OptionError):
+    """A label rule for which this model, these data or this installation lack something."""
 
 
 @dataclass
 class Evidence:
-    """All that a seed rule may look at of one image.
+    """All that a label rule may look at of one image.
 
     Attributes:
         scores: (K+1, H, W) in [0, 1], refined, background first, then the K tagged classes.
@@ -38,8 +43,7 @@ class Evidence:
         num_classes: classes of the data set, background not among them.
         image: (H, W, 3) uint8.
         saliency: (H, W) in [0, 1], or None.
-        averages: maps and CAM logits, (K, H, W) each, see `localization.average_maps`; None where the rule has no use
-            for them.
+        averages: maps and CAM logits, (K, H, W) each, see `tta.average_maps`; None where the rule does not use them.
     """
 
     scores: Tensor
@@ -50,79 +54,238 @@ class Evidence:
     averages: tuple[Tensor, Tensor] | None = None
 
 
-@dataclass
-class SeedRule:
-    """`label(evidence)` gives an image's labels (H, W) uint8: 0 background, c + 1 class c, 255 open.
+class Rule(Options):
+    """Gives an image its labels; its fields are the rule's options.
 
     Attributes:
         saliency: whether the data's column is "unused", "optional" or "needed".
+        saliency_threshold: where a saliency map is above it a pixel is salient; "auto" until it is found.
         averages: whether it looks at `Evidence.averages`.
         alphas: whether it reads the class scores as alphas, which only matting makes.
     """
 
-    label: Callable[[Evidence], Tensor]
-    saliency: str = "unused"
-    averages: bool = False
-    alphas: bool = False
+    saliency = "unused"
+    saliency_threshold: float | str | None = None
+    averages = False
+    alphas = False
+
+    @abstractmethod
+    def label(self, evidence: Evidence) -> Tensor:
+        """(H, W) uint8: 0 background, c + 1 class c, 255 ignore."""
+
+    @property
+    def salient_above(self) -> float:
+        """The saliency threshold as a number.
+
+        Raises:
+            RuleError: it is not found yet, see `threshold.with_threshold`.
+        """
+        threshold = self.saliency_threshold
+        if threshold is None or isinstance(threshold, str):
+            raise RuleError(f"masks.seed_options.saliency_threshold: expected a number, got {threshold!r}")
+        return threshold
+
+    def prepare(self) -> None:
+        """Load what the rule needs.
+
+        Raises:
+            RuleError: its library is not installed.
+        """
 
 
-def build_seeds(name: str, options: dict | None = None) -> SeedRule:
-    """The rule that a recipe names, with its options bound.
+@dataclass
+class ArgmaxRule(Rule):
+    """The largest score, see `maps.label_map`."""
 
-    - argmax: the largest score, as `localization.label_map` has it.
-    - drs: `seed_drs` on the refined class scores; the background is what is not salient.
-    - icd: `seed_icd` on unrefined maps that are probabilities of being object. Where the data have no saliency, the
-      dense CRF closes the open pixels, see `crf.refine_labels`.
-    - mat_label: `matting.merge_alphas`, which leaves uncertain alphas and near-ties open.
+    def label(self, evidence: Evidence) -> Tensor:
+        return label_map(evidence.scores, evidence.classes)[0]
 
-    Args:
-        options: of that rule: `object_threshold`, `conflict_threshold` (drs), `confidence`, `iterations` (icd),
-            `uncertain`, `tie` (mat_label).
 
-    Raises:
-        SeedError: there is no such rule or option, or the rule needs a library that is not installed.
+@dataclass
+class DrsRule(Rule):
+    """DRS: [`seed_drs`] on the refined class scores; the background is what is not salient."""
+
+    saliency = "needed"
+
+    object_threshold: float = option(0.2, "Class scores below it become 0.", at_least=0, at_most=1)
+    conflict_threshold: float = option(
+        0.9, "Pixels with more than two scores above it are ignored.", at_least=0, at_most=1
+    )
+    saliency_threshold: float | Literal["auto"] = option(AUTO, _THRESHOLD_TEXT, at_least=0, at_most=1)
+
+    def label(self, evidence: Evidence) -> Tensor:
+        assert evidence.saliency is not None
+        thresholds = self.object_threshold, self.conflict_threshold, self.salient_above
+        return class_labels(seed_drs(evidence.scores, evidence.saliency, *thresholds), evidence.classes)
+
+
+@dataclass
+class SaliencyRule(Rule):
+    """The class with the largest score where the image is salient, background elsewhere. Not published: it is for
+    saliency maps that are trusted, and for images of one tag above all.
+
+    Ignored are only salient pixels of a tagged image where every score is 0.
     """
-    if name not in SEEDS:
-        raise SeedError(f"masks.seeds is {name!r}; there are {', '.join(SEEDS)}")
-    if name == "icd":
+
+    saliency = "needed"
+
+    object_threshold: float = option(
+        1.0, "Pixels with a class score above it are objects, salient or not; 1 is none.", at_least=0, at_most=1
+    )
+    saliency_threshold: float | Literal["auto"] = option(AUTO, _THRESHOLD_TEXT, at_least=0, at_most=1)
+
+    def label(self, evidence: Evidence) -> Tensor:
+        assert evidence.saliency is not None
+        objects = evidence.scores[1:]
+        if not len(objects):
+            return torch.zeros_like(evidence.scores[0], dtype=torch.uint8)
+        highest, labels = objects.max(dim=0)
+        labels = (labels + 1).masked_fill(highest <= 0, IGNORE_INDEX)
+        is_object = (evidence.saliency > self.salient_above) | (highest > self.object_threshold)
+        return class_labels((labels * is_object).to(torch.uint8), evidence.classes)
+
+
+@dataclass
+class AutoRule(SaliencyRule):
+    """[`SaliencyRule`] where the data have saliency maps, [`ArgmaxRule`] where they have none."""
+
+    saliency = "optional"
+
+    def label(self, evidence: Evidence) -> Tensor:
+        if evidence.saliency is None:
+            return label_map(evidence.scores, evidence.classes)[0]
+        return super().label(evidence)
+
+
+@dataclass
+class IcdRule(Rule):
+    """ICD: [`seed_icd`] on unrefined maps that are probabilities of being object.
+
+    Where the data have no saliency, the dense CRF labels the ignored pixels, see `crf.refine_labels`.
+    """
+
+    saliency = "optional"
+    saliency_threshold = SALIENT  # published, and no option
+    averages = True
+
+    confidence: float = option(0.5, "Probability of a given label in the CRF.", above=0, below=1)
+    iterations: int = option(10, "Of the CRF.", at_least=1)
+
+    def prepare(self) -> None:
         try:
             require_densecrf()
         except ImportError as error:
-            raise SeedError(f"masks.seeds: icd: {error}") from error
-    rule = SEEDS[name]
-    known = {key: parameter.default for key, parameter in list(inspect.signature(rule.label).parameters.items())[1:]}
-    for key, value in (options or {}).items():
-        if key not in known:
-            raise SeedError(f"masks.seed_options.{key}: no such option; {name} has {', '.join(known) or 'none'}")
-        if not same_kind(known[key], value):
-            raise SeedError(f"masks.seed_options.{key} is {value!r}; something like {known[key]!r} would be right")
-    if rule.alphas:
-        merge_alphas(torch.zeros(0, 1, 1), **(options or {}))  # reports senseless numbers now, not at the first image
-    return replace(rule, label=functools.partial(rule.label, **(options or {})))
+            raise RuleError(f"masks.seeds: icd: {error}") from error
+
+    def label(self, evidence: Evidence) -> Tensor:
+        assert evidence.averages is not None
+        maps, cams = evidence.averages
+        if maps.numel() and not (maps.min() >= 0 and maps.max() <= 1):
+            raise RuleError(
+                "masks.seeds: icd: expected maps that are probabilities, above 0.5 on the object, got others; "
+                "cam.maps: icd trains a classifier that has them"
+            )
+        labels = class_labels(seed_icd(torch.logit(maps, eps=1e-6), cams, evidence.saliency), evidence.classes)
+        if evidence.saliency is not None:
+            return labels
+        num_labels = evidence.num_classes + 1
+        closed = refine_labels(labels.cpu().numpy(), evidence.image, num_labels, self.confidence, self.iterations)
+        return torch.from_numpy(closed).to(labels.device)
+
+
+@dataclass
+class MatLabelRule(Rule):
+    """Mat-Label: `matting.merge_alphas`, which ignores uncertain alphas and near-ties."""
+
+    alphas = True
+
+    uncertain: list[float] = option(
+        [0.4, 0.6], "Lowest and highest of the alphas that are ignored.", at_least=0, at_most=1, length=2
+    )
+    tie: float = option(
+        0.1, "Object pixels whose two largest alphas differ by less are ignored.", at_least=0, at_most=1
+    )
+
+    def check(self) -> None:
+        if self.uncertain[0] > self.uncertain[1]:
+            raise ValueError(f"uncertain: expected the lower number first, got {self.uncertain}")
+
+    def label(self, evidence: Evidence) -> Tensor:
+        return class_labels(merge_alphas(evidence.scores[1:], self.uncertain, self.tie), evidence.classes)
+
+
+RULES: dict[str, type[Rule]] = {
+    "argmax": ArgmaxRule,
+    "saliency": SaliencyRule,
+    "auto": AutoRule,
+    "drs": DrsRule,
+    "icd": IcdRule,
+    "mat_label": MatLabelRule,
+}
+
+
+def build_rule(name: str, options: Mapping | None = None, where: str = "masks") -> Rule:
+    """The label rule of that name.
+
+    Args:
+        options: its fields.
+        where: the recipe's section; begins the messages.
+
+    Raises:
+        OptionError: there is no such rule or option, or a value is unfit.
+    """
+    if name not in RULES:
+        raise OptionError(unknown_name(f"{where}.seeds: {name!r}", name, RULES))
+    return RULES[name].from_dict(options, f"{where}.seed_options")
+
+
+def reads_saliency(settings: MasksSettings, rows: Dataset) -> bool:
+    """Whether the label rule that the settings name looks at the column `saliency` of these rows."""
+    rule = build_rule(settings.seeds, settings.seed_options)
+    return rule.saliency == "needed" or (rule.saliency == "optional" and len(rows_with_saliency(rows)) > 0)
+
+
+def check_columns(settings: MasksSettings, rows: Dataset) -> None:
+    """Check that rows have what the label rule looks at.
+
+    Raises:
+        DataError: they have no saliency maps, or some of them have none.
+    """
+    if reads_saliency(settings, rows):
+        check_saliency(rows, f"masks.seeds: {settings.seeds}")
+
+
+def rows_to_label(settings: MasksSettings, rows: Dataset) -> np.ndarray:
+    """Indices of the rows that have what the label rule looks at; perhaps of none."""
+    return rows_with_saliency(rows) if reads_saliency(settings, rows) else np.arange(len(rows))
 
 
 def seed_drs(
-    scores: Tensor, saliency: Tensor, object_threshold: float = 0.2, conflict_threshold: float = 0.9
+    scores: Tensor,
+    saliency: Tensor,
+    object_threshold: float = 0.2,
+    conflict_threshold: float = 0.9,
+    saliency_threshold: float = 50 / 255,
 ) -> Tensor:
-    """DRS's pseudo labels with saliency (AAAI 2021; its released program).
+    """DRS's pseudo labels with saliency (AAAI 2021; its released program, whose thresholds are the defaults).
 
-    Class scores below `object_threshold` become 0; the background score is 1 - saliency, which is 1 above 50/255, else
-    0; the largest score wins. Open (255) is where more than two of these scores exceed `conflict_threshold`, and where
-    saliency is 1 but the label is background.
+    Class scores below `object_threshold` become 0; the background score is 0 on salient pixels, else 1; the largest
+    score wins. Ignored (255) are pixels where more than two of these scores exceed `conflict_threshold`, and salient
+    ones whose label is background.
 
     Args:
         scores: (K+1, H, W) in [0, 1]; the background score is not used.
-        saliency: (H, W) in [0, 1].
+        saliency: (H, W) in [0, 1]; salient is what is above `saliency_threshold`.
 
     Returns:
-        (H, W) uint8: 0 background, k + 1 for the k-th class, 255 open.
+        (H, W) uint8: 0 background, k + 1 for the k-th class, 255 ignore.
 
     Raises:
-        SeedError: saliency has another size.
+        RuleError: saliency has another size.
     """
     if saliency.shape != scores.shape[1:]:
-        raise SeedError(f"saliency of {tuple(saliency.shape)} pixels does not fit scores of {tuple(scores.shape[1:])}")
-    salient = saliency > 50 / 255
+        raise RuleError(f"saliency: expected shape {tuple(scores.shape[1:])}, got {tuple(saliency.shape)}")
+    salient = saliency > saliency_threshold
     objects = scores[1:].masked_fill(scores[1:] < object_threshold, 0)
     channels = torch.cat([(~salient)[None].to(scores), objects])
     labels = channels.argmax(dim=0)
@@ -133,7 +296,7 @@ def seed_drs(
 def seed_icd(top_down: Tensor, cams: Tensor, saliency: Tensor | None = None) -> Tensor:
     """ICD's seeds (CVPR 2020) of one image, see `models.icd.icd_seeds`.
 
-    Without saliency, ICD closes the open pixels with `crf.refine_labels`.
+    Without saliency, ICD labels the ignored pixels with `crf.refine_labels`.
 
     Args:
         top_down: (K, H, W) top-down scores of the tagged classes.
@@ -141,7 +304,7 @@ def seed_icd(top_down: Tensor, cams: Tensor, saliency: Tensor | None = None) -> 
         saliency: (H, W) in [0, 1], or None.
 
     Returns:
-        (H, W) uint8: 0 background, k + 1 for the k-th class, 255 open.
+        (H, W) uint8: 0 background, k + 1 for the k-th class, 255 ignore.
     """
     # One more class that is not tagged, so that an image without any tag needs no rule of its own.
     tags = F.pad(top_down.new_ones(1, len(top_down)), (0, 1))
@@ -154,45 +317,10 @@ def class_labels(labels: Tensor, classes: Tensor) -> Tensor:
     """(H, W) uint8 labels that count an image's tagged classes → uint8 labels of the data set.
 
     Args:
-        labels: 0 background, k + 1 for the k-th tagged class, 255 open.
+        labels: 0 background, k + 1 for the k-th tagged class, 255 ignore.
         classes: (K,) class indices c of the tagged classes; their label is c + 1.
     """
     values = torch.full((256,), IGNORE_INDEX, dtype=torch.uint8, device=labels.device)
     values[0] = 0
     values[1 : len(classes) + 1] = (classes + 1).to(values)
     return values[labels.long()]
-
-
-def _label_argmax(evidence: Evidence) -> Tensor:
-    return label_map(evidence.scores, evidence.classes)[0]
-
-
-def _label_drs(evidence: Evidence, object_threshold: float = 0.2, conflict_threshold: float = 0.9) -> Tensor:
-    seeds = seed_drs(evidence.scores, evidence.saliency, object_threshold, conflict_threshold)
-    return class_labels(seeds, evidence.classes)
-
-
-def _label_icd(evidence: Evidence, confidence: float = 0.5, iterations: int = 10) -> Tensor:
-    maps, cams = evidence.averages
-    if maps.numel() and not (maps.min() >= 0 and maps.max() <= 1):
-        raise SeedError(
-            "masks.seeds: icd reads maps that are probabilities, above 0.5 on the object; this classifier's are not "
-            "(train it with cam.maps: icd)"
-        )
-    labels = class_labels(seed_icd(torch.logit(maps, eps=1e-6), cams, evidence.saliency), evidence.classes)
-    if evidence.saliency is not None:
-        return labels
-    closed = refine_labels(labels.cpu().numpy(), evidence.image, evidence.num_classes + 1, confidence, iterations)
-    return torch.from_numpy(closed).to(labels.device)
-
-
-def _label_mat_label(evidence: Evidence, uncertain: tuple[float, float] = (0.4, 0.6), tie: float = 0.1) -> Tensor:
-    return class_labels(merge_alphas(evidence.scores[1:], uncertain, tie), evidence.classes)
-
-
-SEEDS = {
-    "argmax": SeedRule(_label_argmax),
-    "drs": SeedRule(_label_drs, saliency="needed"),
-    "icd": SeedRule(_label_icd, saliency="optional", averages=True),
-    "mat_label": SeedRule(_label_mat_label, alphas=True),
-}

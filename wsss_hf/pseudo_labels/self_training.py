@@ -1,4 +1,4 @@
-"""Self-training: what a segmenter says of tagged images becomes their label maps."""
+"""Self-training: a segmenter labels the tagged images for the next segmenter."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..inference.segment_images import score_images
+from ..inference.segmenter import score_images
 from ..models.maps import IGNORE_INDEX
+from ..refinement.steps import RefinementChain
+from ..settings import SelfTrainingSettings
 
 
 @dataclass
 class Relabelled:
-    """What relabelling made of one image.
+    """The new label map of one image.
 
     Attributes:
         index: its row in the data set.
-        pseudo_mask: (H, W) uint8, 0 = background, c + 1 = class c, 255 where the segmenter is in doubt.
+        pseudo_mask: (H, W) uint8, 0 = background, c + 1 = class c, 255 = ignore.
         confidence: (H, W) float32 in [0, 1], probability of the most likely label among the possible ones.
     """
 
@@ -29,26 +31,32 @@ class Relabelled:
     confidence: np.ndarray
 
 
-def relabel_images(model, processor: Callable, rows: Dataset, settings: dict) -> Iterator[Relabelled]:
+def relabel_images(
+    model,
+    processor: Callable,
+    rows: Dataset,
+    settings: SelfTrainingSettings,
+    background_factor: float = 1.0,
+    refine: RefinementChain | None = None,
+) -> Iterator[Relabelled]:
     """Label every row of `rows` by a segmenter and its tags; true masks are never read.
 
     Args:
         model: as of [`score_images`]; it knows background and the classes of `rows`.
         processor: its image processor.
-        settings: a recipe's `self_training` section; perhaps with `window` and `window_stride`, as of `evaluation`,
-            and a `background_factor`.
+        settings: test-time augmentation, refinement and threshold.
+        background_factor, refine: as of [`score_images`].
 
     Raises:
         ValueError: as [`score_images`].
     """
-    factor = settings.get("background_factor", 1.0)
-    for scored in score_images(model, processor, rows, settings, only_tagged=True, background_factor=factor):
-        labels, confidence = confident_labels(scored.scores, scored.classes, settings["threshold"])
+    for scored in score_images(model, processor, rows, settings, True, background_factor, refine):
+        labels, confidence = confident_labels(scored.scores, scored.classes, settings.threshold)
         yield Relabelled(scored.index, pseudo_mask=labels.cpu().numpy(), confidence=confidence.cpu().numpy())
 
 
 def confident_labels(scores: Tensor, classes: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """One image's label map without the doubtful pixels, and its confidence.
+    """One image's label map, uncertain pixels ignored, and its confidence.
 
     Args:
         scores: (K+1, H, W) probabilities, background first, then the image's K tagged classes.

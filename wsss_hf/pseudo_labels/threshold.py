@@ -1,10 +1,11 @@
-"""The background threshold of a data set without any mask; `models.separation` says by which rule."""
+"""The thresholds of a data set without any mask; `models.background_threshold` has the rule of the background's."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,98 +13,145 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..data.batches import batches_by_size
+from ..data.saliency import check_saliency
+from ..data.tagged import decode_saliency, undecoded
 from ..inference.cam_maps import localize
-from ..models.background_threshold import (
-    BINS,
-    THRESHOLDS,
-    choose_threshold,
-    explained_features,
-    object_areas,
-    value_histogram,
-)
+from ..models.background_threshold import ThresholdSearch, object_share
 from ..models.maps import add_background
-from ..models.methods import all_reduce_sum
+from ..models.method_helpers import all_reduce_sum
 from ..models.modeling_cam import CamClassifier
-from .refinement import Chain, Matting, Note, build_refiner
+from ..progress import Progress
+from ..refinement.steps import Matting, Note, RefinementChain, build_refinement
+from ..settings import AUTO, MasksSettings
+from .rules import build_rule, reads_saliency
 
-AUTO = "auto"
+LEVELS = 256  # that values of saliency maps are counted in
 
 
 def auto_threshold(
-    model: CamClassifier, processor: Callable, rows: Dataset, settings: dict, num_images: int = 96
+    model: CamClassifier, processor: Callable, rows: Dataset, settings: MasksSettings, num_images: int = 96
 ) -> float:
-    """The background threshold for the maps of `rows`, found without any mask.
+    """The background threshold for the maps of `rows`, found without any mask, see [`ThresholdSearch`].
 
     Looks at `num_images` tagged images, evenly spaced. Where the recipe refines, the threshold is the one at which the
-    refined masks cover as much as the plain ones do at theirs: refinement moves borders, but makes the objects on the
-    whole neither larger nor smaller. (Matting cuts its trimaps itself; what follows it does not count.) The processes
-    of torch.distributed share the images and get one number.
+    refined objects cover the same area as the plain ones at the plain threshold. (Matting takes its trimaps from the
+    levels of the scores, so neither it nor the steps after it count.) The processes of torch.distributed share the
+    images and get one number.
 
     Args:
         model: in eval mode, on the device to work on.
         processor: the model's image processor.
-        settings: a recipe's `masks` section.
+        settings: how the maps are made and refined.
 
     Raises:
         ValueError: no row has a tag.
     """
     tagged = np.flatnonzero([len(tags) > 0 for tags in rows["tags"]])
     if not len(tagged):
-        raise ValueError("masks.background_threshold: auto needs images with tags; no row has one")
+        raise ValueError("masks.background_threshold: auto: expected images with tags, got none")
     chosen = tagged[np.unique(np.linspace(0, len(tagged) - 1, num_images).astype(int))]
-    rank, world = 0, 1
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    steps = build_refiner(settings["refine"], settings["workers"]).refiners
-    refine = Chain(list(itertools.takewhile(lambda step: not isinstance(step, Matting), steps)))
-    views = {key: settings[key] for key in ("scales", "flip", "fusion", "bf16")}
-    histogram = torch.zeros(BINS, device=model.device)
-    explained = torch.zeros(len(model.backbone.stage_indices), len(THRESHOLDS), device=model.device)
-    maps, images = [], []
-    for batch in batches_by_size(rows.select(chosen[rank::world]), processor, settings["batch_size"]):
+    rank, world = _place()
+    steps = build_refinement(settings.refine).steps
+    steps = list(itertools.takewhile(lambda step: not isinstance(step, Matting), steps))
+    search = ThresholdSearch(len(model.backbone.channels), model.device)
+    maps: list[Tensor] = []
+    images: list[np.ndarray] = []
+    for batch in batches_by_size(rows.select(chosen[rank::world]), processor, settings.batch_size):
         pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
-        found, _ = localize(model, pixel_values, tags, batch.size, **views)
-        found = found.split([int(count) for count in batch.tags.sum(dim=1)])
-        histogram += sum(map(value_histogram, found))
+        augmentation = settings.scales, settings.flip, settings.fusion, settings.bf16
+        found, _ = localize(model, pixel_values, tags, batch.size, *augmentation)
+        maps_of = found.split([int(count) for count in batch.tags.sum(dim=1)])
         with torch.inference_mode():
-            features = zip(*model.backbone(pixel_values), strict=True)
-        explained += sum(map(explained_features, found, features))
-        if refine.refiners:
-            maps += found
+            features = list(zip(*model.backbone(pixel_values), strict=True))
+        for own, stages in zip(maps_of, features, strict=True):
+            search.add(own, stages)
+        if steps:
+            maps += maps_of
             images += [np.asarray(image) for image in batch.images]
-    histogram = all_reduce_sum(histogram).cpu() / len(chosen)
-    threshold = choose_threshold(histogram, all_reduce_sum(explained).cpu() / len(chosen))
-    if not refine.refiners:
-        return threshold
+    search.merge(all_reduce_sum)
+    if not steps:
+        return search.threshold()
+    with RefinementChain(steps, settings.workers) as refine:
 
-    def area(limit: float) -> float:
-        own = _refined_area(refine, maps, images, limit, len(chosen))
-        return float(all_reduce_sum(torch.as_tensor(own, device=model.device)))
+        def refined_area(threshold: float) -> float:
+            scores = [add_background(one[None], threshold)[0] for one in maps]
+            shares = map(object_share, refine.batch(scores, images, [Note() for _ in images]))
+            total = torch.tensor(sum(shares), device=model.device, dtype=torch.float32)
+            return float(all_reduce_sum(total)) / len(chosen)
 
-    return _threshold_of_area(area, float(object_areas(histogram)[THRESHOLDS.index(threshold)]))
+        return search.threshold_after(refined_area)
 
 
-def with_threshold(model: CamClassifier, processor: Callable, rows: Dataset, settings: dict) -> dict:
-    """`settings`, a recipe's `masks` section, with a number for `background_threshold: auto`."""
-    if settings["background_threshold"] != AUTO:
+def saliency_threshold(rows: Dataset, device: torch.device | str = "cpu") -> float:
+    """The threshold for the saliency maps of `rows`: Otsu's, on the values of all maps, each of the same weight.
+
+    The processes of torch.distributed share the maps and get one number.
+
+    Args:
+        device: that the processes exchange tensors on.
+
+    Raises:
+        DataError: a row has no map, or one that does not decode.
+    """
+    check_saliency(rows, "masks.seed_options.saliency_threshold: auto")
+    rank, world = _place()
+    mine = undecoded(rows.select_columns(["image_id", "saliency"]).select(range(rank, len(rows), world)))
+    histogram = torch.zeros(LEVELS)
+    with Progress("saliency threshold", len(mine), unit="map") as progress:
+        for row in mine:
+            values = decode_saliency(row["saliency"], None, f"row {row['image_id']!r}, column saliency")
+            levels = torch.from_numpy(values.reshape(-1) * (LEVELS - 1)).round().int()
+            histogram += torch.bincount(levels, minlength=LEVELS) / values.size
+            progress.advance(1)
+    return otsu_threshold(all_reduce_sum(histogram.to(device)).cpu())
+
+
+def otsu_threshold(histogram: Tensor) -> float:
+    """The threshold in (0, 1) with the largest variance between what is below and above it (Otsu, 1979).
+
+    Where thresholds are equally good, as between two far values, it is their mean.
+
+    Args:
+        histogram: (N,) counts of the values 0, 1 / (N - 1) … 1.
+    """
+    share = histogram.double() / histogram.sum()
+    values = torch.linspace(0, 1, len(share), dtype=torch.float64)
+    below, moment = share.cumsum(0)[:-1], (share * values).cumsum(0)[:-1]
+    mean = (share * values).sum()
+    variance = (mean * below - moment).square() / (below * (1 - below)).clamp(min=1e-12)
+    thresholds = (values[1:] + values[:-1]) / 2
+    return round(float(thresholds[variance >= variance.max() * (1 - 1e-4)].mean()), 4)
+
+
+def with_threshold(model: CamClassifier, processor: Callable, rows: Dataset, settings: MasksSettings) -> MasksSettings:
+    """`settings` with numbers for `background_threshold: auto` and for the label rule's `saliency_threshold: auto`."""
+    rule = build_rule(settings.seeds, settings.seed_options)
+    if rule.saliency_threshold == AUTO and reads_saliency(settings, rows):
+        settings = at_thresholds(settings, {"saliency_threshold": saliency_threshold(rows, model.device)})
+    if settings.background_threshold != AUTO:
         return settings
-    return settings | {"background_threshold": auto_threshold(model, processor, rows, settings)}
+    return dataclasses.replace(settings, background_threshold=auto_threshold(model, processor, rows, settings))
 
 
-def _refined_area(
-    refine: Chain, maps: list[Tensor], images: list[np.ndarray], threshold: float, num_images: int
-) -> Tensor:
-    """Mean share of pixels, over the images of all processes, that refinement gives to objects."""
-    scores = [add_background(one[None], threshold)[0] for one in maps]
-    refined = refine.batch(scores, images, [Note() for _ in images])
-    return sum((one.argmax(dim=0) > 0).float().mean() for one in refined) / num_images
+def thresholds_of(settings: MasksSettings) -> dict[str, Any]:
+    """`background_threshold` and, where the label rule uses one, `saliency_threshold`; for settings without auto."""
+    salient = build_rule(settings.seeds, settings.seed_options).saliency_threshold
+    found = {"background_threshold": settings.background_threshold}
+    return found if salient in (None, AUTO) else found | {"saliency_threshold": salient}
 
 
-def _threshold_of_area(area: Callable[[float], float], wanted: float) -> float:
-    """The one of `THRESHOLDS` whose area, which falls with the threshold, is nearest to `wanted`; by bisection."""
-    area = cache(area)
-    low, high = 0, len(THRESHOLDS) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if area(THRESHOLDS[middle]) >= wanted else (low, middle)
-    return min(THRESHOLDS[low], THRESHOLDS[high], key=lambda threshold: abs(area(threshold) - wanted))
+def at_thresholds(settings: MasksSettings, found: Mapping[str, Any]) -> MasksSettings:
+    """`settings` with the thresholds that [`thresholds_of`] gave for them, or for those of other rows of the data."""
+    if "background_threshold" in found:
+        settings = dataclasses.replace(settings, background_threshold=found["background_threshold"])
+    if "saliency_threshold" in found and build_rule(settings.seeds, settings.seed_options).saliency_threshold == AUTO:
+        options = settings.seed_options | {"saliency_threshold": found["saliency_threshold"]}
+        settings = dataclasses.replace(settings, seed_options=options)
+    return settings
+
+
+def _place() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

@@ -1,158 +1,241 @@
-"""Recipes: every setting of every stage as data. `default.yaml` holds all keys; a recipe says what differs from it."""
+"""Recipes: all settings of all stages, from YAML files that say only what differs from the defaults."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Sequence
+import dataclasses
+import os
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from ..models.options import OptionError, Options, either, unknown_name
+from ..settings import RecipeError, RecipeSettings
+
+_WIDTH = 119  # of a printed recipe
 _PACKAGED = resources.files(__package__)
-# Values under these keys are not checked against the default recipe, but by the class that they configure.
-_OPEN = {"cam.methods", "cam.backbone_config", "segmenter.backbone_config", "segmenter.loss_options"}
-# Numbers that the stage finds itself where this word stands in their place.
-_FOUND = {"masks.background_threshold": "auto"}
+# Mappings whose keys are not settings; what stands in them is checked by the class that it configures.
+_OPEN = {
+    "cam.methods",
+    "cam.backbone_config",
+    "segmenter.backbone_config",
+    "segmenter.loss_options",
+    "masks.seed_options",
+}
 
 
-class RecipeError(ValueError):
-    """A recipe or a `--set` that can't be used; the message names it and what would be right."""
+@dataclass
+class Recipe(RecipeSettings):
+    """All settings of all stages, checked; see `wsss_hf.settings`."""
+
+    @classmethod
+    def load(
+        cls,
+        name: str = "default",
+        changes: Sequence[str] | Mapping[str, Any] = (),
+        *,
+        backbone: str | None = None,
+        seed: int | None = None,
+        folder: str | os.PathLike = "",
+    ) -> Recipe:
+        """The defaults, changed by the recipe `name`, changed by `changes`.
+
+        Args:
+            name: a packaged recipe, or a YAML file; several with + between them, later ones win. The key `base` of a
+                recipe names the one that it changes, if that is not the default one.
+            changes: "cam.train.epochs=3" strings, the value in YAML; or dotted names with their values.
+            backbone: directory or Hub id, of the CAM classifier and of the segmenter.
+            seed: of weights, data order and augmentation.
+            folder: where files of recipes are looked for, beside the working folder.
+
+        Raises:
+            RecipeError: no such recipe, not YAML, an unknown name, or a value of another type or range; of methods,
+                refinement steps, label rules and losses as well.
+        """
+        values = dataclasses.asdict(RecipeSettings())
+        parts = [name] if Path(name).is_file() else name.split("+")
+        layers = [layer for part in parts for layer in _with_bases(part, Path(folder))]
+        layers += [_change(change) for change in _as_strings(changes)]
+        if backbone is not None:
+            both = {"cam": {"backbone": backbone}, "segmenter": {"backbone": backbone}}
+            layers.append(("--backbone", both))
+        if seed is not None:
+            layers.append((f"--seed {seed}", {"seed": seed}))
+        return cls._resolved(values, layers)
+
+    def changed(self, *changes: str) -> Recipe:
+        """A copy with "cam.train.epochs=3" changes, checked as by `load`."""
+        return self._resolved(self.to_dict(), [_change(change) for change in changes])
+
+    @classmethod
+    def _resolved(cls, values: dict, layers: Iterable[tuple[str, dict]]) -> Recipe:
+        """Nested `values`, changed by (source, changes) one after the other; messages name the source."""
+        for source, layer in layers:
+            try:
+                _drop_options(values, layer)
+                _merge(values, layer)
+                cls.from_dict(values, "")
+            except OptionError as error:
+                raise RecipeError(f"{source}: {error}") from error
+        recipe = cls.from_dict(values, "")
+        try:
+            _check(recipe)
+        except OptionError as error:
+            raise RecipeError(str(error)) from error
+        return recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values by section, as YAML and JSON take them."""
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        """A YAML file of every setting, each under the sentence that explains it; `load` reads it again."""
+        return "".join(_commented(self, 0))
+
+
+def load_recipe(name: str = "default", changes: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """[`Recipe.load`]."""
+    return Recipe.load(name, changes)
 
 
 def recipe_names() -> list[str]:
     """Names of the recipes in the package."""
-    return sorted(path.name.removesuffix(".yaml") for path in _PACKAGED.iterdir() if path.name.endswith(".yaml"))
+    files = (path.name for path in _PACKAGED.iterdir())
+    return ["default", *sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))]
 
 
-def load_recipe(name_or_file: str = "default", overrides: Sequence[str] = ()) -> dict:
-    """The resolved recipe: the default one, changed by `name_or_file`, changed by `overrides`.
-
-    Args:
-        name_or_file: a packaged recipe's name, or a YAML file; several with + between them, later ones win. A recipe's
-            key `base` names the one that it changes, if that is not the default one.
-        overrides: "dotted.key=value" strings, the value in YAML.
-
-    Raises:
-        RecipeError: no such recipe, not YAML, an unknown key, or a value of another type than the default's.
-    """
-    recipe = _read("default")
-    parts = [name_or_file] if Path(name_or_file).is_file() else name_or_file.split("+")
-    for part in parts:
-        for source, changes in _with_bases(part):
-            _merge(recipe, changes, source)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {override}: key=value would be right, for example cam.train.epochs=3")
-        change = _parse(value, f"--set {override}")
-        for part in reversed(key.split(".")):
-            change = {part: change}
-        _merge(recipe, change, source=f"--set {override}")
-    _check(recipe)
-    return recipe
+def _as_strings(changes: Sequence[str] | Mapping[str, Any]) -> Iterable[str]:
+    if isinstance(changes, Mapping):
+        return (f"{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in changes.items())
+    return changes
 
 
-def _with_bases(name_or_file: str, asked_by: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
-    """(its title, its changes) of a recipe, after those of its base, of that one's base … but the default recipe."""
-    if name_or_file == "default":
+def _change(text: str) -> tuple[str, dict]:
+    """ "cam.train.epochs=3" as a source for messages and a nested mapping."""
+    source = f"--set {text.strip()}"
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise RecipeError(f"{source}: expected key=value, for example cam.train.epochs=3")
+    change = _parse(value, source)
+    for part in reversed(name.split(".")):
+        change = {part: change}
+    return source, change
+
+
+def _with_bases(name: str, folder: Path, asked_by: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
+    """(source, changes) of a recipe, after those of its base, of that one's base … but the defaults."""
+    if name == "default":
         return []
-    if name_or_file in asked_by:
-        raise RecipeError(f"recipe {name_or_file}: it is its own base, by way of {', '.join(asked_by)}")
-    changes = _read(name_or_file)
+    path = _find(name, folder)
+    source = f"recipe {name}"
+    if str(path) in asked_by:
+        raise RecipeError(f"{source}: it is its own base, by way of {', '.join(asked_by)}")
+    changes = _parse(path.read_text(), source)
+    if not isinstance(changes, dict):
+        raise RecipeError(f"{source}: expected a mapping of settings, got {changes!r}")
     base = changes.pop("base", "default")
     if not isinstance(base, str):
-        raise RecipeError(f"recipe {name_or_file}: base is {base!r}; the name or file of a recipe would be right")
-    return [*_with_bases(base, (*asked_by, name_or_file)), (f"recipe {name_or_file}", changes)]
+        raise RecipeError(f"{source}: base: expected the name or file of a recipe, got {base!r}")
+    return [*_with_bases(base, path.parent, (*asked_by, str(path))), (source, changes)]
 
 
-def _check(recipe: dict) -> None:
-    for section in ("cam", "refiner", "segmenter"):
-        for key in ("epochs", "batch_size"):
-            value = recipe[section]["train"][key]
-            if value < 1:
-                raise RecipeError(f"{section}.train.{key} is {value}; 1 or more would be right")
-    threshold = recipe["masks"]["background_threshold"]
-    if threshold is None or (threshold != _FOUND["masks.background_threshold"] and not 0 <= threshold <= 1):
-        raise RecipeError(f"masks.background_threshold is {threshold}; a number in [0, 1] or auto would be right")
-    if recipe["masks"]["bf16"] not in (None, True, False):
-        raise RecipeError(f"masks.bf16 is {recipe['masks']['bf16']!r}; true, false or null would be right")
-    for section in ("masks", "self_training", "evaluation"):
-        if recipe[section]["workers"] < 0:
-            raise RecipeError(f"{section}.workers is {recipe[section]['workers']}; 0 or more would be right")
-    if recipe["self_training"]["rounds"] < 1:
-        raise RecipeError(f"self_training.rounds is {recipe['self_training']['rounds']}; 1 or more would be right")
-    scales = [(section, "scales") for section in ("masks", "refiner", "self_training", "evaluation")]
-    for section, key in (*scales, ("segmenter", "rates"), ("segmenter", "input_scales")):
-        values = recipe[section][key]
-        if not values or not all(isinstance(value, int | float) and value > 0 for value in values):
-            raise RecipeError(f"{section}.{key} is {values}; a list of positive numbers would be right")
-    for key in ("window", "window_stride"):
-        if recipe["evaluation"][key] < 0:
-            raise RecipeError(f"evaluation.{key} is {recipe['evaluation'][key]}; pixels, or 0, would be right")
-    for key in ("mean", "std"):
-        values = recipe["image"][key]
-        if values is not None and not (isinstance(values, list) and len(values) == 3):
-            raise RecipeError(f"image.{key} is {values}; three numbers, one per channel, would be right")
+def _find(name: str, folder: Path) -> Any:
+    """The file of a recipe: of the package, or beside the one that names it."""
+    packaged = _PACKAGED / f"{name}.yaml"
+    if packaged.is_file():
+        return packaged
+    for path in (Path(name), folder / name, folder / f"{name}.yaml"):
+        if path.is_file():
+            return path.resolve()
+    raise RecipeError(unknown_name(f"recipe {name} (no such file)", name, recipe_names()))
 
 
-def _read(name_or_file: str) -> dict:
-    packaged = _PACKAGED / f"{name_or_file}.yaml"
-    path = packaged if packaged.is_file() else Path(name_or_file)
-    if not path.is_file():
-        raise RecipeError(f"recipe {name_or_file}: no such file, and the package has {', '.join(recipe_names())}")
-    values = _parse(path.read_text(), f"recipe {name_or_file}")
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe {name_or_file}: a mapping of settings would be right, not {values!r}")
-    # YAML aliases name one object twice; here every section is its own.
-    return json.loads(json.dumps(values))
-
-
-def _parse(text: str, source: str):
+def _parse(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"{source}: not YAML ({' '.join(str(error).split())})") from error
 
 
-def _merge(recipe: dict, changes: dict, source: str, prefix: str = "") -> None:
+def _merge(values: dict, changes: dict, prefix: str = "") -> None:
+    """Put nested `changes` into nested `values`; mappings are merged, all else is replaced."""
     is_open = any(prefix == f"{key}." or prefix.startswith(f"{key}.") for key in _OPEN)
     for key, value in changes.items():
-        dotted = f"{prefix}{key}"
-        if key not in recipe and not is_open:
-            near = difflib.get_close_matches(str(key), recipe, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"there are {', '.join(recipe)}"
-            raise RecipeError(f"{source}: no setting {dotted}; {hint}")
-        old = recipe.get(key)
-        if isinstance(old, float) and isinstance(value, str):
-            value = _number(value)  # YAML takes 1e-3, without a point, for text
-        if isinstance(old, str) and value is False:
-            value = "no"  # which YAML takes, without quotes, for false
-        if isinstance(old, dict) and isinstance(value, dict):
-            _merge(old, value, source, f"{dotted}.")
-        elif dotted in _FOUND:
-            if value != _FOUND[dotted] and not _same_kind(0.0, value):
-                raise RecipeError(f"{source}: {dotted} is {value!r}; a number or {_FOUND[dotted]} would be right")
-            recipe[key] = value
-        elif value is old or isinstance(value, dict) if dotted in _OPEN else is_open or _same_kind(old, value):
-            recipe[key] = value
+        name = f"{prefix}{key}"
+        if key not in values and not is_open:
+            raise OptionError(unknown_name(name, key, values, prefix))
+        old = values.get(key)
+        if isinstance(old, dict) and value is None and name not in _OPEN and not is_open:
+            raise OptionError(f"{name}: expected a mapping of settings, got None")
+        if isinstance(value, dict) and (isinstance(old, dict) or name in _OPEN or is_open):
+            values[key] = dict(old) if isinstance(old, dict) else {}
+            _merge(values[key], value, f"{name}.")
         else:
-            raise RecipeError(f"{source}: {dotted} is {value!r}; something like {old!r} would be right")
+            values[key] = value
 
 
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _check(recipe: Recipe) -> None:
+    """What the names in a recipe stand for: methods, refinement steps, label rules, losses. Writes options out.
+
+    Raises:
+        OptionError: an unknown name, or an unknown or unfit option.
+    """
+    # Imported here: listing or printing recipes needs none of it.
+    from ..models.methods import METHODS, Method
+    from ..pseudo_labels.rules import build_rule
+    from ..refinement.steps import build_refinement
+    from ..training.losses import build_loss
+
+    methods = {name: options for name, options in recipe.cam.methods.items() if options is not None}
+    for name, options in methods.items():
+        if name not in METHODS:
+            raise OptionError(unknown_name(f"cam.methods.{name}", name, METHODS, "cam.methods."))
+        config_class: Any = METHODS[name][0]
+        methods[name] = dataclasses.asdict(config_class.from_dict(options, f"cam.methods.{name}"))
+    recipe.cam.methods = methods
+    able = ["cam", *(name for name in methods if METHODS[name][1].maps is not Method.maps)]
+    if recipe.cam.maps not in able:
+        raise OptionError(f"cam.maps: expected {either(able)}, got {recipe.cam.maps!r}")
+    for section in ("masks", "self_training", "evaluation"):
+        if steps := getattr(recipe, section).refine:
+            build_refinement(steps, f"{section}.refine")
+    build_rule(recipe.masks.seeds, recipe.masks.seed_options)
+    build_loss(recipe.segmenter.loss, recipe.segmenter.loss_options)
 
 
-def _same_kind(old, new) -> bool:
-    if isinstance(old, dict) or isinstance(new, dict):
-        return False  # mappings are merged, not replaced
-    if old is None or new is None:
-        return True
-    if isinstance(old, float):
-        return isinstance(new, int | float) and not isinstance(new, bool)
-    return type(new) is type(old)
+def _drop_options(values: dict, layer: dict) -> None:
+    """Where `layer` names another label rule or loss, the options of the old one go."""
+    for section, name, options in (("masks", "seeds", "seed_options"), ("segmenter", "loss", "loss_options")):
+        changes = layer.get(section) if isinstance(layer, dict) else None
+        if isinstance(changes, dict) and changes.get(name, values[section][name]) != values[section][name]:
+            values[section][options] = {}
+
+
+def _commented(options: Options, depth: int) -> Iterator[str]:
+    indent = "  " * depth
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        value, text = getattr(options, field.name), field.metadata.get("text", "")
+        if isinstance(value, Options):
+            text = (type(value).__doc__ or "").strip().splitlines()[0]
+            yield ("" if depth else "\n") + f"{indent}{field.name}:  # {text}\n"
+            yield from _commented(value, depth + 1)
+            continue
+        if isinstance(value, dict) and value:
+            block = textwrap.indent(yaml.safe_dump(value, sort_keys=False, default_flow_style=None), f"{indent}  ")
+            yield f"{indent}{field.name}:  # {text}\n{block}"
+            continue
+        line = f"{indent}{field.name}: {_in_one_line(value)}"
+        if len(line) + len(text) + 4 <= _WIDTH:
+            yield f"{line}  # {text}\n"
+        else:
+            yield (
+                "".join(f"{indent}# {part}\n" for part in textwrap.wrap(text, _WIDTH - len(indent) - 2)) + f"{line}\n"
+            )
+
+
+def _in_one_line(value: Any) -> str:
+    return yaml.safe_dump([value], default_flow_style=True, width=float("inf")).strip()[1:-1]

@@ -1,4 +1,4 @@
-"""What many trainings measured, in one table: mean and spread over seeds."""
+"""Many trainings in one table: means and standard deviations over seeds."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _MAIN_COLUMNS = ("segmenter, mean IoU", "masks, mean IoU")
 NOTES = """\
 In percent. ± is the sample standard deviation over seeds; an interval is the bootstrap 95 % interval over images, its
 ends averaged over seeds. "threshold" is the recipe's background threshold, chosen without masks; the column "best
-threshold, by masks" is the highest mean IoU on the curve of thresholds (maps before refinement), which reads true
-masks: it says what the maps hold, and is no result of weak supervision. Minutes and seconds are those of training.
+threshold, by masks" is the mean IoU at the oracle threshold (of maps before refinement), which reads true masks: it
+shows how good the maps are, and is no result of weak supervision. Minutes and seconds are those of training.
 """
 
 
@@ -101,7 +101,7 @@ def _cost(costs: list[dict]) -> dict:
 
 
 def print_comparison(rows: Sequence[dict]) -> None:
-    """The columns that matter most in the terminal."""
+    """Prints the main columns in the terminal."""
     short = ("data", "method", "seeds", *_MAIN_COLUMNS, "threshold", "best threshold, by masks", "s/step")
     table = comparison_table(rows)
     columns = [column for column in short if any(column in cells for cells in table)]
@@ -153,7 +153,7 @@ def _plain(value: float | None, form: str) -> str | None:
 
 
 def comparison_markdown(rows: Sequence[dict]) -> str:
-    """The table, the IoU of each class, and what the columns mean."""
+    """The table, the meaning of its columns, and the IoU of each class."""
     per_class = [
         {"method": f"{row['row']}, {kind}", **row[kind]["iou"]}
         for row in rows
@@ -176,7 +176,7 @@ def write_comparison(
     """One HTML page of the rows of [`summarize`] of one data set: table, classes, curves, costs, pictures.
 
     Args:
-        name: what the data set is called.
+        name: of the data set.
         examples: images with the masks of every row under `masks`.
         class_names: names of the labels, background first.
     """

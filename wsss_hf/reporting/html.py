@@ -1,4 +1,4 @@
-"""Results a person can look at: one self-contained HTML page, or one PNG contact sheet."""
+"""Reports of results: one self-contained HTML page, or one PNG contact sheet."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.palette import colorize
 from ..files import whole_file
-from .pictures import blend, heatmap, overlay
+from ..models.label_colors import display_colors, overlay
+from .pictures import blend, heatmap
 from .style import STYLE
 from .tables import column_names, format_value, heading, is_figure
 
@@ -25,16 +25,16 @@ PICTURE_SIDE = 360  # longest side of an embedded picture
 
 @dataclass
 class ReportExample:
-    """One image with whatever was made of it; what is None has no column, if no other example has it either.
+    """One image with its maps and masks; what is None in all examples has no column.
 
     Attributes:
         image: the picture.
         image_id: its name.
         tags: names of its classes.
         map: class name -> (h, w) map in [0, 1], or one such map; any resolution.
-        steps: column heading -> class name -> (H, W) uint8 picture of a step to the pseudo mask: trimaps, alphas.
+        steps: column heading -> class name -> (H, W) uint8 picture of a refinement step: trimap, alpha.
         pseudo_mask, prediction, truth: (H, W) labels of the image's size, 255 = ignore.
-        masks: column heading -> further labels, to stand side by side.
+        masks: column heading -> further labels (H, W), one column each.
     """
 
     image: Image.Image
@@ -59,7 +59,7 @@ def write_report(
     costs: dict[str, tuple[float, float]] | None = None,
     caption: str = "",
 ) -> Path:
-    """Writes one HTML file that needs nothing else: pictures and style are inside, nothing is fetched, no script runs.
+    """Writes one self-contained HTML file: pictures and style are embedded, nothing is fetched, no script runs.
 
     Args:
         path: the file; it appears complete or not at all.
@@ -68,10 +68,10 @@ def write_report(
             A row may hold `iou`, class name -> IoU, which fills the table of classes.
         examples: images, one row each.
         class_names: names of the labels 0..C, background first.
-        notes: name -> value, the conditions under which the figures came about.
+        notes: name -> value: data, device and other conditions of the figures.
         curves: name -> [(threshold, mIoU), ...], drawn as one plot.
         costs: name -> (minutes, mIoU), drawn as one plot.
-        caption: what the columns of the table mean, under it.
+        caption: text under the table, on the meaning of its columns.
 
     Raises:
         ValueError: a label map has another size than its image; the image is named.
@@ -99,7 +99,7 @@ def write_gallery(path: str | Path, examples: Sequence[ReportExample], side: int
         ValueError: there is no example, or a label map has another size than its image.
     """
     if not examples:
-        raise ValueError("a gallery needs at least one example")
+        raise ValueError("examples: expected at least one, got none")
     rows = [
         {name: _fit(picture, side, enlarge=True) for name, panels in row.items() for picture in panels.values()}
         for row in map(_pictures, map(_one_map, examples))
@@ -238,8 +238,13 @@ def _class_table(rows: Sequence[dict], class_names: Sequence[str]) -> str:
 
 
 def _swatch(label: int) -> str:
-    red, green, blue = colorize(np.array([[label]]))[0, 0]
-    return f'<span class="swatch" style="background:#{red:02x}{green:02x}{blue:02x}"></span>'
+    """The colour of a label in overlays; background is empty, ignore hatched."""
+    red, green, blue = display_colors()[label]
+    color = {
+        0: "none",
+        255: "repeating-linear-gradient(135deg,#c8c8c8 0 2px,#808080 2px 5px)",
+    }.get(label, f"#{red:02x}{green:02x}{blue:02x}")
+    return f'<span class="swatch" style="background:{color}"></span>'
 
 
 class _Plot:
@@ -257,7 +262,8 @@ class _Plot:
         self.limit_x = max(x for x, _ in points) or 1.0
         self.limit_y = min(1.0, np.ceil(10 * max(y for _, y in points) + 0.1) / 10)
         self.label = label
-        self.parts, self.legend = [], []
+        self.parts: list[str] = []
+        self.legend: list[str] = []
         for tick in np.arange(0, self.limit_y + 0.05, 0.1 if self.limit_y <= 0.6 else 0.2):
             _, y = self.place(0, tick)
             self.parts.append(f'<path class="grid" d="M{self.left} {y:.1f}H{self.right}"/>')
@@ -276,8 +282,8 @@ class _Plot:
 
     def add(self, name: str, note: str, mark: tuple[float, float], line: Sequence[tuple[float, float]] = ()) -> None:
         """A series in the next colour: a line, if it has one, and its mark."""
-        turn, color = divmod(len(self.legend), self.colors)
-        color, dash = f"var(--series-{color})", self.dashes[turn % len(self.dashes)]
+        turn, number = divmod(len(self.legend), self.colors)
+        color, dash = f"var(--series-{number})", self.dashes[turn % len(self.dashes)]
         stroke = f'style="stroke:{color}"' + (f' stroke-dasharray="{dash}"' if dash else "")
         shape = f'<path d="{self.marks[turn % len(self.marks)]}" style="fill:{color}"'
         if line:

@@ -1,15 +1,11 @@
-"""Label maps and localisation maps as pictures a person can read."""
+"""Class activation maps as pictures: heatmaps, and heatmaps over the image."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image
 
-from ..models.label_colors import overlay
-
-__all__ = ["RAMP", "blend", "heatmap", "overlay"]
-
-# From blue over red to yellow with steadily rising lightness, so that a brighter pixel always is a higher value.
+# From blue over red to yellow; lightness rises steadily: a brighter pixel has a higher value.
 RAMP = ("#0d0887", "#6a00a8", "#b12a90", "#e16462", "#fca636", "#f0f921")
 _RAMP_RGB = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in RAMP], dtype=np.float64)
 
@@ -22,5 +18,5 @@ def heatmap(values: np.ndarray) -> Image.Image:
 
 
 def blend(image: Image.Image, heat: Image.Image, alpha: float = 0.6) -> Image.Image:
-    """`heat`, resized, with weight `alpha` over the grey image: no colour of the image can be taken for a value."""
+    """`heat`, resized, with weight `alpha` over the image in grey (its colours could be mistaken for values)."""
     return Image.blend(image.convert("L").convert("RGB"), heat.resize(image.size, Image.Resampling.BILINEAR), alpha)

@@ -1,4 +1,4 @@
-"""The style sheet of the report page, for light and dark screens."""
+"""The style sheet of the HTML report, with a light and a dark theme."""
 
 from .pictures import RAMP
 

@@ -1,4 +1,4 @@
-"""One way of writing figures, for the terminal, for Markdown and for HTML."""
+"""Tables of figures, in the same format for the terminal, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 MISSING = "–"
+RESULT_COLUMNS = ["result", "split", "mean_iou", "mean_iou_interval", "pixel_accuracy", "num_images"]
 _HEADINGS = {
     "mean_iou": "mean IoU",
     "mean_iou_interval": "95 % interval",
@@ -23,16 +24,16 @@ _HEADINGS = {
 
 @dataclass(frozen=True)
 class Spread:
-    """A share measured several times: mean and sample standard deviation (None for a single measurement)."""
+    """A fraction measured several times: mean and sample standard deviation (None for a single measurement)."""
 
     mean: float
     deviation: float | None
 
 
 def format_value(value) -> str:
-    """A cell's text: a float is a share and becomes percent with one decimal, a pair an interval, None and NaN a dash.
+    """A cell's text: a float, a fraction, in percent with one decimal; a pair as an interval; None and NaN as a dash.
 
-    Anything that is no share (seconds, learning rates) has to come as text.
+    Pass other numbers (seconds, learning rates) as text.
     """
     if value is None or (isinstance(value, Real) and math.isnan(value)):
         return MISSING
@@ -47,7 +48,7 @@ def format_value(value) -> str:
 
 
 def is_figure(value) -> bool:
-    """Whether a cell stands right-aligned."""
+    """Whether a cell is aligned to the right."""
     return value is None or isinstance(value, (Real, tuple, list, Spread))
 
 
@@ -57,7 +58,7 @@ def column_names(rows: Sequence[dict]) -> list[str]:
 
 
 def heading(column: str) -> str:
-    """A column's name for people: `mean_iou` is "mean IoU", `false_positive_share` "FP share"."""
+    """A column's heading: `mean_iou` is "mean IoU", `false_positive_share` "FP share"."""
     return _HEADINGS.get(column) or column.removeprefix("num_").replace("_", " ")
 
 

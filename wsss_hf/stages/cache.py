@@ -1,23 +1,81 @@
-"""Where a stage writes: nothing stands under its final name before it is whole, and nothing is overwritten."""
+"""Where a stage writes, and what it wrote there from: a result is used again only while that has not changed.
+
+`recipe.yaml` in the folder of a result is its [`Record`]. Where today's record differs the stage runs again; the old
+result stays until the new one is whole.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import PartialState
 
 from ..files import whole_file
+from ..models.options import Options
+from ..progress import is_quiet
 
 SETTINGS_FILE = "recipe.yaml"
+_MINUTES_FILE = ".minutes"
 
 
 class OutputError(ValueError):
-    """`--out` can't be used; the message names it and what would be right."""
+    """`--out` can't be used; the message names it and says what was expected."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a result is made from.
+
+    Attributes:
+        stage: name of the stage.
+        version: of the stage; raised when its code changes results.
+        settings: name → section of a recipe or plain value: all that determines the result. Settings that change the
+            speed alone are written down and not compared.
+        inputs: name → fingerprint of what is read: rows and models, by their contents.
+        source: what the data are; written down and not compared.
+    """
+
+    stage: str
+    version: int
+    settings: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        values = {"stage": self.stage, "version": self.version, "data": dict(self.source)}
+        return values | {name: _plain(section) for name, section in self.settings.items()} | {"inputs": self.inputs}
+
+    def difference(self, held: Mapping[str, Any]) -> str | None:
+        """What has changed since the record `held` was written; None where a result can be used again."""
+        if held.get("version") != self.version:
+            return f"{self.stage} computes it otherwise now"
+        for name, section in self.settings.items():
+            found = _first_difference(_comparable(held.get(name), section), _comparable(section, section), name)
+            if found:
+                return found
+        known = held.get("inputs") or {}
+        changed = [name for name in {**known, **self.inputs} if known.get(name) != self.inputs.get(name)]
+        return f"{' and '.join(changed)} changed" if changed else None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record in the folder of a result; {} where there is none."""
+    try:
+        held = yaml.safe_load((folder / SETTINGS_FILE).read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        return {}
+    return held if isinstance(held, dict) else {}
 
 
 class StageOutput:
@@ -25,63 +83,130 @@ class StageOutput:
 
     Args:
         out: the final folder.
-        settings: all that determines the result; saved as `recipe.yaml` beside it.
+        record: what the result is made from.
+        force: run the stage again even if nothing has changed.
+
+    Attributes:
+        done: the result is there, and nothing has changed since.
 
     Raises:
-        OutputError: `out` or its unfinished part holds the result of other settings, or something else.
+        OutputError: `out` or its unfinished part is something else than a result of this stage.
     """
 
-    def __init__(self, out: str | os.PathLike, settings: dict):
+    def __init__(self, out: str | os.PathLike, record: Record, force: bool = False):
         self.path = Path(out)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
-        self.settings = settings
-        for folder in (self.path, self.partial):
-            if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-                continue
-            if folder == self.partial and not _holds_work(folder):
-                continue
-            held = folder / SETTINGS_FILE
-            if not held.is_file():
-                raise OutputError(f"--out {self.path}: {folder} exists and is no result of this stage; take another")
-            try:
-                difference = first_difference(yaml.safe_load(held.read_text()), settings)
-            except yaml.YAMLError:
-                difference = f"{SETTINGS_FILE} is not YAML"
-            if difference:
-                raise OutputError(f"--out {self.path}: {folder} holds another run ({difference}); take another folder")
+        self.record = record
+        finished, begun = self._held(self.path), self._held(self.partial)
+        changed = None if finished is None else record.difference(finished)
+        self.done = finished is not None and not changed and not force
+        self._is_stale = begun is not None and (force or record.difference(begun) is not None)
+        if self.done:
+            self._say("done before")
+        elif finished is not None:
+            self._say(f"made again, because {changed or '--force asks for it'}")
+        elif begun is not None and self._is_stale:
+            damaged = None if begun else f"{SETTINGS_FILE} of {self.partial} can't be read"
+            self._say(f"begun anew, because {damaged or record.difference(begun) or '--force asks for it'}")
 
-    @property
-    def done(self) -> bool:
-        """The result of these very settings is there already."""
-        return (self.path / SETTINGS_FILE).is_file()
-
-    def begin(self) -> Path:
-        """The folder to work in, the same for all processes; what an interrupted run left there is still in it."""
-        state = PartialState()
-        state.wait_for_everyone()  # all have looked at the folder before one writes to it
-        if state.is_main_process:
-            self.partial.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.partial / SETTINGS_FILE, yaml.safe_dump(self.settings, sort_keys=False))
-        state.wait_for_everyone()
-        return self.partial
+    def _held(self, folder: Path) -> dict[str, Any] | None:
+        """The record of what `folder` holds; None where it holds nothing."""
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            return None
+        if folder == self.partial and not _holds_work(folder):
+            return None
+        held = read_record(folder)
+        if folder == self.partial and not held and (folder / SETTINGS_FILE).exists():
+            return {}  # damaged: nothing of it can be trusted
+        if held.get("stage") != self.record.stage:
+            expected = f"expected a new folder or a result of {self.record.stage}"
+            raise OutputError(f"--out {self.path}: {expected}, got {folder}, which holds something else")
+        return held
 
     @contextmanager
-    def nothing_left_behind(self) -> Iterator[None]:
-        """Work that fails before its first result takes its folder along; what can be resumed stays."""
+    def working(self) -> Iterator[Path]:
+        """The folder to work in, the same for all processes; what an interrupted run left there is still in it.
+
+        Work that fails before its first result takes its folder along; what can be resumed stays.
+        """
+        state, started = PartialState(), time.monotonic()
+        state.wait_for_everyone()  # all have looked at the folder before one writes to it
+        if state.is_main_process:
+            if self._is_stale:
+                shutil.rmtree(self.partial)
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._write_record(self.partial)
+        state.wait_for_everyone()
+        self._started = started
         try:
-            yield
-        except Exception:
-            if self.partial.is_dir() and not _holds_work(self.partial):
-                shutil.rmtree(self.partial, ignore_errors=True)
+            yield self.partial
+        except BaseException:
+            if state.is_main_process and self.partial.is_dir():
+                if _holds_work(self.partial):
+                    (self.partial / _MINUTES_FILE).write_text(str(self._minutes()))
+                else:
+                    shutil.rmtree(self.partial, ignore_errors=True)
             raise
+        state.wait_for_everyone()
 
     def finish(self, result: Path) -> None:
-        """Move `result`, a folder inside the working folder, to its final name and drop the rest."""
-        shutil.copyfile(self.partial / SETTINGS_FILE, result / SETTINGS_FILE)
+        """Move `result`, a folder inside the working folder, to its final name and drop the rest.
+
+        For the main process; the others do nothing.
+        """
+        if not PartialState().is_main_process:
+            return
+        self._write_record(result, minutes=round(self._minutes(), 2))
         if self.path.exists():
-            self.path.rmdir()  # an empty folder that the user made
+            os.replace(self.path, self.partial / "old")
         os.replace(result, self.path)
         shutil.rmtree(self.partial)
+
+    def _write_record(self, folder: Path, **more: Any) -> None:
+        values = self.record.to_dict() | more
+        write_atomically(folder / SETTINGS_FILE, yaml.safe_dump(values, sort_keys=False))
+
+    def _minutes(self) -> float:
+        """Of this attempt and of those before it that came to an end of their own."""
+        file = self.partial / _MINUTES_FILE
+        before = float(file.read_text()) if file.is_file() else 0.0
+        return before + (time.monotonic() - self._started) / 60
+
+    def _say(self, what: str) -> None:
+        if PartialState().is_main_process and not is_quiet():
+            print(f"{self.path.name}: {what}", file=sys.stderr)
+
+
+def _plain(section: Any) -> Any:
+    return (
+        dataclasses.asdict(section) if dataclasses.is_dataclass(section) and not isinstance(section, type) else section
+    )
+
+
+def _comparable(values: Any, section: Any) -> Any:
+    """`values` without settings that only change speed; those that are not there have their defaults."""
+    if not isinstance(section, Options):
+        return values
+    held = _plain(values)
+    if not isinstance(held, dict):
+        return held
+    found = {}
+    default = type(section)()
+    for option in dataclasses.fields(section):  # type: ignore[arg-type]
+        if not option.metadata.get("speed"):
+            value = held.get(option.name, _plain(getattr(default, option.name)))
+            found[option.name] = _comparable(value, getattr(section, option.name))
+    return found
+
+
+def _first_difference(held: Any, wanted: Any, name: str) -> str | None:
+    if isinstance(held, dict) and isinstance(wanted, dict):
+        for key in {**held, **wanted}:
+            found = _first_difference(held.get(key), wanted.get(key), f"{name}.{key}")
+            if found:
+                return found
+        return None
+    return None if held == wanted else f"{name} was {held!r} and is {wanted!r}"
 
 
 def _holds_work(folder: Path) -> bool:
@@ -94,13 +219,3 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file that appears complete or not at all."""
     with whole_file(path) as unfinished:
         unfinished.write_text(text)
-
-
-def first_difference(held, wanted, prefix: str = "") -> str | None:
-    if isinstance(held, dict) and isinstance(wanted, dict):
-        for key in {**held, **wanted}:
-            found = first_difference(held.get(key), wanted.get(key), f"{prefix}{key}.")
-            if found:
-                return found
-        return None
-    return None if held == wanted else f"{prefix[:-1]} is {held!r} there and {wanted!r} here"

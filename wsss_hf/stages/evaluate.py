@@ -1,47 +1,190 @@
-"""Holding pseudo masks, maps and segmenters against true masks."""
+"""Figures of pseudo masks, CAM classifiers, segmenters and files of label maps against true masks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from ..data.export import file_stem
 from ..data.palette import check_palette
-from ..data.tagged import DataError, class_names, decode_mask, has_value, tags_to_multi_hot, undecoded
-from ..inference.segment_images import segment_images
+from ..data.tagged import (
+    DataError,
+    check_classes,
+    check_names,
+    class_names,
+    decode_mask,
+    has_value,
+    source_of,
+    tags_to_multi_hot,
+    undecoded,
+)
+from ..inference.load import load_labeler, load_segmenter
+from ..inference.segmenter import segment_images
 from ..metrics.average_precision import mean_average_precision
-from ..metrics.boundary_f import BoundaryF
-from ..metrics.mean_iou import MeanIoU
+from ..metrics.errors import Errors, compare_errors
+from ..metrics.figures import Figures
 from ..metrics.threshold_curve import ThresholdCurve
 from ..progress import Progress
 from ..pseudo_labels.label_images import label_images
+from ..pseudo_labels.threshold import thresholds_of, with_threshold
+from ..recipes import Recipe
+from ..settings import EvaluationSettings, MasksSettings, RecipeError
+from .predict_masks import predict_masks
 
 
-class Figures:
-    """All figures of label maps against true ones: those of [`MeanIoU`] with its interval, and of [`BoundaryF`]."""
+@dataclass
+class Evaluation:
+    """What [`evaluate`] measured.
 
-    def __init__(self, names: list[str]):
-        self.names = names
-        self.metrics = (MeanIoU(names, intervals=True), BoundaryF(names))
+    Attributes:
+        results: one row per thing that was measured: `result`, `split` and figures, see [`Figures`].
+        gap: of `segmenter` to `against`, see [`compare_errors`]; None without.
+        data: what the data are.
+    """
 
-    def add(self, prediction: np.ndarray, reference: np.ndarray, name: str) -> None:
-        """Counts one image, `name` in error messages."""
-        for metric in self.metrics:
-            metric.add(prediction, reference, name)
+    results: list[dict[str, Any]]
+    gap: dict[str, Any] | None
+    data: dict[str, Any]
 
-    def compute(self) -> dict:
-        """The figures over the images of all processes."""
-        figures: dict = {}
-        for metric in self.metrics:
-            figures |= metric.all_reduce().compute()
-        return figures
+
+def evaluate(
+    data: DatasetDict,
+    recipe: Recipe | None = None,
+    *,
+    cam: str | os.PathLike | None = None,
+    segmenter: str | os.PathLike | None = None,
+    against: str | os.PathLike | None = None,
+    masks: str | os.PathLike | None = None,
+    split: str = "val",
+    save_masks: str | os.PathLike | None = None,
+    voc_archive: str | os.PathLike | None = None,
+    export_coco: str | os.PathLike | None = None,
+) -> Evaluation:
+    """Figures of models and masks against the true masks of `data`; without any, of the pseudo masks in `data`.
+
+    Args:
+        recipe: its `masks` section says how a CAM classifier makes masks, its `evaluation` section is the test
+            protocol of segmenters; None takes the default recipe.
+        cam: a CAM classifier, a directory or Hub id; its masks are measured on split "train".
+        segmenter: a segmenter, measured on `split`.
+        against: a second segmenter: instead of figures, the gap between both by kind of error.
+        masks: a folder of label maps IMAGE_ID.png, measured on `split`.
+        split: "train" or "val".
+        save_masks: folder: also write the segmenter's label maps, see [`predict_masks`].
+        voc_archive, export_coco: files of these label maps, see [`predict_masks`].
+
+    Raises:
+        DataError: there are no true masks to measure on, or the classes of a model differ.
+        RecipeError: options that do not go together.
+    """
+    recipe = recipe or Recipe()
+    exports = {"voc_archive": voc_archive, "coco": export_coco}
+    writes = save_masks is not None or any(exports.values())
+    if writes and (segmenter is None or save_masks is None):
+        raise RecipeError("--voc-archive, --export-coco: expected --model and --save-masks beside them")
+    if against is not None and (segmenter is None or writes):
+        raise RecipeError("--against: expected --model beside it, and no files to write but --json")
+    rows: list[dict[str, Any]] = []
+    gap = None
+    if cam is not None:
+        needs_masks(data, "train")
+        rows.append(maps_row(f"masks of {cam}", cam, data, recipe.masks))
+    if segmenter is not None and save_masks is not None:
+        if split not in data:
+            raise RecipeError(f"--split: expected {' or '.join(data)}, got {split}")
+        predict_masks(segmenter, data[split], recipe.evaluation, save_masks, **exports)
+        if has_masks(data, split):
+            row = {"result": f"segmenter {segmenter}", "split": split, "of": Path(segmenter).name}
+            rows.append(row | evaluate_files(save_masks, data[split]))
+    elif segmenter is not None:
+        needs_masks(data, split)
+        if against is not None:
+            gap = segmenter_gap(segmenter, against, data[split], recipe.evaluation)
+        else:
+            rows.append(segmenter_row(f"segmenter {segmenter}", segmenter, data, recipe.evaluation, split))
+    if masks is not None:
+        needs_masks(data, split)
+        row = {"result": f"files in {masks}", "split": split, "of": Path(masks).name}
+        rows.append(row | evaluate_files(masks, data[split]))
+    if cam is None and segmenter is None and masks is None:
+        needs_masks(data, "train")
+        rows.append(masks_row(f"pseudo masks of {source_of(data).get('source', 'the data')}", data))
+    return Evaluation(rows, gap, source_of(data))
+
+
+# Rows of a table of results
+
+
+def masks_row(name: str, labelled: DatasetDict, folder: str = "masks") -> dict[str, Any]:
+    """Row of the pseudo masks in split "train"; without figures where no row has a true mask."""
+    row = {"result": name, "split": "train", "of": folder}
+    return row | evaluate_masks(labelled["train"]) if has_masks(labelled, "train") else row
+
+
+def maps_row(name: str, cam: str | os.PathLike, data: DatasetDict, settings: MasksSettings) -> dict[str, Any]:
+    """Row of the pseudo masks that a CAM classifier, a directory or Hub id, makes of split "train"."""
+    row = {"result": name, "split": "train", "of": Path(cam).name}
+    if not has_masks(data, "train"):
+        return row
+    model, processor = load_labeler(os.fspath(cam), PartialState().device, optimize=settings.optimize)
+    settings = with_threshold(model, processor, data["train"], settings)
+    figures = evaluate_cam(model, processor, data["train"], settings)
+    return row | figures | thresholds_of(settings)
+
+
+def segmenter_row(
+    name: str, segmenter: str | os.PathLike, data: DatasetDict, settings: EvaluationSettings, split: str = "val"
+) -> dict[str, Any]:
+    """Row of a segmenter, a directory or Hub id, on a split; without figures where it has no true mask."""
+    row = {"result": name, "split": split, "of": Path(segmenter).name}
+    if not has_masks(data, split):
+        return row
+    model, processor = load_segmenter(os.fspath(segmenter), PartialState().device)
+    return row | evaluate_segmenter(model, processor, data[split], settings)
+
+
+def segmenter_gap(
+    segmenter: str | os.PathLike, other: str | os.PathLike, rows: Dataset, settings: EvaluationSettings
+) -> dict[str, Any]:
+    """The gap between two segmenters, directories or Hub ids, on rows with true masks; see [`compare_errors`]."""
+    device = PartialState().device
+    figures = [
+        evaluate_segmenter(*load_segmenter(os.fspath(name), device), rows, settings, Errors)
+        for name in (segmenter, other)
+    ]
+    return compare_errors(*figures)
+
+
+def has_masks(data: DatasetDict, split: str) -> bool:
+    """Whether a split has true masks to evaluate on."""
+    rows: Dataset | None = data.get(split)
+    return rows is not None and "mask" in rows.column_names and bool(has_value(rows, "mask").any())
+
+
+def needs_masks(data: DatasetDict, split: str) -> None:
+    """What `has_masks` asks, as a condition.
+
+    Raises:
+        DataError: the split is not there, or none of its rows has a mask.
+    """
+    if split not in data:
+        raise DataError(f"split {split!r}: expected one of {', '.join(data)}")
+    if not has_masks(data, split):
+        raise DataError(f"split {split!r}: expected true masks to evaluate on, and no row has one")
+
+
+VERSION = 1
+
+# Figures
 
 
 def rows_with(rows: Dataset, column: str) -> Dataset:
@@ -50,18 +193,18 @@ def rows_with(rows: Dataset, column: str) -> Dataset:
     Raises:
         DataError: there is none.
     """
-    found = np.flatnonzero(has_value(rows, column)) if column in rows.column_names else []
+    found: Sequence[int] | np.ndarray = np.flatnonzero(has_value(rows, column)) if column in rows.column_names else []
     if not len(found):
-        raise DataError(f"no row has a {column}: there is nothing to evaluate on")
+        raise DataError(f"column {column!r}: expected masks to evaluate on, and no row has one")
     return rows.select(found)
 
 
-def evaluate_masks(rows: Dataset, column: str = "pseudo_mask", quiet: bool = False) -> dict:
+def evaluate_masks(rows: Dataset, column: str = "pseudo_mask") -> dict[str, Any]:
     """Figures of the masks in `column` against the true ones, over the rows that have both; see [`Figures`]."""
     rows = rows_with(rows_with(rows, "mask"), column)
     metric = Figures(["background", *class_names(rows)])
-    mine = _share(rows)
-    with _progress("evaluating masks", mine, quiet) as progress:
+    mine = _part_of_this_process(rows)
+    with Progress("evaluating masks", len(mine), unit="image") as progress:
         for row in undecoded(mine.select_columns(["image_id", "mask", column])):
             prediction = decode_mask(row[column], f"row {row['image_id']!r}, column {column}")
             metric.add(prediction=prediction, reference=_truth(row), name=f"row {row['image_id']!r}")
@@ -69,15 +212,12 @@ def evaluate_masks(rows: Dataset, column: str = "pseudo_mask", quiet: bool = Fal
     return metric.compute()
 
 
-def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quiet: bool = False) -> dict:
+def evaluate_cam(model, processor: Callable, rows: Dataset, settings: MasksSettings) -> dict[str, Any]:
     """Figures of the pseudo masks that a CAM classifier makes of `rows`, and of its maps and tags.
 
-    Args:
-        settings: a recipe's `masks` section.
-
     Returns:
-        the figures of [`Figures`] at the fixed background threshold; `threshold_curve` and `best_threshold`, which
-        read true masks and are for analysis only; `mean_average_precision` of the tags.
+        the figures of [`Figures`] at the background threshold of `settings`; `threshold_curve` and `best_threshold`,
+        the oracle threshold, which read true masks and are for analysis only; `mean_average_precision` of the tags.
 
     Raises:
         DataError: no row has a mask, or the classifier has other classes than the data.
@@ -87,10 +227,10 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quie
     check_names(model, names, "classifier")
     metric = Figures(["background", *names])
     curve = ThresholdCurve(["background", *names])
-    mine = _share(rows)
+    mine = _part_of_this_process(rows)
     truths = undecoded(mine.select_columns(["image_id", "mask", "tags"]))
     scores, tags = [], []
-    with _progress("evaluating maps", mine, quiet) as progress:
+    with Progress("evaluating maps", len(mine), unit="image") as progress:
         for labelled in label_images(model, processor, mine, settings):
             row = truths[labelled.index]
             name, truth = f"row {row['image_id']!r}", _truth(row)
@@ -111,31 +251,31 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: dict, quie
 
 
 def evaluate_segmenter(
-    model, processor: Callable, rows: Dataset, settings: dict, quiet: bool = False, metric: type = Figures
-) -> dict:
-    """Figures of a segmenter on the rows of `rows` that have a mask, at the images' own size.
+    model, processor: Callable, rows: Dataset, settings: EvaluationSettings, metric: type = Figures
+) -> dict[str, Any]:
+    """Figures of a segmenter on the rows that have a mask, at the images' own size.
 
     Args:
         model: any model with `logits` (B, C+1, h, w), in eval mode, on the device to work on.
         processor: its image processor.
-        settings: a recipe's `evaluation` section.
+        settings: the test protocol.
         metric: what counts, [`Figures`] or [`Errors`].
 
     Raises:
         DataError: no row has a mask, or the model has other classes than the data.
     """
     rows = rows_with(rows, "mask")
-    metric = metric(check_classes(model, rows))
-    mine = _share(rows)
+    counts = metric(check_classes(model, rows))
+    mine = _part_of_this_process(rows)
     truths = undecoded(mine.select_columns(["image_id", "mask"]))
-    with _progress("evaluating segmenter", mine, quiet) as progress:
+    with Progress("evaluating segmenter", len(mine), unit="image") as progress:
         for segmented in segment_images(model, processor, mine, settings):
-            metric.add(segmented.labels, _truth(truths[segmented.index]), f"row {segmented.image_id!r}")
+            counts.add(segmented.labels, _truth(truths[segmented.index]), f"row {segmented.image_id!r}")
             progress.advance(1)
-    return metric.compute()
+    return counts.compute()
 
 
-def evaluate_files(folder: str | os.PathLike, rows: Dataset, quiet: bool = False) -> dict:
+def evaluate_files(folder: str | os.PathLike, rows: Dataset) -> dict[str, Any]:
     """Figures of the PNGs in `folder` on the rows that have a mask; see [`Figures`].
 
     Args:
@@ -152,10 +292,10 @@ def evaluate_files(folder: str | os.PathLike, rows: Dataset, quiet: bool = False
     files = {image_id: folder / f"{file_stem(image_id)}.png" for image_id in rows["image_id"]}
     missing = [file for file in files.values() if not file.is_file()]
     if missing:
-        raise DataError(f"{len(missing)} of {len(files)} predictions are missing, the first is {missing[0]}")
+        raise DataError(f"{missing[0]}: expected a label map of every image, {len(missing)} of {len(files)} missing")
     metric = Figures(["background", *class_names(rows)])
-    mine = _share(rows)
-    with _progress("evaluating files", mine, quiet) as progress:
+    mine = _part_of_this_process(rows)
+    with Progress("evaluating files", len(mine), unit="image") as progress:
         for row in undecoded(mine.select_columns(["image_id", "mask"])):
             file = files[row["image_id"]]
             prediction = decode_mask({"path": str(file)}, str(file))
@@ -166,37 +306,10 @@ def evaluate_files(folder: str | os.PathLike, rows: Dataset, quiet: bool = False
     return metric.compute()
 
 
-def check_classes(model, rows: Dataset) -> list[str]:
-    """The names of the labels, background first, which a segmenter and the data must have in common.
-
-    Raises:
-        DataError: they have not.
-    """
-    names = ["background", *class_names(rows)]
-    check_names(model, names, "segmenter")
-    return names
-
-
-def check_names(model, names: list[str], what: str) -> None:
-    """That the classes of a model, `what` it is, are `names`.
-
-    Raises:
-        DataError: they are others.
-    """
-    known = [model.config.id2label[i] for i in sorted(model.config.id2label)]
-    if known != names:
-        raise DataError(f"the {what} knows {', '.join(known)}; the data have {', '.join(names)}")
-
-
 def _truth(row: dict) -> np.ndarray:
     return decode_mask(row["mask"], f"row {row['image_id']!r}, column mask")
 
 
-def _share(rows: Dataset) -> Dataset:
-    """This process's part of the rows."""
+def _part_of_this_process(rows: Dataset) -> Dataset:
     state = PartialState()
     return rows.select(range(state.process_index, len(rows), state.num_processes))
-
-
-def _progress(title: str, rows: Dataset, quiet: bool) -> Progress:
-    return Progress(title, len(rows), quiet or not PartialState().is_main_process, unit="image")

@@ -10,108 +10,126 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 
 from ..data.export import check_free, export_coco, export_voc, require_pycocotools
-from ..data.palette import mask_image
-from ..data.tagged import class_names, decode_mask, encode_png, undecoded
+from ..data.saliency import describe_saliency
+from ..data.tagged import check_names, class_names, decode_mask, encode_png, source_of, undecoded
+from ..inference.load import load_labeler
+from ..models.label_colors import mask_image
 from ..models.modeling_cam import CamClassifier
-from ..pseudo_labels.label_images import Labelled, label_images, load_labeler
-from ..pseudo_labels.threshold import AUTO, with_threshold
-from .cache import StageOutput, write_atomically
-from .evaluate import check_names
+from ..progress import is_quiet
+from ..pseudo_labels.label_images import Labelled, build_rules, label_images
+from ..pseudo_labels.rules import check_columns, reads_saliency
+from ..pseudo_labels.threshold import thresholds_of, with_threshold
+from ..recipes import Recipe
+from ..settings import AUTO, MasksSettings
+from .cache import Record, StageOutput, write_atomically
+from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
+from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
 
-SUMMARY_FILE = "summary.json"
+VERSION = 2
 _COLUMNS = ("pseudo_mask", "confidence")
 
 
 def make_masks(
     data: DatasetDict,
     cam: str | os.PathLike,
-    recipe: dict,
+    recipe: Recipe,
     out: str | os.PathLike,
-    data_settings: dict | None = None,
-    hub_kwargs: dict | None = None,
-    quiet: bool = False,
-) -> Path:
+    *,
+    force: bool = False,
+) -> LabelledData:
     """Write `data` with a column `pseudo_mask`, and `confidence` if wanted, in split "train".
 
     True masks are never read. Old columns of these names are replaced.
 
-    The images are split into shards, the shards over the processes of `accelerate launch`. A finished shard is never
-    made again, so a killed run goes on where it was.
+    The images are split into shards, the shards over the processes of `accelerate launch`. A finished shard is used
+    again for the very images, tags, classifier and settings it was made from.
 
     Args:
         data: tagged images.
-        cam: a trained CAM classifier, a directory or Hub id.
-        recipe: a resolved recipe; its `masks` section is used.
-        out: folder of the data set; as for `train_cam`.
+        cam: a trained CAM classifier or map refiner, a directory or Hub id.
+        recipe: its `masks` section is used.
+        out: folder of the data set, as for [`train_cam`].
+        force: make the masks again whatever is there.
 
     Returns:
-        `out`, loadable by `datasets.load_from_disk`; masks are palette PNGs, 0 = background, 255 = ignore. Confidence
-        is 0..255 for 0..1, see [`Labelled`]. `summary.json` is read by `read_summary`; `steps/` has the maps, trimaps
+        the data set, loadable by `datasets.load_from_disk(out)` as well; masks are palette PNGs, 0 = background,
+        c + 1 = class c, 255 = ignore. Confidence is 0..255 for 0..1, see [`Labelled`]. `steps/` has the maps, trimaps
         and alphas of the first `masks.keep` rows, by row and class index.
 
     Raises:
-        DataError: the classifier has other classes than the data.
+        DataError: the classifier has other classes than the data, or a column that the label rule needs is missing.
     """
-    settings = {"stage": "make-masks", "data": data_settings, "seed": recipe["seed"]}
-    settings |= {"cam": str(cam), "masks": recipe["masks"]}
-    output = StageOutput(out, settings)
+    rows, settings = data["train"], recipe.masks
+    check_columns(settings, rows)
+    columns = ["image_id", "tags", "image", *(["saliency"] if reads_saliency(settings, rows) else [])]
+    fingerprints = row_fingerprints(rows, columns)
+    inputs = {"data": rows_fingerprint(rows, columns, fingerprints), "cam": model_fingerprint(cam)}
+    output = StageOutput(out, Record("make-masks", VERSION, {"masks": settings}, inputs, source_of(data)), force)
     if output.done:
-        return output.path
-    output.begin()
-    state, rows, steps = PartialState(), data["train"], output.partial / "steps"
-    with output.nothing_left_behind():
-        model, processor = load_labeler(str(cam), state.device, **(hub_kwargs or {}))
+        return LabelledData(output.path)
+    state = PartialState()
+    with output.working() as folder:
+        model, processor = load_labeler(os.fspath(cam), state.device, optimize=settings.optimize)
         check_names(model, class_names(rows), "classifier")
-        if recipe["masks"]["background_threshold"] == AUTO and state.is_main_process and not quiet:
-            print("masks: looking for the background threshold in the maps", file=sys.stderr)
-        masks = with_threshold(model, processor, rows, recipe["masks"])
-        columns = _COLUMNS if masks["confidence"] else _COLUMNS[:1]
-        features = Features({name: ImageFeature() for name in columns} | {"fallbacks": Value("string")})  # as JSON
-        kept = {image_id: row for row, image_id in enumerate(rows["image_id"][: masks["keep"]])}
-        compute = partial(_encoded, model, processor, settings=masks, kept=kept, steps=steps)
-        shards, size = output.partial / "masks", masks["shard_size"]
-        made = compute_shards(compute, rows, features, shards, size, "masks", quiet)
-    if state.is_main_process:
-        rows = rows.remove_columns([name for name in _COLUMNS if name in rows.column_names])
-        labelled = concatenate_datasets([rows, made.remove_columns("fallbacks")], axis=1)
-        result = output.partial / "result"
-        DatasetDict({**data, "train": labelled}).save_to_disk(result)
-        if steps.is_dir():
-            shutil.copytree(steps, result / "steps")
-        threshold = masks["background_threshold"]
-        fallbacks = sum((Counter(json.loads(counts)) for counts in made["fallbacks"]), Counter())
-        summary = {"background_threshold": threshold, "images": len(rows)}
-        summary["fallbacks"] = dict(sorted(fallbacks.items()))
-        write_atomically(result / SUMMARY_FILE, json.dumps(summary, indent=1))
-        output.finish(result)
-        if not quiet:
-            taken = ", ".join(f"{name} {count}" for name, count in summary["fallbacks"].items()) or "none"
-            print(f"masks: background threshold {threshold}, {len(rows)} images, fallbacks: {taken}", file=sys.stderr)
+        if settings.background_threshold == AUTO and state.is_main_process and not is_quiet():
+            print("masks: searching the background threshold on the maps", file=sys.stderr)
+        settings = with_threshold(model, processor, rows, settings)
+        names = _COLUMNS if settings.confidence else _COLUMNS[:1]
+        features = Features({name: ImageFeature() for name in names} | {"fallbacks": Value("string")})  # as JSON
+        steps = folder / "steps"
+        kept = {image_id: row for row, image_id in enumerate(rows["image_id"][: settings.keep])}
+        rules = build_rules(settings)
+        compute = partial(_encoded, model, processor, settings=settings, rules=rules, kept=kept, steps=steps)
+        thresholds = thresholds_of(settings)
+        key, shards = digest([inputs["cam"], json.dumps(thresholds)]), folder / "shards"
+        with rules[0]:  # which may own worker processes
+            made = compute_shards(compute, rows, fingerprints, features, shards, settings.shard_size, "masks", key)
+        if state.is_main_process:
+            rows = rows.remove_columns([name for name in _COLUMNS if name in rows.column_names])
+            labelled = concatenate_datasets([rows, made.remove_columns("fallbacks")], axis=1)
+            result = folder / "result"
+            shutil.rmtree(result, ignore_errors=True)  # of a run that was killed after it
+            DatasetDict({**data, "train": labelled}).save_to_disk(result)
+            if steps.is_dir():
+                shutil.copytree(steps, result / "steps")
+            fallbacks = sum((Counter(json.loads(counts)) for counts in made["fallbacks"]), Counter())
+            summary: dict[str, Any] = thresholds | {"images": len(rows)}
+            if "saliency" in columns:
+                summary["saliency"] = describe_saliency(source_of(data).get("saliency"))
+            summary["fallbacks"] = dict(sorted(fallbacks.items()))
+            write_atomically(result / SUMMARY_FILE, json.dumps(summary, indent=1))
+            output.finish(result)
+            _print_summary(summary)
     state.wait_for_everyone()
-    return output.path
+    return LabelledData(output.path)
 
 
-def read_summary(masks: str | os.PathLike) -> dict:
-    """What `make_masks` did: `background_threshold`, `images`, and `fallbacks` by name."""
-    return json.loads((Path(masks) / SUMMARY_FILE).read_text())
+def _print_summary(summary: dict) -> None:
+    if not is_quiet():
+        taken = ", ".join(f"{name} {count}" for name, count in summary["fallbacks"].items()) or "none"
+        found = [f"{name.replace('_', ' ')} {summary[name]}" for name in summary if name.endswith("_threshold")]
+        print(f"masks: {', '.join(found)}, {summary['images']} images, fallbacks: {taken}", file=sys.stderr)
+        if "saliency" in summary:
+            print(f"masks: with {summary['saliency']}", file=sys.stderr)
 
 
 def export_masks(
-    masks: str | os.PathLike, voc: str | os.PathLike | None = None, coco: str | os.PathLike | None = None
+    masks: LabelledData, voc: str | os.PathLike | None = None, coco: str | os.PathLike | None = None
 ) -> None:
-    """Write the pseudo masks that `make_masks` made for other programs.
+    """Write pseudo masks for other programs.
 
     Args:
-        masks: what `make_masks` returned.
+        masks: what [`make_masks`] returned.
         voc: folder for palette PNGs in VOC's layout, see [`export_voc`].
         coco: file for COCO-JSON, see [`export_coco`].
 
@@ -120,7 +138,7 @@ def export_masks(
     """
     if not PartialState().is_main_process or (voc is None and coco is None):
         return
-    rows = load_from_disk(str(masks))["train"]
+    rows = masks.data["train"]
     if voc is not None:
         export_voc(voc, _pseudo_masks(rows), class_names(rows))
     if coco is not None:
@@ -146,16 +164,22 @@ def _pseudo_masks(rows: Dataset) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _encoded(
-    model: CamClassifier, processor, rows: Dataset, settings: dict, kept: dict[str, int], steps: Path
+    model: CamClassifier,
+    processor,
+    rows: Dataset,
+    settings: MasksSettings,
+    rules: tuple,
+    kept: dict[str, int],
+    steps: Path,
 ) -> Iterator[tuple[int, dict]]:
     """What the columns hold for each of `rows`; writes the steps of those whose image_id is in `kept`."""
     ids = rows["image_id"][:]
-    for labelled in label_images(model, processor, rows, settings):
+    for labelled in label_images(model, processor, rows, settings, rules):
         values = {
             "pseudo_mask": encode_png(mask_image(labelled.pseudo_mask)),
             "fallbacks": json.dumps(labelled.note.fallbacks),
         }
-        if settings["confidence"]:
+        if settings.confidence:
             levels = (255 * labelled.confidence).round().astype(np.uint8)
             values["confidence"] = encode_png(Image.fromarray(levels))
         if ids[labelled.index] in kept:

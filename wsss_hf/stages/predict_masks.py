@@ -12,33 +12,30 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from ..data.export import check_free, export_coco, file_stem, require_pycocotools, write_mask_pngs
-from ..data.tagged import class_names, decode_mask
+from ..data.tagged import check_classes, class_names, decode_mask
 from ..data.voc_results import check_results_archive, export_voc_results
-from ..inference.segment_images import segment_images
-from ..inference.segmenter_scores import load_segmenter
+from ..inference.load import load_segmenter
+from ..inference.segmenter import segment_images
 from ..progress import Progress
-from .evaluate import check_classes
+from ..settings import EvaluationSettings
 
 
 def predict_masks(
     segmenter: str | os.PathLike,
     rows: Dataset,
-    settings: dict,
+    settings: EvaluationSettings,
     out: str | os.PathLike,
     voc_archive: str | os.PathLike | None = None,
     coco: str | os.PathLike | None = None,
-    hub_kwargs: dict | None = None,
-    quiet: bool = False,
 ) -> Path:
     """Write the label map of every row as `<out>/<image_id>.png`, a palette PNG; true masks are never read.
 
     Args:
         segmenter: directory or Hub id.
-        settings: a recipe's `evaluation` section, the test protocol.
+        settings: the test protocol.
         out: folder; appears complete or not at all, and must not hold anything.
         voc_archive: also an archive for VOC's test server, see [`export_voc_results`].
         coco: also COCO-JSON, see [`export_coco`].
-        hub_kwargs: `revision`, `token`, `cache_dir` for the segmenter.
 
     Returns:
         `out`.
@@ -53,7 +50,7 @@ def predict_masks(
     if coco is not None:
         check_free(coco, "--export-coco")
         require_pycocotools()
-    model, processor = load_segmenter(str(segmenter), state.device, **(hub_kwargs or {}))
+    model, processor = load_segmenter(os.fspath(segmenter), state.device)
     check_classes(model, rows)
     partial = out.with_name(f"{out.name}.partial")
     state.wait_for_everyone()  # all have looked at the targets before one writes to them
@@ -61,7 +58,7 @@ def predict_masks(
         shutil.rmtree(partial, ignore_errors=True)
     state.wait_for_everyone()
     mine = rows.select(range(state.process_index, len(rows), state.num_processes))
-    with Progress("label maps", len(mine), quiet or not state.is_main_process, unit="image") as progress:
+    with Progress("label maps", len(mine), unit="image") as progress:
 
         def label_maps() -> Iterator[tuple[str, np.ndarray]]:
             for segmented in segment_images(model, processor, mine, settings):

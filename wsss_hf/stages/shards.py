@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset, Features
 
 from ..progress import Progress
+from .fingerprint import digest
 
 
 def compute_shards(
     compute: Callable[[Dataset], Iterable[tuple[int, dict]]],
     rows: Dataset,
+    fingerprints: Sequence[str],
     features: Features,
     folder: Path,
     size: int,
     title: str,
-    quiet: bool = False,
+    settings: str = "",
 ) -> Dataset:
     """One row of `features` for each of `rows`, in their order, kept in `folder` as parquet files.
 
-    The shards are split over the processes of `accelerate launch`; a finished one is not computed again.
+    The shards are split over the processes of `accelerate launch`. A finished one is used again for the very rows that
+    it was computed for: its name holds their fingerprint.
 
     Args:
         compute: gives (index, values of `features`) for each row of a shard, in any order.
+        fingerprints: one of each row.
         size: images of a shard.
         title: of the progress bar.
+        settings: fingerprint of whatever else determines the values and is not the same for all that `folder` holds.
     """
     state = PartialState()
     folder.mkdir(parents=True, exist_ok=True)
-    shards = {
-        folder / f"{start:08d}.parquet": range(start, min(start + size, len(rows)))
-        for start in range(0, len(rows), size)
-    }
+    shards = {}
+    for start in range(0, len(rows), size):
+        part = range(start, min(start + size, len(rows)))
+        shards[folder / f"{start:08d}-{digest([settings, *fingerprints[part.start : part.stop]])}.parquet"] = part
     mine = list(shards)[state.process_index :: state.num_processes]
     finished = {path for path in mine if path.exists()}
     total = sum(len(shards[path]) for path in mine)
-    with Progress(title, total, quiet or not state.is_main_process, unit="image") as progress:
+    with Progress(title, total, unit="image") as progress:
         progress.advance(sum(len(shards[path]) for path in finished))
         for path in mine:
             if path in finished:

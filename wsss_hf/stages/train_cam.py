@@ -3,66 +3,91 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from datasets import DatasetDict
 
-from ..data.tagged import class_names
-from ..models.methods import METHODS
+from ..data.saliency import check_saliency
+from ..data.tagged import class_names, source_of
 from ..models.modeling_cam import CamClassifier
-from ..recipes import RecipeError
-from ..training.build import build_on_backbone, build_processor, resolve_backbone, train_and_save
-from .cache import StageOutput
+from ..pseudo_labels.rules import check_columns
+from ..recipes import Recipe
+from ..training.build import build_on_backbone, build_processor
+from ..training.train import begin_training, train_model, with_superpixels
+from .cache import Record, StageOutput
+from .fingerprint import model_fingerprint, rows_fingerprint
+from .results import TrainedModel
+
+VERSION = 1
 
 
-def train_cam(
-    data: DatasetDict,
-    recipe: dict,
-    out: str | os.PathLike,
-    data_settings: dict | None = None,
-    hub_kwargs: dict | None = None,
-    quiet: bool = False,
-) -> Path:
+def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: bool = False) -> TrainedModel:
     """Train a CAM classifier on the tags of split "train"; masks are never read.
 
     Args:
-        data: tagged images, see `wsss_hf.data`.
-        recipe: a resolved recipe; its `image` and `cam` sections are used.
-        out: folder of the model. Where it holds the result of the same settings nothing is done; an interrupted
-            training goes on.
-        data_settings: what `data` is, for the record.
-        hub_kwargs: `revision`, `token`, `cache_dir` for the backbone.
+        data: tagged images, see [`load_data`].
+        recipe: its `image` and `cam` sections are used.
+        out: folder of the model. A result that was made from the same images, tags, settings and backbone is used
+            again; an interrupted training goes on.
+        force: train again whatever is there.
 
     Returns:
-        `out`, loadable by `CamClassifier.from_pretrained`.
+        the model, loadable by `CamClassifier.from_pretrained(out)` as well.
+
+    Raises:
+        RecipeError: the recipe names no backbone.
+        DataError: a column that the recipe wants, here or for its masks, is missing.
+        OutputError: `out` holds something else.
     """
-    section = recipe["cam"]
-    settings = {"stage": "train-cam", "data": data_settings} | {key: recipe[key] for key in ("seed", "image", "cam")}
-    output = StageOutput(out, settings)
-    if output.done:
-        return output.path
-    hub_kwargs = hub_kwargs or {}
-    for name in section["methods"]:
-        if name not in METHODS:
-            raise RecipeError(f"cam.methods.{name}: no such method; there are {', '.join(METHODS)}")
+    section, rows = recipe.cam, data["train"]
+    if section.saliency:
+        check_saliency(rows, "cam.saliency")
+    check_columns(recipe.masks, rows)  # which come later, but nobody should train for them in vain
+    output = StageOutput(out, cam_record(data, recipe), force)
+    if not output.done:
+        with output.working() as folder:
+            accelerator = begin_training(section.train, recipe.seed)
+            model, mean, std = build_on_backbone(
+                CamClassifier,
+                section,
+                recipe.image,
+                "cam",
+                output_stride=section.output_stride,
+                id2label=dict(enumerate(class_names(rows))),
+                method_warmup=section.method_warmup,
+                maps=section.maps,
+                background_threshold=section.background_threshold,
+                tag_threshold=section.tag_threshold,
+                **section.methods,
+            )
+            size = recipe.image.size
+            if section.superpixels:
+                rows = with_superpixels(rows, size, section.felzenszwalb, accelerator, folder)
+            result = train_model(
+                accelerator,
+                model,
+                build_processor(size, mean, std),
+                rows,
+                section.train,
+                seed=recipe.seed,
+                size=size,
+                folder=folder,
+                title="cam",
+                columns=_columns(recipe),
+            )
+            output.finish(result)
+    return TrainedModel(output.path)
 
-    def build_model():
-        backbone = resolve_backbone(recipe, "cam", hub_kwargs)
-        model = build_on_backbone(
-            CamClassifier,
-            backbone,
-            hub_kwargs,
-            output_stride=section["output_stride"],
-            id2label=dict(enumerate(class_names(data["train"]))),
-            method_warmup=section["method_warmup"],
-            maps=section["maps"],
-            background_threshold=section["background_threshold"],
-            tag_threshold=section["tag_threshold"],
-            image_mean=backbone["image_mean"],
-            image_std=backbone["image_std"],
-            **section["methods"],
-        )
-        return model, build_processor(recipe, "cam", backbone["image_mean"], backbone["image_std"])
 
-    train_and_save(build_model, data["train"], None, recipe, "cam", output, quiet)
-    return output.path
+def cam_record(data: DatasetDict, recipe: Recipe) -> Record:
+    """What a classifier of this recipe and data is made from."""
+    section = recipe.cam
+    inputs = {"data": rows_fingerprint(data["train"], ["image_id", "tags", "image", *_columns(recipe)])}
+    if section.backbone is not None:
+        inputs["backbone"] = model_fingerprint(section.backbone)
+    settings = {"seed": recipe.seed, "image": recipe.image, "cam": section}
+    return Record("train-cam", VERSION, settings, inputs, source_of(data))
+
+
+def _columns(recipe: Recipe) -> tuple[str, ...]:
+    """Further columns that the methods read."""
+    return tuple(name for name in ("superpixels", "saliency") if getattr(recipe.cam, name))

@@ -1,105 +1,126 @@
-"""Refinement learning, between stages 1 and 2: tagged images and a CAM classifier → map refiner."""
+"""Refinement learning (DRS, section 3.3), between stages 1 and 2: tagged images and a CAM classifier → map refiner."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from PIL import Image
+from transformers import PreTrainedModel
 
 from ..data.batches import batches_by_size
-from ..data.tagged import class_names, encode_png
+from ..data.tagged import class_names, encode_png, source_of
 from ..inference.cam_maps import localize
-from ..models.backbone import pinned
+from ..inference.load import load_labeler
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
-from ..pseudo_labels.label_images import load_labeler
-from ..training.build import build_on_backbone, build_processor, resolve_backbone, train_and_save
-from .cache import StageOutput
+from ..models.pretrained import pinned
+from ..recipes import Recipe
+from ..settings import RefinerSettings
+from ..training.build import build_on_backbone, build_processor
+from ..training.train import begin_training, train_model
+from .cache import Record, StageOutput
+from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
+from .results import TrainedModel
 from .shards import compute_shards
 
+VERSION = 1
+_COLUMNS = ("image_id", "tags", "image")
 _MAP_STRIDE = 4  # network input / stored map: no CAM is finer than that
+_MAPS_AT_A_TIME = 256
 _FEATURES = Features({"localization_maps": List(Value("binary"))})
 
 
 def train_refiner(
     data: DatasetDict,
     cam: str | os.PathLike,
-    recipe: dict,
+    recipe: Recipe,
     out: str | os.PathLike,
-    data_settings: dict | None = None,
-    hub_kwargs: dict | None = None,
-    quiet: bool = False,
-) -> Path:
+    *,
+    force: bool = False,
+) -> TrainedModel:
     """Train a network like the CAM classifier's, without methods, on the maps that this gives for split "train".
 
     Args:
         data: tagged images; masks are never read.
         cam: a trained CAM classifier, a directory or Hub id.
-        recipe: a resolved recipe; its `image` and `refiner` sections are used, and the backbone of its `cam` section.
-        out: folder of the model; as for `train_cam`. The maps are stored while the training lasts.
+        recipe: its `image` and `refiner` sections are used, and the backbone of its `cam` section.
+        out: folder of the model, as for [`train_cam`]. The maps are stored while the training lasts.
+        force: train again whatever is there.
 
     Returns:
-        `out`, loadable by `MapRefiner.from_pretrained`; `make_masks` takes it in place of the CAM classifier.
+        the model, loadable by `MapRefiner.from_pretrained(out)`; [`make_masks`] takes it in place of the classifier.
     """
-    section = recipe["refiner"]
-    network = {key: recipe["cam"][key] for key in ("backbone", "backbone_config", "output_stride")}
-    settings = {"stage": "train-refiner", "data": data_settings, "cam": str(cam), "network": network}
-    settings |= {"seed": recipe["seed"], "image": recipe["image"]}
-    settings["refiner"] = {key: value for key, value in section.items() if key != "use"}  # which speaks of a run
-    output = StageOutput(out, settings)
-    if output.done:
-        return output.path
-    hub_kwargs = hub_kwargs or {}
-
-    given = None if section["from_cam"] else resolve_backbone(recipe, "cam", hub_kwargs)
-
-    def build_model():
-        options = {
-            "output_stride": network["output_stride"],
-            "classifier_bias": True,
-            "id2label": dict(enumerate(class_names(data["train"]))),
-            "background_threshold": recipe["cam"]["background_threshold"],
-            "tag_threshold": recipe["cam"]["tag_threshold"],
-        }
-        if given is not None:
-            statistics = {key: given[key] for key in ("image_mean", "image_std")}
-            model = build_on_backbone(MapRefiner, given, hub_kwargs, **options, **statistics)
-            return model, build_processor(recipe, "refiner", **statistics)
-        name, there = pinned(cam, hub_kwargs)
-        teacher = CamClassifier.from_pretrained(name, **there)
-        statistics = {key: getattr(teacher.config, key) for key in ("image_mean", "image_std")}
-        options |= {"output_stride": teacher.config.output_stride, "backbone_config": teacher.config.backbone_config}
-        model = MapRefiner(MapRefinerConfig(**options, **statistics))
-        model.backbone.load_state_dict(teacher.backbone.state_dict())
-        return model, build_processor(recipe, "refiner", **statistics)
-
-    output.begin()
-    with output.nothing_left_behind():
-        rows = _with_maps(data["train"], cam, section, output.partial / "maps", hub_kwargs, quiet)
-    train_and_save(build_model, rows, None, recipe, "refiner", output, quiet, targets=True)
-    return output.path
+    section, rows = recipe.refiner, data["train"]
+    fingerprints = row_fingerprints(rows, _COLUMNS)
+    inputs = {"data": rows_fingerprint(rows, _COLUMNS, fingerprints), "cam": model_fingerprint(cam)}
+    if recipe.cam.backbone is not None and not section.from_cam:
+        inputs["backbone"] = model_fingerprint(recipe.cam.backbone)
+    network = {name: getattr(recipe.cam, name) for name in ("backbone_config", "output_stride")}
+    settings = {"seed": recipe.seed, "image": recipe.image, "network": network}
+    settings["refiner"] = dataclasses.replace(section, use=True)  # which changes what `run` does, not the result
+    output = StageOutput(out, Record("train-refiner", VERSION, settings, inputs, source_of(data)), force)
+    if not output.done:
+        with output.working() as folder:
+            compute = partial(_encoded_maps, *load_labeler(os.fspath(cam), PartialState().device), settings=section)
+            maps = compute_shards(
+                compute, rows, fingerprints, _FEATURES, folder / "maps", _MAPS_AT_A_TIME, "maps", digest(inputs)
+            )
+            accelerator = begin_training(section.train, recipe.seed)
+            model, mean, std = _build(cam, recipe, class_names(rows))
+            size = recipe.image.size
+            result = train_model(
+                accelerator,
+                model,
+                build_processor(size, mean, std),
+                concatenate_datasets([rows, maps], axis=1),
+                section.train,
+                seed=recipe.seed,
+                size=size,
+                folder=folder,
+                title="refiner",
+                targets=True,
+            )
+            output.finish(result)
+    return TrainedModel(output.path)
 
 
-def _with_maps(rows: Dataset, cam, section: dict, folder: Path, hub_kwargs: dict, quiet: bool) -> Dataset:
-    """`rows` with the column `localization_maps`: PNGs of 8 bits, one for each tag, in the order of the tags."""
-    model, processor = load_labeler(str(cam), PartialState().device, **hub_kwargs)
-    compute = partial(_encoded_maps, model, processor, settings=section)
-    maps = compute_shards(compute, rows, _FEATURES, folder, section["shard_size"], "maps", quiet)
-    return concatenate_datasets([rows, maps], axis=1)
+def _build(
+    cam: str | os.PathLike, recipe: Recipe, names: list[str]
+) -> tuple[PreTrainedModel, list[float], list[float]]:
+    options = {
+        "output_stride": recipe.cam.output_stride,
+        "classifier_bias": True,
+        "id2label": dict(enumerate(names)),
+        "background_threshold": recipe.cam.background_threshold,
+        "tag_threshold": recipe.cam.tag_threshold,
+    }
+    if not recipe.refiner.from_cam:
+        return build_on_backbone(MapRefiner, recipe.cam, recipe.image, "cam", **options)
+    name, revision = pinned(os.fspath(cam), {})
+    teacher = CamClassifier.from_pretrained(name, **revision)
+    mean, std = teacher.config.image_mean, teacher.config.image_std
+    options |= {"output_stride": teacher.config.output_stride, "backbone_config": teacher.config.backbone_config}
+    model = MapRefiner(MapRefinerConfig(**options, image_mean=mean, image_std=std))
+    model.backbone.load_state_dict(teacher.backbone.state_dict())
+    return model, mean, std
 
 
-def _encoded_maps(model: CamClassifier, processor, rows: Dataset, settings: dict) -> Iterator[tuple[int, dict]]:
-    views = {key: settings[key] for key in ("scales", "flip", "fusion")}
+def _encoded_maps(
+    model: CamClassifier, processor, rows: Dataset, settings: RefinerSettings
+) -> Iterator[tuple[int, dict]]:
+    """(index, PNGs of 8 bits, one for each tag, in the order of the tags) of each row."""
     tags = rows["tags"]
-    for batch in batches_by_size(rows, processor, settings["batch_size"]):
-        size = tuple(-(-side // _MAP_STRIDE) for side in batch.pixel_values.shape[-2:])
-        maps, _ = localize(model, batch.pixel_values.to(model.device), batch.tags.to(model.device), size, **views)
+    for batch in batches_by_size(rows, processor, settings.batch_size):
+        height, width = batch.pixel_values.shape[-2:]
+        size = (-(-height // _MAP_STRIDE), -(-width // _MAP_STRIDE))
+        pixel_values, multi_hot = batch.pixel_values.to(model.device), batch.tags.to(model.device)
+        maps, _ = localize(model, pixel_values, multi_hot, size, settings.scales, settings.flip, settings.fusion)
         stored = (255 * maps).round().to(torch.uint8).cpu().split([int(count) for count in batch.tags.sum(dim=1)])
         for index, image_tags, image_maps in zip(batch.indices, batch.tags, stored, strict=True):
             by_class = dict(zip(image_tags.nonzero()[:, 0].tolist(), image_maps.numpy(), strict=True))

@@ -3,114 +3,144 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict
+from transformers import BaseImageProcessor, PreTrainedModel
 
-from ..data.tagged import class_names
-from ..models.backbone import pinned
+from ..data.tagged import class_names, source_of
 from ..models.configuration_segmenter import SegmenterConfig
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_segmenter import Segmenter
+from ..models.pretrained import pinned
 from ..progress import Progress
 from ..pseudo_labels.area_prior import background_factor, labelled_objects, multiply_background, output_bias
-from ..training.build import build_on_backbone, build_processor, resolve_backbone, train_and_save, training_size
+from ..recipes import Recipe
+from ..settings import SelfTrainingSettings
+from ..training.build import build_on_backbone, build_processor
 from ..training.library_segmenter import build_library_segmenter
-from ..training.losses import SegmentationObjective, build_loss, cross_entropy
-from .cache import StageOutput
+from ..training.losses import CrossEntropy, SegmentationObjective, build_loss
+from ..training.train import begin_training, train_model
+from .cache import Record, StageOutput
+from .fingerprint import model_fingerprint, rows_fingerprint
+from .results import TrainedModel
 
-_AREA_IMAGES = 256  # that say how large objects are
+VERSION = 1
+_AREA_IMAGES = 256  # enough to measure the object area
 
 
 def train_segmenter(
     data: DatasetDict,
-    recipe: dict,
+    recipe: Recipe,
     out: str | os.PathLike,
+    *,
     mask_column: str = "pseudo_mask",
     cam: str | os.PathLike | None = None,
-    data_settings: dict | None = None,
-    hub_kwargs: dict | None = None,
-    quiet: bool = False,
-) -> Path:
+    force: bool = False,
+) -> TrainedModel:
     """Train a segmenter on the pseudo masks of split "train".
 
     Args:
-        data: what `make_masks` wrote.
-        recipe: a resolved recipe; its `image` and `segmenter` sections are used.
-        out: folder of the model; as for `train_cam`.
-        mask_column: "mask" trains on true masks instead, for the fully supervised upper bound.
+        data: what [`make_masks`] wrote.
+        recipe: its `image` and `segmenter` sections are used.
+        out: folder of the model, as for [`train_cam`].
+        mask_column: "mask" trains on true masks instead, for the fully supervised upper bound; the loss is then
+            cross-entropy, and all that doubts labels is off.
         cam: the trained CAM classifier; its backbone is the start where the recipe says `from_cam`.
+        force: train again whatever is there.
 
     Returns:
-        `out`, loadable by `AutoModelForSemanticSegmentation.from_pretrained`, a classifier of masks by that of
+        the model, loadable by `AutoModelForSemanticSegmentation.from_pretrained(out)` as well, a mask classifier by
         `AutoModelForUniversalSegmentation`.
 
     Raises:
-        RecipeError: the recipe names no backbone or model, one that can't be used, or an unknown head or loss.
+        RecipeError: the recipe names no backbone or model, or one that can't be used.
     """
-    section = recipe["segmenter"]
-    settings = {"stage": "train-segmenter", "data": data_settings, "mask_column": mask_column}
-    settings |= {"cam": str(cam) if cam else None} | {key: recipe[key] for key in ("seed", "image", "segmenter")}
-    output = StageOutput(out, settings)
-    if output.done:
-        return output.path
-    hub_kwargs = hub_kwargs or {}
-    names = ["background", *class_names(data["train"])]
-    loss = build_loss(section["loss"], section["loss_options"])
-    trust = {"weigh": section["confidence"], "min_confidence": section["min_confidence"]}
-    wants_confidence = mask_column != "mask" and any(trust.values())
-    recipe = recipe | {"segmenter": section | {"confidence": wants_confidence}}
-    keep_area = section["keep_area"]
-    if mask_column == "mask":  # true masks are certain: what doubts labels is for pseudo masks
-        loss, keep_area = cross_entropy, False
+    section, rows = recipe.segmenter, data["train"]
+    supervised = mask_column == "mask"
+    by_confidence = not supervised and bool(section.confidence or section.min_confidence)
+    from_cam = cam if section.from_cam and section.model is None else None
+    masks = ["image_id", mask_column, *(["confidence"] if by_confidence else [])]
+    inputs = {"data": rows_fingerprint(rows, ["image_id", "tags", "image"]), "masks": rows_fingerprint(rows, masks)}
+    for name, start in (("cam", from_cam), ("backbone", section.backbone), ("model", section.model)):
+        if start is not None and (name != "backbone" or from_cam is None):
+            inputs[name] = model_fingerprint(start)
+    settings: dict[str, Any] = {"mask_column": mask_column, "seed": recipe.seed, "image": recipe.image}
+    settings["segmenter"] = section
+    output = StageOutput(out, Record("train-segmenter", VERSION, settings, inputs, source_of(data)), force)
+    if not output.done:
+        with output.working() as folder:
+            accelerator = begin_training(section.train, recipe.seed)
+            model, processor, new_parameters = _build(from_cam, recipe, ["background", *class_names(rows)])
+            objective = SegmentationObjective(
+                model,
+                CrossEntropy() if supervised else build_loss(section.loss, section.loss_options),
+                new_parameters,
+                weigh=section.confidence,
+                min_confidence=section.min_confidence,
+            )
+            keep_area = partial(_keep_area, rows, mask_column, section.train.batch_size)
+            result = train_model(
+                accelerator,
+                objective,
+                processor,
+                rows,
+                section.train,
+                seed=recipe.seed,
+                size=_size(recipe),
+                folder=folder,
+                title="segmenter",
+                mask_column=mask_column,
+                columns=("confidence",) if by_confidence else (),
+                finish=keep_area if section.keep_area and not supervised else None,
+            )
+            output.finish(result)
+    return TrainedModel(output.path)
 
-    def build_model():
-        if section["model"] is not None:
-            side = training_size(recipe, "segmenter")
-            model, processor, new = build_library_segmenter(section["model"], names, side, hub_kwargs)
-            return SegmentationObjective(model, loss, new, **trust), processor
-        options = {key: section[key] for key in ("output_stride", "head", "rates", "input_scales")}
-        options["id2label"] = dict(enumerate(names))
-        if section["from_cam"] and cam is not None:
-            name, there = pinned(cam, hub_kwargs)
-            classifier = CamClassifier.from_pretrained(name, **there)
-            model = Segmenter(SegmenterConfig(backbone_config=classifier.config.backbone_config, **options))
-            model.backbone.load_state_dict(classifier.backbone.state_dict())
-            mean, std = classifier.config.image_mean, classifier.config.image_std
-        else:
-            backbone = resolve_backbone(recipe, "segmenter", hub_kwargs)
-            model = build_on_backbone(Segmenter, backbone, hub_kwargs, **options)
-            mean, std = backbone["image_mean"], backbone["image_std"]
-        return SegmentationObjective(model, loss, **trust), build_processor(recipe, "segmenter", mean, std)
 
-    finish = None
-    if keep_area:
-        finish = partial(_keep_area, data["train"], mask_column, section["train"]["batch_size"], quiet)
-    train_and_save(build_model, data["train"], mask_column, recipe, "segmenter", output, quiet, finish=finish)
-    return output.path
+def _size(recipe: Recipe) -> int:
+    return recipe.segmenter.size or recipe.image.size
+
+
+def _build(
+    cam: str | os.PathLike | None, recipe: Recipe, names: list[str]
+) -> tuple[PreTrainedModel, BaseImageProcessor, set[str] | None]:
+    """The segmenter, its image processor, and the names of its new parameters (None: all but the backbone's)."""
+    section = recipe.segmenter
+    if section.model is not None:
+        return build_library_segmenter(section.model, names, _size(recipe))
+    options = {name: getattr(section, name) for name in ("output_stride", "head", "rates", "input_scales")}
+    options["id2label"] = dict(enumerate(names))
+    if cam is None:
+        model, mean, std = build_on_backbone(Segmenter, section, recipe.image, "segmenter", **options)
+    else:
+        name, revision = pinned(os.fspath(cam), {})
+        classifier = CamClassifier.from_pretrained(name, **revision)
+        model = Segmenter(SegmenterConfig(backbone_config=classifier.config.backbone_config, **options))
+        model.backbone.load_state_dict(classifier.backbone.state_dict())
+        mean, std = classifier.config.image_mean, classifier.config.image_std
+    return model, build_processor(_size(recipe), mean, std), None
 
 
 def _keep_area(
-    rows: Dataset,
-    mask_column: str,
-    batch_size: int,
-    quiet: bool,
-    objective: SegmentationObjective,
-    processor: Callable,
+    rows: Dataset, mask_column: str, batch_size: int, objective: SegmentationObjective, processor: BaseImageProcessor
 ) -> dict:
-    """Objects become no smaller, on the whole, than in the labels; a classifier of masks stays as it is."""
+    """Add a logit bias to the background, so that the predicted object area is not below that of the labels.
+
+    Segmenters trained on noisy masks under-predict objects. Larger objects than in the labels are left alone: coarse
+    maps cover borders rightly. Mask classifiers have no such bias and stay as they are.
+    """
     model = objective.model.eval()
-    bias = output_bias(model)
+    bias = output_bias(model, processor)
     rows = labelled_objects(rows, mask_column, _AREA_IMAGES)
     if bias is None or not len(rows):
         return {}
-    settings = {"scales": [1.0], "flip": True, "workers": 0, "batch_size": batch_size}
-    with Progress("objects' area", len(rows), quiet, unit="image") as progress:
+    settings = SelfTrainingSettings(scales=[1.0], flip=True, batch_size=batch_size)
+    with Progress("object area", len(rows), unit="image") as progress:
         factor = background_factor(
             model, processor, rows, settings, mask_column, only_tagged=False, advance=progress.advance
         )
-    factor = min(factor, 1.0)  # where they are larger, it is the coarse maps that cover borders, or objects found anew
+    factor = min(factor, 1.0)
     multiply_background(bias, factor)
     return {"background_factor": factor}

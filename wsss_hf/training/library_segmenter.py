@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,28 +17,28 @@ from transformers import (
 )
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-from ..models.backbone import freeze_idle_parameters, pinned
+from ..models.backbone import freeze_idle_parameters
 from ..models.maps import IGNORE_INDEX
 from ..models.mask_classifiers import MASK_CLASSIFIERS, auto_class, load_segmentation_model
-from ..recipes import RecipeError
+from ..models.pretrained import pinned
+from ..settings import RecipeError
 
 # What an image processor may do beside resizing and normalising; none of it suits a label map of the whole image.
 _OFF = ("do_center_crop", "do_pad", "do_reduce_labels", "keep_aspect_ratio")
 
 
 def build_library_segmenter(
-    name: str, names: list[str], side: int, hub_kwargs: dict
+    name: str, names: list[str], side: int
 ) -> tuple[PreTrainedModel, BaseImageProcessor, set[str]]:
-    """A pretrained `AutoModelForSemanticSegmentation`, or classifier of masks, with a new last layer for our classes.
+    """A pretrained `AutoModelForSemanticSegmentation`, or a mask-classification model, with a new last layer.
 
-    Its auxiliary head, where it has one, is left out: it serves a loss that knows no pixel weights. A classifier of
-    masks keeps its queries and masks, and learns from the logits of pixels that they make.
+    An auxiliary head is dropped: its loss cannot be weighted per pixel. A mask-classification model keeps its queries
+    and masks, and is trained on the pixel logits that they give.
 
     Args:
         name: directory or Hub id.
         names: the classes, background first. A model that knows these very classes keeps its last layer.
         side: pixels of a training crop's side; the model must take such images.
-        hub_kwargs: `token`, `cache_dir` for the download.
 
     Returns:
         the model, with `logits` (B, C+1, h, w); its own image processor, which keeps the normalisation and shows
@@ -48,16 +49,16 @@ def build_library_segmenter(
         RecipeError: there is no such model, its weights are pickled, it is none for semantic segmentation, or takes no
             images of this size.
     """
-    name, hub_kwargs = pinned(name, hub_kwargs)
+    name, revision = pinned(name, {})
     try:
-        config = AutoConfig.from_pretrained(name, **hub_kwargs)
+        config = AutoConfig.from_pretrained(name, **revision)
     except (OSError, ValueError) as error:
         raise RecipeError(f"segmenter.model: {name}: {' '.join(str(error).split())}") from error
     if config.model_type not in MASK_CLASSIFIERS and type(config) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
-        reason = "wants a task beside each image" if config.model_type == "oneformer" else "labels no pixels"
+        needs = ", which needs a task beside each image" if config.model_type == "oneformer" else ""
         raise RecipeError(
-            f"segmenter.model: {name} ({config.model_type}) {reason}; a model of AutoModelForSemanticSegmentation, "
-            "for example SegFormer, UperNet or DPT, or EoMT, Mask2Former or MaskFormer would be right"
+            "segmenter.model: expected a model of AutoModelForSemanticSegmentation (SegFormer, UperNet, DPT …), EoMT, "
+            f"Mask2Former or MaskFormer, got {name} ({config.model_type}{needs})"
         )
     known = list(config.id2label.values())
     config.id2label = dict(enumerate(names))
@@ -66,7 +67,7 @@ def build_library_segmenter(
         config.use_auxiliary_head = False
     options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        model, loading = load_segmentation_model(name, options, **hub_kwargs)
+        model, loading = load_segmentation_model(name, options, **revision)
     except ValueError as error:
         raise RecipeError(f"segmenter.model: {error}") from error
     new = {*loading["missing_keys"], *(key for key, *_shapes in loading["mismatched_keys"])}
@@ -77,13 +78,14 @@ def build_library_segmenter(
             model.get_submodule(module).reset_parameters()
         new |= learnt
     any_shape = _check_images(model, name, side, len(names))
-    return model, _own_processor(name, config, side, any_shape, hub_kwargs), new
+    return model, _own_processor(name, config, side, any_shape, revision), new
 
 
 def _sized_by_the_labels(config: PreTrainedConfig) -> set[str]:
     """Names of the parameters whose shape depends on the number of labels."""
     shapes = []
-    for count in (config.num_labels, config.num_labels + 1):
+    known = len(config.id2label or {})
+    for count in (known, known + 1):
         counted = copy.deepcopy(config)
         counted.num_labels = count
         with torch.device("meta"):
@@ -102,15 +104,13 @@ def _check_images(model: PreTrainedModel, name: str, side: int, num_labels: int)
         logits = _logits(model, side, side)
     except (RuntimeError, ValueError) as error:
         fixed = getattr(model.config, "image_size", None)
-        right = f"image.size={fixed}" if fixed else "another image.size"
+        expected = f"image.size={fixed}" if fixed else "an image.size that it takes"
         reason = " ".join(str(error).split())
-        raise RecipeError(
-            f"segmenter.model: {name} takes no images of {side} pixels ({reason}); {right} would be right"
-        ) from error
+        raise RecipeError(f"segmenter.model: {name}: expected {expected}, got {side} ({reason})") from error
     if logits.ndim != 4 or logits.shape[1] != num_labels:
         raise RecipeError(
-            f"segmenter.model: {name} gives logits of shape {tuple(logits.shape)}; (1, {num_labels}, h, w) would be "
-            "right, background and classes"
+            f"segmenter.model: {name}: expected logits of shape (1, {num_labels}, h, w), background and classes, got "
+            f"{tuple(logits.shape)}"
         )
     freeze_idle_parameters(model, logits)
     try:
@@ -125,12 +125,13 @@ def _logits(model: nn.Module, height: int, width: int) -> torch.Tensor:
     return model.eval()(torch.zeros(1, 3, height, width)).logits
 
 
-def _own_processor(name: str, config, side: int, any_shape: bool, hub_kwargs: dict) -> BaseImageProcessor:
+def _own_processor(name: str, config, side: int, any_shape: bool, revision: dict[str, str]) -> BaseImageProcessor:
     size = {"shortest_edge": side, "longest_edge": 4 * side} if any_shape else {"height": side, "width": side}
     try:
-        processor = AutoImageProcessor.from_pretrained(name, **hub_kwargs)
+        processor = AutoImageProcessor.from_pretrained(name, **revision)
     except (OSError, ValueError):  # published without one
-        processor = IMAGE_PROCESSOR_MAPPING[type(config)]["pil"]()
+        classes: Any = IMAGE_PROCESSOR_MAPPING[type(config)]
+        processor = classes["pil"]()
     options = {"size": size, "do_resize": True} | {key: False for key in _OFF if hasattr(processor, key)}
     if hasattr(processor, "do_split_image"):  # EoMT's cuts images into squares, and puts their label maps together
         options |= {"size": {"shortest_edge": side}, "do_split_image": True, "ignore_index": None}

@@ -9,39 +9,36 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn, optim
+from torch.utils.data import DataLoader
 
 from ..progress import Progress
-from ..recipes import RecipeError
-from .optimizer import build_optimizer, build_scheduler, freeze_batch_norm
+from ..settings import RecipeError, TrainSettings
 
 
 class TrainingError(RuntimeError):
     """Training can't go on; the message says at which step and why."""
 
 
-def build_accelerator(settings: dict, seed: int) -> Accelerator:
+def build_accelerator(settings: TrainSettings, seed: int) -> Accelerator:
     """The Accelerator of a `train` section; the order of the examples depends on `seed` and the epoch alone."""
-    if settings["mixed_precision"] not in ("no", "bf16", "fp16"):
-        raise RecipeError(f"mixed_precision: {settings['mixed_precision']!r}; no, bf16 or fp16 would be right")
     loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed)
-    return Accelerator(mixed_precision=settings["mixed_precision"], dataloader_config=loading)
+    return Accelerator(mixed_precision=settings.mixed_precision, dataloader_config=loading)
 
 
 def fit(
-    model: nn.Module,
-    examples: Dataset,
-    settings: dict,
+    model: Any,
+    examples: Any,
+    settings: TrainSettings,
     accelerator: Accelerator,
     folder: Path,
     seed: int = 0,
     title: str = "training",
-    quiet: bool = False,
 ) -> list[dict]:
     """Train `model` in place; go on from the last finished epoch where `folder` holds one.
 
@@ -55,24 +52,24 @@ def fit(
         One record per epoch: mean losses, learning rate, images per second.
 
     Raises:
-        RecipeError: the batch can't be split over the processes.
+        RecipeError: the batch can't be split evenly over the processes.
         TrainingError: the loss is not finite.
     """
     processes = accelerator.num_processes
-    if settings["batch_size"] % processes:
-        raise RecipeError(f"batch_size: {settings['batch_size']} can't be split over {processes} processes evenly")
-    per_process = settings["batch_size"] // processes
+    if settings.batch_size % processes:
+        raise RecipeError(f"batch_size: expected a multiple of the {processes} processes, got {settings.batch_size}")
+    per_process = settings.batch_size // processes
     loader = DataLoader(
         examples,
         batch_size=min(per_process, max(1, len(examples) // processes)),
         shuffle=True,
         drop_last=True,
-        num_workers=settings["workers"],
-        persistent_workers=settings["workers"] > 0,
+        num_workers=settings.workers,
+        persistent_workers=settings.workers > 0,
     )
     # Identical on all processes, whatever was drawn before.
     set_seed(seed)
-    if settings["freeze_batch_norm"]:
+    if settings.freeze_batch_norm:
         freeze_batch_norm(model)
     optimizer = build_optimizer(model, settings)
     inner = model
@@ -80,14 +77,14 @@ def fit(
     model = model.to(memory_format=torch.channels_last)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     steps_per_epoch = len(loader)
-    total_steps = settings["steps"] or settings["epochs"] * steps_per_epoch
+    total_steps = settings.steps or settings.epochs * steps_per_epoch
     epochs = math.ceil(total_steps / steps_per_epoch)
     scheduler = build_scheduler(optimizer.optimizer, settings, total_steps)
     accelerator.register_for_checkpointing(scheduler)
 
     checkpoint = folder / "checkpoint"
     history = _resume(accelerator, checkpoint)
-    with Progress(title, total_steps, quiet or not accelerator.is_main_process) as progress:
+    with Progress(title, total_steps) as progress:
         progress.advance(len(history) * steps_per_epoch)
         for epoch in range(len(history), epochs):
             # Dropout and the like differ between epochs, and are the same after a resume.
@@ -96,7 +93,7 @@ def fit(
             if hasattr(examples, "set_epoch"):
                 examples.set_epoch(epoch)
             model.train()
-            if settings["freeze_batch_norm"]:
+            if settings.freeze_batch_norm:
                 freeze_batch_norm(inner)  # whose parameters have their own names, also in distributed training
             sums: dict[str, torch.Tensor] = {}
             started = time.perf_counter()
@@ -107,8 +104,8 @@ def fit(
                     inner.progress = (epoch * steps_per_epoch + step) / total_steps
                 output = model(**batch)
                 accelerator.backward(output.loss)
-                if settings["clip_gradient"]:
-                    accelerator.clip_grad_norm_(model.parameters(), settings["clip_gradient"])
+                if settings.clip_gradient:
+                    accelerator.clip_grad_norm_(model.parameters(), settings.clip_gradient)
                 optimizer.step()
                 if not accelerator.optimizer_step_was_skipped:
                     scheduler.step()
@@ -167,3 +164,80 @@ def _resume(accelerator: Accelerator, checkpoint: Path) -> list[dict]:
         return []
     accelerator.load_state(str(checkpoint))
     return json.loads((checkpoint / "history.json").read_text())
+
+
+# Optimiser and learning-rate schedule
+
+
+def is_new(model: nn.Module, name: str) -> bool:
+    """Whether the parameter starts from random values: it is in `model.new_parameters` or, where there is no such set,
+    outside the backbone.
+    """
+    new_parameters = getattr(model, "new_parameters", None)
+    return not name.startswith("backbone.") if new_parameters is None else name in new_parameters
+
+
+def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
+    """Groups by where a parameter comes from and what it is: pretrained or new, weight or bias.
+
+    New layers learn `head_lr_factor` times as fast, biases `bias_lr_factor` times; biases and norms do not decay.
+    """
+    groups: dict[tuple[float, bool], list] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        factor = settings.head_lr_factor if is_new(model, name) else 1.0
+        if name.endswith(".bias"):
+            factor *= settings.bias_lr_factor
+        groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": settings.lr * factor,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for (factor, decays), parameters in groups.items()
+    ]
+
+
+def build_optimizer(model: nn.Module, settings: TrainSettings) -> optim.Optimizer:
+    """The optimiser of a `train` section."""
+    groups = parameter_groups(model, settings)
+    if settings.optimizer == "adamw":
+        return optim.AdamW(groups)
+    nesterov = settings.nesterov and settings.momentum > 0
+    return optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov)
+
+
+def build_scheduler(
+    optimizer: optim.Optimizer, settings: TrainSettings, total_steps: int
+) -> optim.lr_scheduler.LambdaLR:
+    """The learning-rate schedule of a `train` section over `total_steps` optimiser steps."""
+
+    def factor(done: float) -> float:
+        if settings.schedule == "poly":
+            return (1 - done) ** settings.power
+        return 0.1 ** sum(done >= milestone for milestone in settings.milestones)
+
+    def rate(step: int) -> float:
+        done = min(step / total_steps, 1.0)
+        warm = min(1.0, (step + 1) / (settings.warmup * total_steps)) if settings.warmup else 1.0
+        return warm * factor(done)
+
+    return optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def freeze_batch_norm(model: nn.Module) -> None:
+    """Keep statistics and affine parameters of every pretrained batch norm; call again after each `model.train()`."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d) and not is_new(model, f"{name}.weight"):
+            module.eval()
+            module.requires_grad_(False)
+
+
+def enable_checkpointing(model) -> None:
+    """Compute activations anew in the backward pass instead of keeping them.
+
+    Before 5.21, the first version without Python 3.10, transformers called that gradient checkpointing.
+    """
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()

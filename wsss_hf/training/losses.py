@@ -1,10 +1,10 @@
-"""Losses of segmenters that learn from labels of which some are wrong."""
+"""Losses for label maps of which some labels are wrong, and the training objective of segmenters."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,65 +12,89 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..models.maps import IGNORE_INDEX
-from ..recipes import RecipeError
-from .optimizer import enable_checkpointing
-
-PixelLoss = Callable[..., Tensor]
+from ..models.options import OptionError, Options, option, unknown_name
+from .loop import enable_checkpointing
 
 
-def cross_entropy(log_probabilities: Tensor, labels: Tensor) -> Tensor:
+class PixelLoss(Options):
+    """A loss of each pixel; its fields are the loss's options."""
+
+    @abstractmethod
+    def __call__(self, log_probabilities: Tensor, labels: Tensor) -> Tensor:
+        """
+        Args:
+            log_probabilities: (B, C+1, H, W).
+            labels: (B, H, W) int64, 255 is ignored.
+
+        Returns:
+            (B, H, W), 0 at ignored pixels.
+        """
+
+
+@dataclass
+class CrossEntropy(PixelLoss):
     """−log p of the label."""
-    return F.nll_loss(log_probabilities, labels, ignore_index=IGNORE_INDEX, reduction="none")
+
+    def __call__(self, log_probabilities: Tensor, labels: Tensor) -> Tensor:
+        return F.nll_loss(log_probabilities, labels, ignore_index=IGNORE_INDEX, reduction="none")
 
 
-def symmetric_cross_entropy(
-    log_probabilities: Tensor, labels: Tensor, alpha: float = 1.0, beta: float = 1.0, log_zero: float = -4.0
-) -> Tensor:
+@dataclass
+class SymmetricCrossEntropy(PixelLoss):
     """`alpha` × cross-entropy + `beta` × reverse cross-entropy, −Σ p log q with log 0 = `log_zero`.
 
     Wang et al., "Symmetric Cross Entropy for Robust Learning with Noisy Labels", ICCV 2019, equations 5 and 6. With
-    one-hot labels the reverse part is −log_zero · (1 − p of the label): it is bounded, so a wrong label can't pull
-    without end.
+    one-hot labels the reverse part is −log_zero · (1 − p of the label): it is bounded, and so is the effect of a wrong
+    label.
     """
-    forward = cross_entropy(log_probabilities, labels)
-    return alpha * forward + beta * -log_zero * (1 - (-forward).exp())
+
+    alpha: float = option(1.0, "Weight of the cross-entropy.", at_least=0)
+    beta: float = option(1.0, "Weight of the reverse cross-entropy.", at_least=0)
+    log_zero: float = option(-4.0, "What log 0 counts as.", below=0)
+
+    def __call__(self, log_probabilities: Tensor, labels: Tensor) -> Tensor:
+        forward = CrossEntropy()(log_probabilities, labels)
+        return self.alpha * forward + self.beta * -self.log_zero * (1 - (-forward).exp())
 
 
-def bootstrapped_cross_entropy(log_probabilities: Tensor, labels: Tensor, beta: float = 0.8) -> Tensor:
-    """Cross-entropy against `beta` × label + (1 − `beta`) × what the model itself says most likely.
+@dataclass
+class BootstrappedCrossEntropy(PixelLoss):
+    """Cross-entropy against `beta` × label + (1 − `beta`) × the label that the model itself finds most likely.
 
     Reed et al., "Training Deep Neural Networks on Noisy Labels with Bootstrapping", ICLR 2015 workshop, equation 7.
     """
-    own = -log_probabilities.amax(dim=1) * (labels != IGNORE_INDEX)
-    return beta * cross_entropy(log_probabilities, labels) + (1 - beta) * own
+
+    beta: float = option(0.8, "Weight of the given label.", at_least=0, at_most=1)
+
+    def __call__(self, log_probabilities: Tensor, labels: Tensor) -> Tensor:
+        own = -log_probabilities.amax(dim=1) * (labels != IGNORE_INDEX)
+        return self.beta * CrossEntropy()(log_probabilities, labels) + (1 - self.beta) * own
 
 
-LOSSES: dict[str, PixelLoss] = {
-    "cross_entropy": cross_entropy,
-    "symmetric": symmetric_cross_entropy,
-    "bootstrapped": bootstrapped_cross_entropy,
+LOSSES: dict[str, type[PixelLoss]] = {
+    "cross_entropy": CrossEntropy,
+    "symmetric": SymmetricCrossEntropy,
+    "bootstrapped": BootstrappedCrossEntropy,
 }
 
 
-def build_loss(name: str, options: dict | None = None) -> PixelLoss:
-    """The loss of that name with its options bound: (log_probabilities (B, C+1, H, W), labels (B, H, W)) → (B, H, W).
+def build_loss(name: str, options: Mapping | None = None, where: str = "segmenter") -> PixelLoss:
+    """The loss of that name.
+
+    Args:
+        options: its fields.
+        where: the recipe's section; begins the messages.
 
     Raises:
-        RecipeError: no such loss, or no such option.
+        OptionError: no such loss or option, or an unfit value.
     """
     if name not in LOSSES:
-        raise RecipeError(f"segmenter.loss: {name!r}; {', '.join(LOSSES)} would be right")
-    known = list(inspect.signature(LOSSES[name]).parameters)[2:]
-    for option in options or {}:
-        if option not in known:
-            raise RecipeError(
-                f"segmenter.loss_options.{option}: no such option; {name} has {', '.join(known) or 'none'}"
-            )
-    return functools.partial(LOSSES[name], **(options or {}))
+        raise OptionError(unknown_name(f"{where}.loss: {name!r}", name, LOSSES))
+    return LOSSES[name].from_dict(options, f"{where}.loss_options")
 
 
 class SegmentationObjective(nn.Module):
-    """What a segmenter learns: a loss of its logits against label maps, pixel by pixel.
+    """The training objective of a segmenter: a loss of its logits against label maps, pixel by pixel.
 
     Works for every model with `logits` (B, C+1, h, w); where these are the maximum over scales, the loss is summed
     over the maximum and the scales.
@@ -79,8 +103,8 @@ class SegmentationObjective(nn.Module):
         model: the segmenter.
         loss: what `build_loss` gives.
         new_parameters: names of the model's parameters that start from random values; None: all but the backbone's.
-        weigh: each pixel counts as much as its confidence, where confidence is given.
-        min_confidence: pixels with less confidence than this count nothing.
+        weigh: multiply the loss of each pixel by its confidence, where that is given.
+        min_confidence: pixels with less confidence are ignored.
     """
 
     def __init__(
@@ -107,7 +131,7 @@ class SegmentationObjective(nn.Module):
         Args:
             pixel_values: (B, 3, H, W) normalised images.
             labels: (B, H, W) int64, 255 is ignored.
-            confidence: (B, H, W) float in [0, 1]; None trusts all alike.
+            confidence: (B, H, W) float in [0, 1]; None weighs all alike.
             tags: not used; examples have them.
 
         Returns:
@@ -124,7 +148,7 @@ class SegmentationObjective(nn.Module):
     def _mean(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
         loss = self.loss(logits.log_softmax(dim=1), labels) * weights
-        # A batch that is ignored everywhere teaches nothing; the plain mean would be 0 / 0.
+        # 0 where the whole batch is ignored; the plain mean would be 0 / 0.
         return loss.sum() / weights.sum().clamp_min(1)
 
     def activation_checkpointing_enable(self) -> None:
@@ -132,5 +156,5 @@ class SegmentationObjective(nn.Module):
         enable_checkpointing(self.model)
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
-        """Save the segmenter; the loss stays here."""
+        """Save the segmenter alone."""
         self.model.save_pretrained(save_directory, **kwargs)

@@ -1,0 +1,70 @@
+"""Trained models for inference, with their image processors."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+
+from ..models.configuration_cam import CamConfig
+from ..models.mask_classifiers import load_segmentation_model
+from ..models.modeling_cam import CamClassifier
+from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
+from ..models.pretrained import pinned
+from .optimize import for_inference
+
+
+def load_labeler(
+    name: str | os.PathLike, device: torch.device | str, optimize: bool = True
+) -> tuple[CamClassifier, BaseImageProcessor]:
+    """A trained CAM classifier or map refiner in eval mode, and its image processor.
+
+    Args:
+        name: directory or Hub id (`owner/name@revision`).
+        optimize: make it faster, see [`for_inference`]; it can then neither be trained nor saved. False, or the
+            environment variable WSSS_OPTIMIZE=0, gives the model as `from_pretrained` does.
+
+    Raises:
+        ValueError: it is another kind of model.
+    """
+    found, revision = _pinned(name)
+    config = AutoConfig.from_pretrained(found, **revision)
+    if not isinstance(config, CamConfig):
+        raise ValueError(f"{name}: expected a CAM classifier or map refiner, got a {config.model_type}")
+    model_class = MapRefiner if isinstance(config, MapRefinerConfig) else CamClassifier
+    model = _ready(model_class.from_pretrained(found, **revision), device, optimize)
+    return model, AutoImageProcessor.from_pretrained(found, **revision)
+
+
+def load_segmenter(
+    name: str | os.PathLike, device: torch.device | str, optimize: bool = True
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A trained segmenter, a [`Segmenter`] or a model of transformers, in eval mode, and its image processor.
+
+    Args:
+        name, optimize: as of [`load_labeler`].
+
+    Returns:
+        the model, and a processor that keeps images whole.
+
+    Raises:
+        OSError, ValueError: there is none, or its weights are pickled.
+    """
+    found, revision = _pinned(name)
+    model = _ready(load_segmentation_model(found, **revision), device, optimize)
+    processor = AutoImageProcessor.from_pretrained(found, **revision)
+    if getattr(processor, "do_split_image", False):  # EoMT's; here `predict_scores` cuts images
+        processor.do_split_image = False
+    return model, processor
+
+
+def _pinned(name: str | os.PathLike) -> tuple[str, dict]:
+    found, revision = pinned(os.fspath(name), {})
+    return str(found), revision
+
+
+def _ready(model, device: torch.device | str, optimize: bool):
+    if optimize and os.environ.get("WSSS_OPTIMIZE") != "0":
+        return for_inference(model, device)
+    return model.to(device).eval()

@@ -1,0 +1,14 @@
+"""The methods and backbones of this package; importing this file registers them.
+
+A model is saved with a copy of this file that names only what it uses, and with the files of these alone.
+"""
+
+from .d2cam import D2cam
+from .drs import Drs
+from .icd import Icd
+from .plda import Plda
+from .seam import Seam
+from .vgg import Vgg16Backbone
+from .wide_resnet import WideResNet38Backbone
+
+COMPONENTS = [D2cam, Drs, Icd, Plda, Seam, Vgg16Backbone, WideResNet38Backbone]

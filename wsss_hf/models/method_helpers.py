@@ -1,0 +1,61 @@
+"""What several methods share: sums over training processes, normalised maps, checks of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
+
+
+def check_stages(method: str, stages: Sequence[int], backbone: Backbone) -> None:
+    """Whether a backbone has the stages that a method's options name, counted from either end.
+
+    Raises:
+        ValueError: it has not.
+    """
+    depth = len(backbone.channels)
+    for stage in stages:
+        if not -depth <= stage < depth:
+            raise ValueError(
+                f"{method}.stages: expected stages of this backbone ({-depth} to {depth - 1}), got {stage}"
+            )
+
+
+def min_max_normalize(maps: Tensor, eps: float = 1e-5) -> Tensor:
+    """Each map's positive part stretched to [0, 1): relu, minus its spatial minimum, divided by its spatial range.
+
+    Args:
+        maps: (B, K, h, w).
+
+    Returns:
+        (B, K, h, w) in [0, 1); a constant map gives zeros.
+    """
+    maps = maps.relu()
+    lowest, highest = maps.amin(dim=(2, 3), keepdim=True), maps.amax(dim=(2, 3), keepdim=True)
+    return (maps - lowest - eps).relu() / (highest - lowest + eps)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        torch.distributed.all_reduce(gradient)
+        return gradient
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of `tensor` over all training processes, differentiable (the tensor itself where there is only one)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return _AllReduceSum.apply(tensor)
+    return tensor

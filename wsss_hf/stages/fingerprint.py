@@ -1,0 +1,92 @@
+"""What the inputs of a stage are: fingerprints of rows and of models, by their contents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from ..data.tagged import class_names, undecoded
+from ..models.pretrained import pinned
+
+_CONFIGURATIONS = ("config.json", "preprocessor_config.json")
+_ROWS_AT_A_TIME = 500
+
+
+def row_fingerprints(rows: Dataset, columns: Sequence[str]) -> list[str]:
+    """One fingerprint per row, of its id, tags and the images in `columns`.
+
+    Of an image in the data set it is that of its bytes; of a file elsewhere its name, size and time of change, since
+    reading it all would take as long as a stage.
+
+    Args:
+        columns: columns that are there; image columns may be empty in some rows.
+    """
+    names = [name for name in columns if name in rows.features]
+    images = {name for name in names if isinstance(rows.features[name], ImageFeature)}
+    found = []
+    for batch in undecoded(rows.select_columns(names)).iter(_ROWS_AT_A_TIME):
+        for values in zip(*(batch[name] for name in names), strict=True):
+            parts = [_image(v) if name in images else repr(v) for name, v in zip(names, values, strict=True)]
+            found.append(digest([*names, *parts]))
+    return found
+
+
+def rows_fingerprint(rows: Dataset, columns: Sequence[str], fingerprints: Sequence[str] | None = None) -> str:
+    """One fingerprint of rows in their order, and of the classes; `fingerprints` are those of the rows, if known."""
+    return digest([*class_names(rows), *(fingerprints or row_fingerprints(rows, columns))])
+
+
+def _image(value: dict | None) -> str:
+    if value is None:
+        return ""
+    if value.get("bytes") is not None:
+        return hashlib.blake2b(value["bytes"], digest_size=16).hexdigest()
+    path = Path(value["path"])
+    try:
+        state = path.stat()
+    except OSError:  # whoever opens it will say so
+        return path.name
+    return f"{path.name} {state.st_size} {state.st_mtime_ns}"
+
+
+def model_fingerprint(name: str | os.PathLike) -> str:
+    """Of a model's weights and configuration: their contents in a folder, the commit on the Hub."""
+    repository, options = pinned(os.fspath(name), {})
+    if os.path.isdir(repository):
+        return folder_fingerprint(Path(repository))
+    try:
+        config = cached_file(repository, "config.json", **options)
+    except (OSError, ValueError):  # whoever loads it will say so
+        return str(name)
+    return f"{repository}@{extract_commit_hash(config, None)}"
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Of the weights and configuration in a folder."""
+    parts = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors" or path.name in _CONFIGURATIONS:
+            parts += [path.name, file_fingerprint(path)]
+    return digest(parts)
+
+
+def file_fingerprint(path: Path) -> str:
+    """Of the contents of a file."""
+    content = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
+
+
+def digest(parts: Iterable) -> str:
+    """32 hexadecimal digits of a JSON-like list."""
+    return hashlib.blake2b(json.dumps(list(parts)).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,104 @@
+"""What stages give back: folders, and what is in them."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import DatasetDict, load_from_disk
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+
+from ..data.tagged import TaggedData
+from ..models.mask_classifiers import load_segmentation_model
+from ..training.train import LOG_FILE
+from .cache import read_record
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class StageResult(os.PathLike):
+    """The folder of a finished stage; stands wherever a folder is asked for.
+
+    Attributes:
+        folder: as `out` named it.
+    """
+
+    folder: Path
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What it was made from: `recipe.yaml`."""
+        return read_record(self.folder)
+
+    @property
+    def minutes(self) -> float:
+        """How long the stage took."""
+        return self.record.get("minutes", 0.0)
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.folder / name
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+
+class TrainedModel(StageResult):
+    """A trained model: CAM classifier, map refiner or segmenter."""
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model itself, in eval mode."""
+        return load_segmentation_model(self.folder).eval()
+
+    @cached_property
+    def processor(self) -> BaseImageProcessor:
+        """Its image processor."""
+        return AutoImageProcessor.from_pretrained(self.folder)
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """Mean losses, learning rate and images per second of every epoch."""
+        return json.loads((self.folder / LOG_FILE).read_text())
+
+
+class LabelledData(StageResult):
+    """A data set with pseudo masks."""
+
+    @cached_property
+    def data(self) -> DatasetDict:
+        """The data set; split "train" has the column `pseudo_mask`."""
+        return TaggedData(load_from_disk(str(self.folder)), source=self.record.get("data") or {})
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """`background_threshold`, `images`, and how often which fallback was taken; where the label rule read saliency
+        also `saliency_threshold` and, in words, `saliency`; {} after self-training."""
+        file = self.folder / SUMMARY_FILE
+        return json.loads(file.read_text()) if file.is_file() else {}
+
+
+@dataclass(frozen=True)
+class RunResult(StageResult):
+    """All results of a run.
+
+    Attributes:
+        cam: the CAM classifier.
+        refiner: the map refiner, where the recipe has one.
+        masks: the data set with the pseudo masks that the last segmenter learnt from.
+        segmenter: the last one.
+        results: rows of figures, as `results.json` holds them.
+    """
+
+    cam: TrainedModel
+    refiner: TrainedModel | None
+    masks: LabelledData
+    segmenter: TrainedModel
+    results: list[dict[str, Any]]

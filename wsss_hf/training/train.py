@@ -1,0 +1,122 @@
+"""What every training stage does: augmented examples in, trained model, processor and log out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from datasets import Dataset, concatenate_datasets
+from transformers import BaseImageProcessor
+
+from ..data.examples import TaggedExamples
+from ..data.superpixels import superpixel_column
+from ..data.transforms import TrainTransform
+from ..progress import Progress
+from ..settings import FelzenszwalbSettings, TrainSettings
+from .loop import build_accelerator, enable_checkpointing, fit
+
+LOG_FILE = "training_log.json"
+
+
+def begin_training(settings: TrainSettings, seed: int) -> Accelerator:
+    """The Accelerator of a training; random numbers start from `seed`. Call it before the model is built."""
+    AcceleratorState._reset_state()  # each stage of a run has its own precision
+    accelerator = build_accelerator(settings, seed)
+    set_seed(seed)
+    return accelerator
+
+
+def train_model(
+    accelerator: Accelerator,
+    model: Any,
+    processor: BaseImageProcessor,
+    rows: Dataset,
+    settings: TrainSettings,
+    *,
+    seed: int,
+    size: int,
+    folder: Path,
+    title: str,
+    mask_column: str | None = None,
+    columns: tuple[str, ...] = (),
+    targets: bool = False,
+    finish: Callable[[Any, BaseImageProcessor], dict] | None = None,
+) -> Path:
+    """Train `model` in place and save it; go on from the last finished epoch where `folder` holds one.
+
+    Args:
+        model: gives a loss in training, and has `save_pretrained`.
+        settings: a recipe's `train` section.
+        size: side of a training crop in pixels.
+        folder: keeps the checkpoint, and gets `result/`.
+        title: of the progress bar.
+        mask_column: label maps to learn from; None learns from tags, or
+        targets: from the localisation maps of the rows.
+        columns: further columns that the model reads, see [`TaggedExamples`].
+        finish: called in the main process with the trained model and its processor, before they are saved; what it
+            returns joins the last record of the log.
+
+    Returns:
+        `folder/result`: the model, its processor and `training_log.json`, written by the main process.
+    """
+    if settings.gradient_checkpointing:
+        enable_checkpointing(model)
+    transform = TrainTransform(
+        crop_size=size,
+        scale=(settings.scale[0], settings.scale[1]),
+        flip=settings.flip,
+        color_jitter=settings.color_jitter,
+        **pixel_statistics(processor),
+    )
+    wanted = dict.fromkeys(columns, True)
+    examples = TaggedExamples(rows, transform, mask_column=mask_column, seed=seed, targets=targets, **wanted)
+    history = fit(model, examples, settings, accelerator, folder, seed, title)
+    result = folder / "result"
+    if accelerator.is_main_process:
+        if finish is not None:
+            history[-1] |= finish(model, processor)
+        model.save_pretrained(result)
+        processor.save_pretrained(result)
+        (result / LOG_FILE).write_text(json.dumps(history, indent=1))
+    accelerator.wait_for_everyone()
+    return result
+
+
+def pixel_statistics(processor: Any) -> dict[str, Any]:
+    """How an image processor turns pixels in [0, 1] into its values: `image_mean`, `image_std`, `blue_first`."""
+    factor = 255 * processor.rescale_factor if processor.do_rescale else 255
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    return {
+        "image_mean": [value / factor for value in mean],
+        "image_std": [value / factor for value in std],
+        "blue_first": bool(getattr(processor, "do_flip_channel_order", False)),
+    }
+
+
+def with_superpixels(
+    rows: Dataset, size: int, options: FelzenszwalbSettings, accelerator: Accelerator, folder: Path
+) -> Dataset:
+    """`rows` with the column `superpixels`, its own or one that the processes compute, a part each, before training.
+
+    A training that was broken off finds the parts in its folder.
+    """
+    if "superpixels" in rows.features:
+        return rows
+    count = accelerator.num_processes
+    parts = [
+        (rows.shard(count, index, contiguous=True), folder / f"superpixels-{index}-of-{count}.arrow")
+        for index in range(count)
+    ]
+    compute = partial(superpixel_column, size=size, options=vars(options))
+    mine, file = parts[accelerator.process_index]
+    with Progress("superpixels", len(mine), unit="image") as progress:
+        compute(mine, cache_file=file, advance=progress.advance)
+    accelerator.wait_for_everyone()
+    column = concatenate_datasets([compute(part, cache_file=file) for part, file in parts])
+    return concatenate_datasets([rows, column], axis=1)
