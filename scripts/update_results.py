@@ -26,6 +26,7 @@ COMPARED = ["method", "seeds", "masks, mean IoU", "threshold"]
 SHOWN = {
     "methods": [*COMPARED, "best threshold, by masks", "at", "boundary F", "mAP"],
     "refined": [*COMPARED, "boundary F"],  # the oracle threshold of plain maps says nothing about refined ones
+    "saliency": [*COMPARED, "boundary F"],
     "segmenters": [*COMPARED, "segmenter, mean IoU"],
 }
 """First word of a plan's name → the columns of its table."""

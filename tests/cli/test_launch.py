@@ -1,8 +1,12 @@
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -58,3 +62,41 @@ def test_kernels_of_many_sizes_are_kept():
         _, second, _ = printed.split("pass\n")
         compiled[how] = second.count("cache_miss")
     assert compiled["keep"] == 0 and compiled["as it is"] > 800
+
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the system ends processes with their launcher on Linux only")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_runs_on_when_the_launcher_has_ended(tmp_path, number):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+    command += [str(SCRIPTS / "train_cam.py"), "--data", "toy", "--out", str(tmp_path / "cam"), "--quiet"]
+    command += ["--set", "toy.num_train=16", "--set", "toy.num_val=1", "--set", "cam.train.epochs=10000"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    launcher = psutil.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "cam.partial" / "checkpoint").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    processes = launcher.children(recursive=True)
+    assert len(processes) >= 3  # torchrun and its two workers, in training
+    launcher.send_signal(number)
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    for process in alive:
+        process.kill()
+    launcher.wait()
+    assert not alive
+
+
+def test_an_interrupted_command_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "wsss_hf.cli.main", "train-cam", "--data", "toy", "--out", str(tmp_path / "cam")]
+    command += ["--quiet", "--set", "toy.num_train=16", "--set", "toy.num_val=1", "--set", "cam.train.epochs=10000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "cam.partial" / "checkpoint").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "interrupted by SIGINT; the same command goes on where it was\n"

@@ -84,7 +84,7 @@ def test_icd_wants_probabilities(evidence):
 
 def test_what_is_not_there_is_named(monkeypatch):
     with pytest.raises(
-        OptionError, match="masks.seeds: 'sign': unknown; expected argmax, saliency, drs, icd or mat_label"
+        OptionError, match="masks.seeds: 'sign': unknown; expected argmax, saliency, auto, drs, icd or mat_label"
     ):
         build_rule("sign")
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
@@ -167,6 +167,13 @@ def test_drs_seeds_pixel_by_pixel():
     assert torch.equal(seed_drs(scores, saliency), expected)
     with pytest.raises(RuleError, match="saliency"):
         seed_drs(scores, saliency[1:])
+
+
+def test_auto_takes_saliency_where_there_is_some(evidence):
+    rule, options = build_rule("auto", {"saliency_threshold": 0.5}), {"saliency_threshold": 0.5}
+    assert torch.equal(rule.label(evidence), build_rule("saliency", options).label(evidence))
+    evidence.saliency = None
+    assert torch.equal(rule.label(evidence), build_rule("argmax").label(evidence))
 
 
 @pytest.mark.parametrize("with_saliency", [False, True])

@@ -248,6 +248,9 @@ def test_found_thresholds_serve_other_rows(labeler, toy_data, settings):
     assert thresholds_of(with_threshold(*labeler, rows, given))["saliency_threshold"] == 0.2
     assert at_thresholds(given, thresholds).seed_options == given.seed_options
     assert set(thresholds_of(with_threshold(*labeler, rows, settings))) == {"background_threshold"}
+    for data, both in ((rows, True), (toy_data["train"], False)):  # without saliency there is nothing to search on
+        found = with_threshold(*labeler, data, replace(settings, seeds="auto"))
+        assert ("saliency_threshold" in thresholds_of(found)) == both
 
 
 @pytest.mark.skipif(not (SHARED / "voc_animals_saliency").is_dir(), reason="the photographs are not here")

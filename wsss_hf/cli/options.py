@@ -71,7 +71,7 @@ RecipeName = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help=f"default | {' | '.join(_RECIPES)} | a YAML file; several as a+b.",
+        help=f"default | {' | '.join(_RECIPES)} | a YAML file; several as a+b; without it photos, or toy for --data toy.",
         rich_help_panel="Recipe",
     ),
 ]
@@ -123,7 +123,7 @@ def load_inputs(
     from ..data.sources import load_data
     from ..recipes import Recipe
 
-    name = recipe or ("toy" if source == "toy" else "default")
+    name = recipe or ("toy" if source == "toy" else "photos")
     resolved = Recipe.load(name, changes or [], backbone=backbone, seed=seed)
     options = data_options(source, root, classes, columns, separator, saliency, limit, revision)
     toy = vars(resolved.toy) if source == "toy" else None
