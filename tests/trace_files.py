@@ -77,7 +77,7 @@ def trace_training(folder: Path) -> dict[str, str]:
 
     torch.optim.AdamW.step = step
     photos = photographs(folder / "photos")
-    arguments = ["train-cam", "--data", str(photos), "--out", str(folder / "cam"), "--quiet"]
+    arguments = ["train-cam", "--data", str(photos), "--out", str(folder / "cam"), "--quiet", "--recipe", "default"]
     tracer = Tracer()
     sys.setprofile(tracer)
     try:

@@ -71,7 +71,7 @@ RecipeName = Annotated[
     str | None,
     typer.Option(
         "--recipe",
-        help=f"default | {' | '.join(_RECIPES)} | a YAML file; several as a+b; without it photos, or toy for --data toy.",
+        help=f"default | {' | '.join(_RECIPES)} | a YAML file; several as a+b. Default: photos; of --data toy: toy.",
         rich_help_panel="Recipe",
     ),
 ]

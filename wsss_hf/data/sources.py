@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, List, Value, load_dataset
 
 from .coco import load_coco
 from .folder import SEPARATOR, load_folder
-from .saliency import rows_with_saliency, with_saliency
+from .saliency import with_saliency
 from .tagged import DataError, TaggedData, check_dataset, class_names, has_value
 from .toy import make_toy
 from .voc import load_voc
@@ -100,7 +100,7 @@ def load_data(
     if isinstance(saliency, str | Path):
         dataset = with_saliency(dataset, saliency, count_others=limit is None)
         saliency = str(saliency)
-    elif any(len(rows_with_saliency(rows)) for rows in dataset.values()):
+    elif any("saliency" in rows.features and has_value(rows, "saliency").any() for rows in dataset.values()):
         saliency = dict(saliency or _recorded_saliency(path, name))
     else:
         saliency = None
