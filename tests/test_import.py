@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 import wsss_hf
 
 HEAVY = ["accelerate", "datasets", "evaluate", "huggingface_hub", "pandas", "pymatting", "scipy", "skimage", "typer"]
@@ -30,6 +32,7 @@ def modules(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_the_import_costs_no_more_than_torch_and_transformers():
     ours, library = modules("import wsss_hf"), modules(LIBRARY)
     added = {name.partition(".")[0] for name in ours - library}

@@ -78,6 +78,7 @@ def test_quiet_prints_nothing_until_it_is_over(clock, capsys):
     assert not is_quiet() and len(printed(capsys)) == 2
 
 
+@pytest.mark.slow
 def test_child_processes_inherit_quietness():
     program = "from wsss_hf.progress import is_quiet; print(is_quiet())"
     for quiet in (True, False):

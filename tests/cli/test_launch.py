@@ -89,6 +89,7 @@ def test_nothing_runs_on_when_the_launcher_has_ended(tmp_path, number):
     assert not alive
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_is_one_line(tmp_path):
     command = [sys.executable, "-m", "wsss_hf.cli.main", "train-cam", "--data", "toy", "--out", str(tmp_path / "cam")]
     command += ["--quiet", "--set", "toy.num_train=16", "--set", "toy.num_val=1", "--set", "cam.train.epochs=10000"]

@@ -116,6 +116,7 @@ def wsss(tiny_settings, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_the_commands_take_and_record_revisions_but_no_token(hub, wsss, cam_folder, tmp_path, monkeypatch):
     """All of them train at a rate that is 0 in float32: what they start from is what they end with."""
     monkeypatch.delenv("HF_TOKEN")

@@ -170,6 +170,7 @@ def test_nothing_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_load_as_scripts_without_network_and_without_the_package(tmp_path):
     program = f"""
 import socket, sys

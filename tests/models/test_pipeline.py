@@ -216,6 +216,7 @@ print(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_the_import_changes_no_pipeline_of_other_models(tmp_path):
     torch.manual_seed(0)
     config = SegformerConfig(
@@ -382,6 +383,7 @@ def same(actual, expected):
 
 
 @pytest.mark.parametrize("who", ["remote", "installed"])
+@pytest.mark.slow
 def test_models_bring_their_code_along(segmentation, models, tmp_path, who):
     """trust_remote_code=True gives the same results, where the package cannot be imported and where it is."""
     results, log = run(models, tmp_path, who)

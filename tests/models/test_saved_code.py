@@ -107,6 +107,7 @@ Path("results.json").write_text(json.dumps(results))
 """
 
 
+@pytest.mark.slow
 def test_models_load_and_are_saved_where_the_package_is_not_installed(tmp_path):
     models = {
         "all methods on vgg": build(VGG, maps="seam", **METHODS),

@@ -236,6 +236,7 @@ def test_merging_refuses_unfit_settings(options):
         merge_alphas(torch.zeros(1, 2, 2), **options)
 
 
+@pytest.mark.slow
 def test_matting_leaves_the_threads_of_torch_alone():
     script = (
         "import numpy as np, torch\n"

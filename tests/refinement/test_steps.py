@@ -146,6 +146,7 @@ def test_a_batch_is_refined_like_each_image_alone(steps, scores, image, monkeypa
         assert note.fallbacks == alone.fallbacks and note.pictures.keys() == alone.pictures.keys()
 
 
+@pytest.mark.slow
 def test_workers_find_what_one_process_finds(scores, image, monkeypatch):
     batch = [scores, scores[:1], scores.flip(-1)], [image, image, np.ascontiguousarray(image[:, ::-1])]
     alone, shared = ([Note() for _ in batch[0]] for _ in range(2))

@@ -393,6 +393,7 @@ def test_large_images_come_in_smaller_batches(photos, segmenter_folder, tmp_path
     assert (tmp_path / "few/masks/a/0.png").read_bytes() == (tmp_path / "many/masks/a/0.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_images(photos, segmenter_folder, tmp_path):
     (photos / "a" / "1.jpg").write_bytes(b"no image")
     script = Path(__file__).parents[2] / "scripts/predict.py"
