@@ -4,16 +4,20 @@ python scripts/update_results.py runs/demo runs/photographs                     
 python scripts/update_results.py --comparisons runs/methods_toy runs/refined_toy    # what `wsss compare` wrote
 python scripts/update_results.py --costs runs/costs.json                            # what benchmark_methods.py wrote
 python scripts/update_results.py --exports runs/exports.json                        # what benchmark_export.py wrote
+python scripts/update_results.py --examples runs/photographs/segmenter              # a model, on free photographs
 """
 
 import argparse
 import json
 import re
+import tempfile
 from pathlib import Path
 
+import skimage.data
 import yaml
 from PIL import Image
 
+from wsss_hf import predict
 from wsss_hf.hub.cards import recipe_cards
 from wsss_hf.hub.portable import portable_values
 from wsss_hf.reporting.comparison import comparison_table
@@ -23,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CARDS = ROOT / "model_cards"
 RESULTS = CARDS / "results.md"
 COMPARED = ["method", "seeds", "masks, mean IoU", "threshold"]
+EXAMPLES = ("chelsea", "astronaut")  # CC0, and in the public domain
 SHOWN = {
     "methods": [*COMPARED, "best threshold, by masks", "at", "boundary F", "mAP"],
     "refined": [*COMPARED, "boundary F"],  # the oracle threshold of plain maps says nothing about refined ones
@@ -37,6 +42,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="*", help="folders that `wsss demo` or `wsss run` wrote")
     parser.add_argument("--comparisons", type=Path, nargs="+", default=[], help="folders that `wsss compare` wrote")
     parser.add_argument("--costs", type=Path, help="the file that `benchmark_methods.py --out` wrote")
+    parser.add_argument("--examples", help="a segmenter that draws model_cards/examples.png")
     parser.add_argument("--exports", type=Path, help="the file that `benchmark_export.py --out` wrote")
     arguments = parser.parse_args()
     for run in arguments.runs:
@@ -47,6 +53,8 @@ def main() -> None:
         update_costs(arguments.costs)
     if arguments.exports is not None:
         update_exports(arguments.exports)
+    if arguments.examples is not None:
+        draw_examples(arguments.examples)
 
 
 def update_run(run: Path) -> None:
@@ -89,6 +97,28 @@ def update_exports(exports: Path) -> None:
     write_table(
         "exports", markdown_table(measured["rows"]), f"`python scripts/benchmark_export.py`: {measured['title']}"
     )
+
+
+def draw_examples(model: str) -> None:
+    """What a segmenter finds in the free photographs that scikit-image ships, each beside its overlay."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for photograph in EXAMPLES:
+            Image.fromarray(getattr(skimage.data, photograph)()).save(folder / f"{photograph}.png")
+        predict(folder, model, folder / "predicted")
+        pictures = [
+            Image.open(file).convert("RGB")
+            for photograph in EXAMPLES
+            for file in (folder / f"{photograph}.png", folder / "predicted" / "overlays" / f"{photograph}.jpg")
+        ]
+    height, gap = 240, 8
+    pictures = [picture.resize((picture.width * height // picture.height, height)) for picture in pictures]
+    sheet = Image.new("RGB", (sum(picture.width + gap for picture in pictures) - gap, height), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + gap
+    sheet.quantize(256).save(CARDS / "examples.png", optimize=True)
 
 
 def write_table(name: str, table: str, source: str) -> None:
