@@ -1,11 +1,7 @@
 import math
-import multiprocessing
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy.spatial.distance import cdist
 from skimage.morphology import dilation, disk
 
@@ -154,20 +150,8 @@ def test_a_tolerance_in_pixels_is_refused():
         BoundaryF(NAMES, tolerance=5)
 
 
-def count_half(rank, rendezvous, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    queue.put(stream(list(patches(3))[rank::2]).all_reduce().compute())
-    torch.distributed.destroy_process_group()
+def test_two_processes_give_exactly_what_one_gives(in_two_processes):
+    def count_half(rank):
+        return stream(list(patches(3))[rank::2]).all_reduce().compute()
 
-
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_two_processes_give_exactly_what_one_gives(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    queue = fork.Queue()
-    processes = [fork.Process(target=count_half, args=(rank, Path(tmp_path, "meet"), queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=30) for _ in processes]
-    for process in processes:
-        process.join()
-    assert results == [stream(patches(3)).compute()] * 2
+    assert in_two_processes(count_half) == [stream(patches(3)).compute()] * 2

@@ -1,4 +1,3 @@
-import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -285,21 +284,8 @@ def test_interval_does_not_depend_on_the_order_of_images():
     assert bootstrap_interval(counts, seed=1) != bootstrap_interval(counts)
 
 
-def count_half(rank, rendezvous, queue):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    metric = stream(list(random_images(9))[rank::2], intervals=True)
-    queue.put(metric.all_reduce().compute())
-    torch.distributed.destroy_process_group()
+def test_two_processes_give_exactly_what_one_gives(in_two_processes):
+    def count_half(rank):
+        return stream(list(random_images(9))[rank::2], intervals=True).all_reduce().compute()
 
-
-@pytest.mark.skipif(sys.platform == "win32", reason="forks")
-def test_two_processes_give_exactly_what_one_gives(tmp_path):
-    fork = multiprocessing.get_context("fork")
-    queue = fork.Queue()
-    processes = [fork.Process(target=count_half, args=(rank, Path(tmp_path, "meet"), queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = [queue.get(timeout=30) for _ in processes]
-    for process in processes:
-        process.join()
-    assert results == [stream(random_images(9), intervals=True).compute()] * 2
+    assert in_two_processes(count_half) == [stream(random_images(9), intervals=True).compute()] * 2
