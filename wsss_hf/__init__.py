@@ -16,6 +16,7 @@ from .models.drs import DrsConfig
 from .models.icd import IcdConfig
 from .models.image_processing_wsss import WsssImageProcessor
 from .models.methods import Method, TrainingStep, register_method
+from .models.modeling_affinity import AffinityConfig, AffinityNetwork
 from .models.modeling_cam import CamClassifier, CamOutput
 from .models.modeling_map_refiner import MapRefiner, MapRefinerConfig
 from .models.modeling_segmenter import Segmenter
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .stages.predict import predict
     from .stages.relabel import relabel
     from .stages.run import run
+    from .stages.train_affinity import train_affinity
     from .stages.train_cam import train_cam
     from .stages.train_refiner import train_refiner
     from .stages.train_segmenter import train_segmenter
@@ -52,6 +54,7 @@ _LAZY = {
     "predict": "stages.predict",
     "relabel": "stages.relabel",
     "run": "stages.run",
+    "train_affinity": "stages.train_affinity",
     "train_cam": "stages.train_cam",
     "train_refiner": "stages.train_refiner",
     "train_segmenter": "stages.train_segmenter",
@@ -59,6 +62,8 @@ _LAZY = {
 
 __all__ = [
     "__version__",
+    "AffinityConfig",
+    "AffinityNetwork",
     "CamClassifier",
     "CamConfig",
     "CamOutput",
@@ -90,6 +95,7 @@ __all__ = [
     "register_method",
     "relabel",
     "run",
+    "train_affinity",
     "train_cam",
     "train_refiner",
     "train_segmenter",

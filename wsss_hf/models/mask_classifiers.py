@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForSemanticSegmentation,
     AutoModelForUniversalSegmentation,
     PreTrainedConfig,
@@ -44,13 +45,16 @@ def pixel_logits(class_queries_logits: Tensor, masks_queries_logits: Tensor, siz
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """The Auto class that loads a segmentation model of this configuration."""
+    """The Auto class that loads a model of this configuration, a segmentation model or an affinity network."""
+    if config.model_type == "wsss_affinity":
+        return AutoModel
     is_mask_classifier = config.model_type in MASK_CLASSIFIERS
     return AutoModelForUniversalSegmentation if is_mask_classifier else AutoModelForSemanticSegmentation
 
 
 def load_segmentation_model(name: str | os.PathLike, options: dict | None = None, **hub_kwargs):
-    """Any semantic segmentation model or mask classifier from its safetensors; its outputs have `logits`.
+    """Any semantic segmentation model, mask classifier or affinity network from its safetensors; its outputs have
+    `logits`.
 
     A mask classifier stays the transformers model that it is, and is saved as such: a hook adds the logits
     (B, K, H, W) of [`pixel_logits`], of the images' size, to its outputs.

@@ -50,7 +50,7 @@ class BackboneConfigMixin:
         values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
         # `pipeline(model=…)` without a task, which then is None here, takes a model's only custom pipeline, never one
         # of several.
-        if "_from_pipeline" in kwargs and kwargs["_from_pipeline"] is None and "custom_pipelines" in values:
+        if kwargs.get("_from_pipeline", "") is None and _TASK in values.get("custom_pipelines", {}):
             values["custom_pipelines"] = {_TASK: values["custom_pipelines"][_TASK]}
         return values, unused
 

@@ -17,6 +17,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .configuration_cam import CamConfig
 from .configuration_segmenter import SegmenterConfig
 from .image_processing_wsss import WsssImageProcessor
+from .modeling_affinity import AffinityConfig, AffinityNetwork
 from .modeling_cam import CamClassifier
 from .modeling_map_refiner import MapRefiner, MapRefinerConfig
 from .modeling_segmenter import Segmenter
@@ -48,6 +49,9 @@ for _config_class, _model_class in (
     AutoModel.register(_config_class, _model_class)
     AutoModelForSemanticSegmentation.register(_config_class, _model_class)
     AutoImageProcessor.register(_config_class, image_processor_classes={"pil": WsssImageProcessor})
+AutoConfig.register(AffinityConfig.model_type, AffinityConfig)
+AutoModel.register(AffinityConfig, AffinityNetwork)
+AutoImageProcessor.register(AffinityConfig, image_processor_classes={"pil": WsssImageProcessor})
 AutoModelForImageClassification.register(CamConfig, CamClassifier)
 register_for_our_models("image-segmentation", MaskPipeline)
 register_for_our_models("image-classification", TagPipeline)
