@@ -6,7 +6,10 @@
   that oneDNN compiles for sizes it has not met, and the first pages of memory;
 - dense CRF: the refinement step, in this process and shared by several, against pydensecrf2 called with the channels
   of all classes of the data;
-- closed-form matting: `closed_form_alphas` against pymatting's `estimate_alpha_cf`, per class.
+- closed-form matting: `closed_form_alphas` against pymatting's `estimate_alpha_cf`, per class;
+- random walk: `random_walk` of 256 steps at every 4th pixel against the matrix of all pairs, normalised and squared 8
+  times, as IRN's program has it. The matrix takes minutes and 0.5 GB for one photograph of 500 × 375 pixels, so it is
+  made of the first --dense images only.
 
 On one thread seconds are processor seconds, which other programs hardly lengthen; on several they are those of the
 clock. Scores, tags and trimaps are made from true masks, for measuring only. Images are the embedded ones, or
@@ -47,6 +50,7 @@ from wsss_hf.data.voc import VOC_CLASSES
 from wsss_hf.inference.cam_maps import localize
 from wsss_hf.inference.load import load_labeler
 from wsss_hf.inference.optimize import for_inference
+from wsss_hf.models.affinity import boundary_affinity, offsets, random_walk
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.tta import resize_images
@@ -261,6 +265,53 @@ def compare_matting(pairs: list[tuple[np.ndarray, np.ndarray]], bands: list[int]
         )
 
 
+def walk_of_all_pairs(maps: torch.Tensor, affinity: torch.Tensor, radius: int, power: float, squarings: int):
+    """(K, h, w) maps after the walk by the (N, N) matrix of all pairs."""
+    height, width = maps.shape[-2:]
+    index = torch.arange(height * width).view(height, width)
+    matrix = torch.eye(height * width)
+    for (down, right), one in zip(offsets(radius), affinity, strict=True):
+        left = slice(max(0, -right), width - max(0, right))
+        start, end = index[: height - down, left], index[down:, max(0, right) : width + min(0, right)]
+        matrix[start, end] = matrix[end, start] = one[: height - down, left]
+    matrix = matrix**power
+    matrix = matrix / matrix.sum(dim=0, keepdim=True)
+    for _ in range(squarings):
+        matrix = matrix @ matrix
+    return (maps.flatten(1) @ matrix).view_as(maps)
+
+
+def compare_walks(pairs: list[tuple[np.ndarray, np.ndarray]], num_dense: int) -> None:
+    radius, power, squarings = 5, 10, 8
+    ours, plain, difference = [], [], 0.0
+    for i, (image, mask) in enumerate(pairs):
+        size = tuple(-(-side // 4) for side in mask.shape)
+        grey = torch.from_numpy(ndimage.gaussian_gradient_magnitude(image.mean(axis=2), 1))[None, None]
+        boundary = (F.interpolate(grey, size=size, mode="area")[0, 0] / 30).clamp(0, 1).float()
+        scores = torch.from_numpy(blurred_scores(mask)[0])[None]
+        maps = F.interpolate(scores, size=size, mode="area")[0] * (1 - boundary)
+
+        def walk(maps=maps, boundary=boundary) -> torch.Tensor:
+            return random_walk(maps[None], boundary_affinity(boundary[None], radius), radius, power, 2**squarings)[0]
+
+        seconds, walked = timed(walk)
+        ours.append(seconds)
+        if i < num_dense:
+            affinity = boundary_affinity(boundary[None], radius)[0]
+            seconds, wanted = timed(partial(walk_of_all_pairs, maps, affinity, radius, power, squarings))
+            plain.append(seconds)
+            difference = max(difference, float((walked - wanted).abs().max()))
+    print(f"random walk, {2**squarings} steps: {np.mean(ours):.2f} s per image", end="")
+    if plain:
+        ratio = sum(plain) / sum(ours[: len(plain)])
+        print(
+            f"; of the first {len(plain)}: matrix of all pairs {np.mean(plain):.0f} s, stencil "
+            f"{np.mean(ours[: len(plain)]):.2f} s, ratio {ratio:.0f}, largest difference {difference:.1e}",
+            end="",
+        )
+    print(flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", help="VOC2012 folder of a devkit; without it the embedded data")
@@ -272,9 +323,10 @@ def main() -> None:
     parser.add_argument("--bands", type=int, nargs="+", default=[8, 20], help="unknown pixels on either side")
     parser.add_argument("--every", type=int, default=1, help="take every n-th image only")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--parts", nargs="+", choices=("localization", "crf", "matting"), default=None)
+    parser.add_argument("--parts", nargs="+", choices=("localization", "crf", "matting", "walk"), default=None)
+    parser.add_argument("--dense", type=int, default=1, help="images that also walk by the matrix of all pairs")
     arguments = parser.parse_args()
-    parts = arguments.parts or ["localization", "crf", "matting"]
+    parts = arguments.parts or ["localization", "crf", "matting", "walk"]
     torch.set_num_threads(1)
     keep_freed_memory()  # both as the command line does
     keep_kernels()
@@ -298,6 +350,8 @@ def main() -> None:
         compare_crf(pairs, max(21, len(names) + 1), arguments.workers)
     if "matting" in parts:
         compare_matting(pairs, arguments.bands)
+    if "walk" in parts:
+        compare_walks(pairs, arguments.dense)
 
 
 if __name__ == "__main__":

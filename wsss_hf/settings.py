@@ -131,6 +131,41 @@ class RefinerSettings(Options):
 
 
 @dataclass
+class AffinitySettings(Options):
+    """The affinity network, which `wsss run` trains where masks.refine has the step walk without a model."""
+
+    kind: Literal["irn", "affinitynet"] = option("irn", "irn (boundaries) | affinitynet (features)")
+    backbone: str | None = option(None, "As cam.backbone, and null takes that; it is frozen.")
+    backbone_config: dict[str, Any] | None = option(None, "As cam.backbone_config, and null takes that.")
+    from_cam: bool = option(False, "Instead, the backbone of the trained CAM classifier; its boundaries are blurrier.")
+    output_stride: int | None = option(16, "As cam.output_stride; without from_cam.", at_least=1)
+    radius: int = option(10, "Pairs nearer than this are learnt from, in positions of the grid.", at_least=2)
+    foreground_threshold: float = option(
+        0.6,
+        "Of maps in [0, 1], made as for the masks: what is an object at this threshold is certain.",
+        above=0,
+        below=1,
+    )
+    background_threshold: float = option(0.3, "What is background at this threshold is certain.", above=0, below=1)
+    alphas: list[float] | None = option(
+        None,
+        "AffinityNet's instead: certain objects and certain background by background scores (1 - largest map)^alpha.",
+        above=0,
+        length=2,
+        ascending=True,
+    )
+    refine: list[Any] = option(["pamr"], "Of the scores that give the labels, as masks.refine.", length=0)
+    label_confidence: float | None = option(
+        None, "Or IRN's: the dense CRF of the labels, each of this probability, in place of refine.", above=0, below=1
+    )
+    train: TrainSettings = dataclasses.field(
+        default_factory=lambda: TrainSettings(
+            epochs=3, optimizer="sgd", lr=0.1, head_lr_factor=1.0, momentum=0.0, nesterov=False
+        )
+    )
+
+
+@dataclass
 class MasksSettings(Options):
     """From maps to pseudo masks."""
 
@@ -141,7 +176,7 @@ class MasksSettings(Options):
         0.4, "Of maps in [0, 1]; auto finds it on the maps, without any mask.", at_least=0, at_most=1
     )
     refine: list[Any] = option(
-        [], "Refinement steps in order: pamr, crf, matting, with options as {crf: {iterations: 10}}.", length=0
+        [], "Refinement steps in order: walk, pamr, crf, matting, with options as {crf: {iterations: 10}}.", length=0
     )
     seeds: str = option(
         "argmax",
@@ -224,6 +259,7 @@ class RecipeSettings(Options):
     toy: ToySettings = dataclasses.field(default_factory=ToySettings)
     cam: CamSettings = dataclasses.field(default_factory=CamSettings)
     refiner: RefinerSettings = dataclasses.field(default_factory=RefinerSettings)
+    affinity: AffinitySettings = dataclasses.field(default_factory=AffinitySettings)
     masks: MasksSettings = dataclasses.field(default_factory=MasksSettings)
     segmenter: SegmenterSettings = dataclasses.field(default_factory=SegmenterSettings)
     self_training: SelfTrainingSettings = dataclasses.field(default_factory=SelfTrainingSettings)

@@ -40,6 +40,10 @@ from .options import (
 
 DETAILS = ["result", "boundary_f", "mean_precision", "mean_recall", "false_positive_share", "false_negative_share"]
 
+Affinity = Annotated[
+    str | None, typer.Option(help="Affinity network (directory or Hub id) for masks.refine=[walk], of train-affinity.")
+]
+
 app = typer.Typer(
     help="Image tags in, segmentation model out.",
     no_args_is_help=True,
@@ -90,7 +94,8 @@ def run(
     ] = None,
     force: Force = False,
 ) -> None:
-    """All stages in order: train-cam, train-refiner if refiner.use, make-masks, train-segmenter, evaluate, report."""
+    """All stages in order: train-cam, train-refiner and train-affinity where the recipe has them, make-masks,
+    train-segmenter, evaluate, report."""
     from ..stages.run import run
 
     recipe = inputs.recipe if rounds is None else inputs.recipe.changed(f"self_training.rounds={rounds}")
@@ -200,10 +205,25 @@ def train_refiner(
 
 @app.command()
 @with_inputs
+def train_affinity(
+    inputs: Inputs,
+    cam: Annotated[str, typer.Option(help="A trained CAM classifier, directory or Hub id (ID@REVISION).")],
+    out: Out,
+    force: Force = False,
+) -> None:
+    """Tagged images and a CAM classifier → affinity network, for masks.refine=[walk] in make-masks."""
+    from ..stages.train_affinity import train_affinity
+
+    train_affinity(inputs.data, cam, inputs.recipe, out, force=force)
+
+
+@app.command()
+@with_inputs
 def make_masks(
     inputs: Inputs,
     cam: Annotated[str, typer.Option(help="A trained CAM classifier, directory or Hub id (ID@REVISION).")],
     out: Out,
+    affinity: Affinity = None,
     export_voc: Annotated[
         Path | None, typer.Option(help="Folder: also write palette PNGs in the layout of a VOC devkit.")
     ] = None,
@@ -214,7 +234,8 @@ def make_masks(
     from ..stages.make_masks import check_exports, export_masks, make_masks
 
     check_exports(export_voc, export_coco)
-    export_masks(make_masks(inputs.data, cam, inputs.recipe, out, force=force), export_voc, export_coco)
+    masks = make_masks(inputs.data, cam, inputs.recipe, out, affinity=affinity, force=force)
+    export_masks(masks, export_voc, export_coco)
 
 
 @app.command()
@@ -239,6 +260,7 @@ def evaluate(
     inputs: Inputs,
     model: Annotated[str | None, typer.Option(help="A segmenter, measured on --split.")] = None,
     cam: Annotated[str | None, typer.Option(help="A CAM classifier, its masks measured on split train.")] = None,
+    affinity: Affinity = None,
     against: Annotated[
         str | None, typer.Option(help="Compares two segmenters: the gap of --model to this one, by kind of error.")
     ] = None,
@@ -281,6 +303,7 @@ def evaluate(
         inputs.data,
         recipe,
         cam=_pinned(cam, model_revision),
+        affinity=affinity,
         segmenter=_pinned(model, model_revision),
         against=against,
         masks=masks,

@@ -12,6 +12,7 @@ from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard,
 
 from ..data.saliency import describe_saliency
 from ..models.methods import METHODS
+from ..models.modeling_affinity import AffinityConfig
 from ..pseudo_labels.rules import RULES
 from ..reporting.tables import markdown_table
 
@@ -31,6 +32,10 @@ _PAPERS = {
     "pamr": "Araslanov and Roth, “Single-Stage Semantic Segmentation from Image Labels”, CVPR 2020 (PAMR).",
     "crf": "Krähenbühl and Koltun, “Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials”, "
     "NeurIPS 2011.",
+    "irn": "Ahn, Cho and Kwak, “Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations”, CVPR "
+    "2019 (random walk).",
+    "affinitynet": "Ahn and Kwak, “Learning Pixel-level Semantic Affinity with Image-level Supervision for Weakly "
+    "Supervised Semantic Segmentation”, CVPR 2018 (random walk).",
     "matting": "Wang et al., “Treating Pseudo-labels Generation as Image Matting for Weakly Supervised Semantic "
     "Segmentation”, ICCV 2023.",
     "deeplab_v2": "Chen, Papandreou, Kokkinos, Murphy and Yuille, “DeepLab: Semantic Image Segmentation with Deep "
@@ -127,6 +132,39 @@ def recipe_cards(name: str, made: dict, licence: str | None) -> dict[str, ModelC
         )
         for folder in ("cam", "segmenter")
     }
+
+
+def affinity_card(
+    repo_id: str, config: AffinityConfig, made: dict | None = None, licence: str | None = None
+) -> ModelCard:
+    """The card of an affinity network.
+
+    Args:
+        made: as of [`model_card`]; its training is known where `recipe` has a section `affinity`.
+    """
+    made = made or {}
+    recipe, data = made.get("recipe") or {}, made.get("data") or {}
+    card_data = ModelCardData(
+        library_name="transformers", license=licence, tags=["wsss_hf", "weakly-supervised-semantic-segmentation"]
+    )
+    learnt = (
+        f"It learnt from what the maps of a CAM classifier are certain of; no mask was read. Data: {_data_name(data)}."
+        if "affinity" in recipe
+        else "What it was trained on is not recorded here."
+    )
+    learns = "boundaries" if config.kind == "irn" else "features"
+    sections = [
+        f"# {repo_id.rpartition('/')[2]}",
+        f"An affinity network: {learns} on a frozen `{config.backbone_config.model_type}` that say which neighbouring "
+        f"pixels belong together, for random walks of class activation maps. {learnt} Made with wsss_hf.",
+        "## Use\n\nFor the masks of a CAM classifier:\n\n```bash\nwsss make-masks --data photos/ --cam CLASSIFIER "
+        f"--affinity {repo_id} --set masks.refine=[walk] --out masks\n```\n\nOr in Python, of any maps:\n\n"
+        f'```python\nfrom wsss_hf import AffinityNetwork\n\nnetwork = AffinityNetwork.from_pretrained("{repo_id}")\n'
+        "# (B, 3, H, W) images as network.image_processor gives them, (B, K, h, w) maps\n"
+        "walked = network.walk(pixel_values, maps, radius=5, power=10, steps=64)\n```",
+        f"## Citations\n\nPlease cite\n\n- {_PAPERS[config.kind]}",
+    ]
+    return ModelCard(_whole(card_data.to_yaml(), sections))
 
 
 def dataset_card(subject: CardSubject, rows: DatasetDict, made: dict) -> DatasetCard:
@@ -390,7 +428,8 @@ def _citations(subject: CardSubject, recipe: dict) -> str:
     if not subject.on_true_masks:
         methods = recipe.get("cam", {}).get("methods") or {}
         papers = [_PAPERS["cam"], *(METHODS[name][1].paper for name in methods if name in METHODS)]
-        papers += [_PAPERS.get(step) for step in _refinements(recipe)]
+        walk = (recipe.get("affinity") or {}).get("kind", "irn")
+        papers += [_PAPERS.get(walk if step == "walk" else step) for step in _refinements(recipe)]
     if (
         not subject.is_classifier
         and subject.needs_code

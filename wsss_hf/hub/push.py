@@ -41,9 +41,10 @@ from ..data.tagged import class_names
 from ..metrics import boundary_f, mean_iou
 from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.mask_classifiers import MASK_CLASSIFIERS, load_segmentation_model
+from ..models.modeling_affinity import AffinityNetwork
 from ..models.options import unknown_name
 from ..models.portable_model import PortableModel
-from .cards import CardSubject, dataset_card, model_card
+from .cards import CardSubject, affinity_card, dataset_card, model_card
 from .portable import portable_values
 
 SEGMENTER_FOLDER, MASKS_FOLDER = "segmenter", "masks"  # inside a run's folder
@@ -105,6 +106,11 @@ def push_model(
         staged = Path(staging)
         model = _stage_model(folder, staged)
         made, settings = _stage_results(folder, staged, pictures)
+        if isinstance(model, AffinityNetwork):
+            affinity_card(repo_id, model.config, made, licence or _licence_there(repo_id, "model", token)).save(
+                staged / "README.md"
+            )
+            return push_folder(staged, repo_id, "model", f"Push {folder.name}", private, revision, token)
         names: dict = model.config.id2label or {}
         mask_names = getattr(model, "mask_id2label", names)  # a CAM classifier's tags lack background
         subject = CardSubject(
@@ -148,7 +154,10 @@ def push_loaded_model(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if not api.file_exists(repo_id, "README.md", revision=revision):
-            _short_card(model, repo_id, [*(model.model_tags or []), *(tags or [])]).save(f"{folder}/README.md")
+            own_tags = [*(model.model_tags or []), *(tags or [])]
+            is_affinity = isinstance(model, AffinityNetwork)
+            card = affinity_card(repo_id, model.config) if is_affinity else _short_card(model, repo_id, own_tags)
+            card.save(f"{folder}/README.md")
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

@@ -14,7 +14,7 @@ from ..data.batches import batches_by_size
 from ..inference.cam_maps import average_maps, label_map, localize
 from ..models.maps import IGNORE_INDEX, add_background
 from ..models.modeling_cam import CamClassifier
-from ..refinement.steps import Matting, Note, RefinementChain, build_refinement
+from ..refinement.steps import Matting, Note, RefinementChain, Walk, build_refinement
 from ..settings import MasksSettings
 from .rules import Evidence, Rule, RuleError, build_rule, check_columns, reads_saliency
 
@@ -122,10 +122,13 @@ def _unusual(saliency: Tensor, threshold: float) -> str | None:
     return "all-salient" if salient.all() else None
 
 
-def build_rules(settings: MasksSettings) -> tuple[RefinementChain, Rule]:
+def build_rules(settings: MasksSettings, affinity_follows: bool = False) -> tuple[RefinementChain, Rule]:
     """The refinement and the label rule that the settings name, with all that they need.
 
     The chain is a context manager; it owns the processes of `settings.workers`.
+
+    Args:
+        affinity_follows: walks may lack their affinity network, which is not trained yet.
 
     Raises:
         OptionError: an unknown name or option, an unfit value, a library that is not installed, or two that don't fit.
@@ -136,6 +139,8 @@ def build_rules(settings: MasksSettings) -> tuple[RefinementChain, Rule]:
         raise RuleError(
             f"masks.seeds: {settings.seeds}: expected matting as the last step of masks.refine, got {settings.refine}"
         )
-    refine.prepare()
+    for step in refine.steps:
+        if not (affinity_follows and isinstance(step, Walk) and not step.model):
+            step.prepare()
     rule.prepare()
     return refine, rule

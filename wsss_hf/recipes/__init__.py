@@ -22,6 +22,7 @@ _PACKAGED = resources.files(__package__)
 _OPEN = {
     "cam.methods",
     "cam.backbone_config",
+    "affinity.backbone_config",
     "segmenter.backbone_config",
     "segmenter.loss_options",
     "masks.seed_options",
@@ -61,7 +62,7 @@ class Recipe(RecipeSettings):
         layers = [layer for part in parts for layer in _with_bases(part, Path(folder))]
         layers += [_change(change) for change in _as_strings(changes)]
         if backbone is not None:
-            both = {"cam": {"backbone": backbone}, "segmenter": {"backbone": backbone}}
+            both = {section: {"backbone": backbone} for section in ("cam", "affinity", "segmenter")}
             layers.append(("--backbone", both))
         if seed is not None:
             layers.append((f"--seed {seed}", {"seed": seed}))
@@ -200,7 +201,7 @@ def _check(recipe: Recipe) -> None:
     able = ["cam", *(name for name in methods if METHODS[name][1].maps is not Method.maps)]
     if recipe.cam.maps not in able:
         raise OptionError(f"cam.maps: expected {either(able)}, got {recipe.cam.maps!r}")
-    for section in ("masks", "self_training", "evaluation"):
+    for section in ("affinity", "masks", "self_training", "evaluation"):
         if steps := getattr(recipe, section).refine:
             build_refinement(steps, f"{section}.refine")
     build_rule(recipe.masks.seeds, recipe.masks.seed_options)

@@ -9,7 +9,7 @@ import dataclasses
 import multiprocessing
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
@@ -20,13 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
 
+from ..models.maps import normalize_maps
+from ..models.modeling_affinity import AffinityNetwork
 from ..models.options import OptionError, Options, option, unknown_name
 from ..models.pamr import refine_pictures
+from ..models.pretrained import pinned
 from .crf import dense_crf, require_densecrf
 from .matting import VitMatte, closed_form_alphas, knn_alphas
 from .trimap import BACKGROUND, FOREGROUND, trimaps
 
+_WALK_PIXELS = 1 << 20  # of images that walk together
 _PAMR_PIXELS = 1 << 20  # of images that PAMR refines together: its affinities take 200 bytes for each
 
 
@@ -111,18 +116,87 @@ class Pamr(RefinementStep):
         self, scores: list[Tensor], images: list[np.ndarray], notes: list[Note], workers: Workers
     ) -> list[Tensor]:
         refined = list(scores)
-        of_size: dict[tuple[int, ...], list[int]] = {}
-        for i, image in enumerate(images):
-            of_size.setdefault(image.shape, []).append(i)
-        for (height, width, _), members in of_size.items():
-            count = max(1, _PAMR_PIXELS // (height * width))
-            for together in (members[start : start + count] for start in range(0, len(members), count)):
-                # Channels do not influence each other, so those of the padding do no harm.
-                padded = pad_sequence([scores[i] for i in together], batch_first=True)
-                pictures = torch.from_numpy(np.stack([images[i] for i in together]))
-                results = refine_pictures(pictures, padded, self.iterations, self.dilations)
-                for i, result in zip(together, results, strict=True):
-                    refined[i] = result[: len(scores[i])]
+        for together, pictures, padded in _of_one_size(scores, images, _PAMR_PIXELS):
+            results = refine_pictures(torch.from_numpy(pictures), padded, self.iterations, self.dilations)
+            for i, result in zip(together, results, strict=True):
+                refined[i] = result[: len(scores[i])]
+        return refined
+
+
+def _of_one_size(
+    scores: Sequence[Tensor], images: Sequence[np.ndarray], pixels: int
+) -> Iterator[tuple[list[int], np.ndarray, Tensor]]:
+    """Images of one size together: indices, images (B, H, W, 3), and scores (B, K, H, W), padded by channels of 0.
+
+    For steps in which channels do not influence each other, so that those of the padding do no harm.
+
+    Args:
+        pixels: of the images of a batch, about.
+    """
+    of_size: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        of_size.setdefault(image.shape, []).append(i)
+    for (height, width, _), members in of_size.items():
+        count = max(1, pixels // (height * width))
+        for together in (members[start : start + count] for start in range(0, len(members), count)):
+            padded = pad_sequence([scores[i] for i in together], batch_first=True)
+            yield together, np.stack([images[i] for i in together]), padded
+
+
+@dataclass
+class Walk(RefinementStep):
+    """A random walk of the class maps along learnt affinities, see `models.affinity`; IRN's and AffinityNet's.
+
+    The walked map of each class is divided by its maximum. The background score stays what it is or, with
+    `background_alpha`, walks along, and no map is divided by anything: AffinityNet's way, whose labels are the argmax.
+    """
+
+    model: str = option("", "Directory or Hub id of an affinity network; empty is that of the run, or of --affinity.")
+    steps: int = option(
+        64, "Of the walk; more blur boundaries that are not certain. IRN's program takes 256.", at_least=0
+    )
+    power: float = option(10.0, "Of the affinities: larger values stop at weaker boundaries.", above=0)
+    radius: int = option(5, "A step leads to positions nearer than this.", at_least=2)
+    background_alpha: float | None = option(
+        None, "The background score (1 - largest map)^alpha walks along with the classes.", above=0
+    )
+
+    def prepare(self) -> None:
+        if not self.model:
+            raise RefinementError(
+                "walk.model: expected an affinity network (--affinity, or walk: {model: DIR}), got none; "
+                "`wsss train-affinity` makes one, `wsss run` for masks.refine alone"
+            )
+        try:
+            self._network  # noqa: B018  (loads it)
+        except (OSError, ValueError) as error:
+            raise RefinementError(f"walk.model: {error}") from error
+
+    @cached_property
+    def _network(self) -> tuple[Any, BaseImageProcessor]:
+        name, revision = pinned(self.model, {})
+        config = AutoConfig.from_pretrained(name, **revision)
+        if not isinstance(config, AffinityNetwork.config_class):
+            raise ValueError(f"{self.model}: expected an affinity network, got a {config.model_type}")
+        network = AffinityNetwork.from_pretrained(name, **revision).eval()
+        return network, AutoImageProcessor.from_pretrained(name, **revision)
+
+    def refine(
+        self, scores: list[Tensor], images: list[np.ndarray], notes: list[Note], workers: Workers
+    ) -> list[Tensor]:
+        network, processor = self._network
+        refined = list(scores)
+        for together, pictures, padded in _of_one_size(scores, images, _WALK_PIXELS):
+            network.to(padded.device)
+            inputs = processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(padded.device)
+            if self.background_alpha is not None:
+                largest = padded[:, 1:].amax(dim=1, keepdim=True)
+                padded = torch.cat([(1 - largest).clamp(min=0) ** self.background_alpha, padded[:, 1:]], dim=1)
+            walked = network.walk(inputs, padded, self.radius, self.power, self.steps)
+            if self.background_alpha is None:
+                walked = torch.cat([padded[:, :1], normalize_maps(walked[:, 1:])], dim=1)
+            for i, result in zip(together, walked, strict=True):
+                refined[i] = result[: len(scores[i])]
         return refined
 
 
@@ -246,7 +320,7 @@ def levels(scores: np.ndarray) -> np.ndarray:
     return np.where((maps < background) | (maps == 0), below, 1 + above) / 2
 
 
-STEPS: dict[str, type[RefinementStep]] = {"pamr": Pamr, "crf": Crf, "matting": Matting}
+STEPS: dict[str, type[RefinementStep]] = {"walk": Walk, "pamr": Pamr, "crf": Crf, "matting": Matting}
 
 
 class Workers:
@@ -353,7 +427,8 @@ def build_refinement(steps: Sequence[str | Mapping], where: str = "masks.refine"
 
     Args:
         steps: names, or one-key mappings of a name to its options: `[]`, `[pamr]`, `[{crf: {iterations: 10}}]`,
-            `[pamr, {matting: {method: knn}}]`. The options are the fields of `Pamr`, `Crf` and `Matting`.
+            `[pamr, {matting: {method: knn}}]`. The options are the fields of `Walk`, `Pamr`, `Crf` and
+            `Matting`.
         where: the option that names them; begins the messages.
         workers: as of [`RefinementChain`].
 

@@ -26,13 +26,14 @@ from ..data.tagged import class_names, decode_image, decode_mask, has_value, und
 from ..inference.load import load_labeler, load_segmenter
 from ..inference.segmenter import segment_images
 from ..progress import is_quiet, set_quiet
+from ..pseudo_labels.affinity_labels import needs_affinity, with_affinity
 from ..pseudo_labels.label_images import label_images
 from ..pseudo_labels.rules import rows_to_label
 from ..pseudo_labels.threshold import at_thresholds, with_threshold
 from ..reporting.comparison import comparison_markdown, summarize, write_comparison
 from ..reporting.html import ReportExample
 from ..settings import MasksSettings, RecipeError, TrainSettings
-from . import evaluate, make_masks, relabel, train_cam, train_refiner, train_segmenter
+from . import evaluate, make_masks, relabel, train_affinity, train_cam, train_refiner, train_segmenter
 from .cache import SETTINGS_FILE, OutputError, Record, read_record, write_atomically
 from .fingerprint import model_fingerprint, rows_fingerprint
 from .plan import Cell, plan_cells
@@ -41,7 +42,7 @@ from .run import run
 
 VERSION = 1
 _CELL_FILE = "cell.json"
-_STAGES = (train_cam, train_refiner, make_masks, train_segmenter, relabel, evaluate)
+_STAGES = (train_cam, train_refiner, train_affinity, make_masks, train_segmenter, relabel, evaluate)
 
 
 class CompareError(RuntimeError):
@@ -179,18 +180,21 @@ def run_cell(cell: Cell, cams: Sequence[Path] = (), force: bool = False) -> dict
         cam = train_cam.train_cam(data, recipe, folder / "cam", force=force)
         if recipe.refiner.use:
             train_refiner.train_refiner(data, cam, recipe, labeler, force=force)
+        train_affinity.affinity_of_run(data, labeler, recipe, folder / "affinity", force=force)
+    affinity = folder / "affinity" if needs_affinity(recipe.masks) else None
+    settings = with_affinity(recipe.masks, affinity)
     started = time.perf_counter()
-    maps = evaluate.maps_row("maps", labeler, data, recipe.masks)
+    maps = evaluate.maps_row("maps", labeler, data, settings)
     seconds = time.perf_counter() - started
     cost: dict[str, Any] = {
         name: training_cost(folder / name, getattr(recipe, name.partition("-")[0]).train, len(data["train"]))
-        for name in ("cam", "refiner", *_segmenters(cell))
+        for name in ("cam", "refiner", "affinity", *_segmenters(cell))
         if (folder / name).is_dir()
     }
     if "num_images" in maps:
         cost["label_seconds_per_image"] = seconds / maps["num_images"]
     # Thresholds that were found without masks are not searched again.
-    _save_examples(cell, data, labeler, at_thresholds(recipe.masks, maps))
+    _save_examples(cell, data, labeler, at_thresholds(settings, maps))
     record: dict[str, Any] = {"settings": _settings(cell), "made_from": _made_from(cell).to_dict()}
     record |= {"maps": maps, "results": results, "cost": cost, "device": _device_name()}
     record["class_names"] = ["background", *class_names(data)]

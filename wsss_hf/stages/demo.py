@@ -16,6 +16,7 @@ from .evaluate import maps_row, masks_row, segmenter_row
 from .make_masks import make_masks
 from .results import RunResult
 from .run import check_run_folder, self_train, write_results
+from .train_affinity import affinity_of_run
 from .train_cam import train_cam
 from .train_refiner import train_refiner
 from .train_segmenter import train_segmenter
@@ -43,7 +44,8 @@ def demo(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: bo
     cam = train_cam(data, recipe, out / "cam", force=force)
     plain_cam = train_cam(data, plain, out / "plain_cam", force=force) if recipe.cam.methods else cam
     refiner = train_refiner(data, cam, recipe, out / "refiner", force=force) if recipe.refiner.use else None
-    masks = make_masks(data, refiner or cam, recipe, out / "masks", force=force)
+    affinity = affinity_of_run(data, refiner or cam, recipe, out / "affinity", force=force)
+    masks = make_masks(data, refiner or cam, recipe, out / "masks", affinity=affinity, force=force)
     segmenter = train_segmenter(masks.data, recipe, out / "segmenter", cam=cam, force=force)
     steps = [
         *recipe.cam.methods,
@@ -56,7 +58,7 @@ def demo(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: bo
         masks_row(f"pseudo masks, {' + '.join(['CAM', *(step.upper() for step in steps)])}", masks.data),
         segmenter_row("segmenter trained on pseudo masks", segmenter, data, protocol),
     ]
-    result = self_train(data, RunResult(out, cam, refiner, masks, segmenter, rows), recipe, force=force)
+    result = self_train(data, RunResult(out, cam, refiner, affinity, masks, segmenter, rows), recipe, force=force)
     supervised = train_segmenter(data, recipe, out / "supervised", mask_column="mask", cam=cam, force=force)
     last = segmenter_row("segmenter trained on true masks", supervised, data, protocol)
     result = dataclasses.replace(result, results=[*result.results, last])

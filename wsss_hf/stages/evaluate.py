@@ -34,6 +34,7 @@ from ..metrics.errors import Errors, compare_errors
 from ..metrics.figures import Figures
 from ..metrics.threshold_curve import ThresholdCurve
 from ..progress import Progress
+from ..pseudo_labels.affinity_labels import with_affinity
 from ..pseudo_labels.label_images import label_images
 from ..pseudo_labels.threshold import thresholds_of, with_threshold
 from ..recipes import Recipe
@@ -61,6 +62,7 @@ def evaluate(
     recipe: Recipe | None = None,
     *,
     cam: str | os.PathLike | None = None,
+    affinity: str | os.PathLike | None = None,
     segmenter: str | os.PathLike | None = None,
     against: str | os.PathLike | None = None,
     masks: str | os.PathLike | None = None,
@@ -75,6 +77,7 @@ def evaluate(
         recipe: its `masks` section says how a CAM classifier makes masks, its `evaluation` section is the test
             protocol of segmenters; None takes the default recipe.
         cam: a CAM classifier, a directory or Hub id; its masks are measured on split "train".
+        affinity: an affinity network for these masks, as of [`make_masks`].
         segmenter: a segmenter, measured on `split`.
         against: a second segmenter: instead of figures, the gap between both by kind of error.
         masks: a folder of label maps IMAGE_ID.png, measured on `split`.
@@ -97,7 +100,7 @@ def evaluate(
     gap = None
     if cam is not None:
         needs_masks(data, "train")
-        rows.append(maps_row(f"masks of {cam}", cam, data, recipe.masks))
+        rows.append(maps_row(f"masks of {cam}", cam, data, with_affinity(recipe.masks, affinity)))
     if segmenter is not None and save_masks is not None:
         if split not in data:
             raise RecipeError(f"--split: expected {' or '.join(data)}, got {split}")

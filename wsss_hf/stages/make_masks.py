@@ -25,6 +25,7 @@ from ..inference.load import load_labeler
 from ..models.label_colors import mask_image
 from ..models.modeling_cam import CamClassifier
 from ..progress import is_quiet
+from ..pseudo_labels.affinity_labels import walk_models, with_affinity
 from ..pseudo_labels.label_images import Labelled, build_rules, label_images
 from ..pseudo_labels.rules import check_columns, reads_saliency
 from ..pseudo_labels.threshold import thresholds_of, with_threshold
@@ -45,6 +46,7 @@ def make_masks(
     recipe: Recipe,
     out: str | os.PathLike,
     *,
+    affinity: str | os.PathLike | None = None,
     force: bool = False,
 ) -> LabelledData:
     """Write `data` with a column `pseudo_mask`, and `confidence` if wanted, in split "train".
@@ -59,6 +61,7 @@ def make_masks(
         cam: a trained CAM classifier or map refiner, a directory or Hub id.
         recipe: its `masks` section is used.
         out: folder of the data set, as for [`train_cam`].
+        affinity: an affinity network, a directory or Hub id, for steps `walk` of `masks.refine` that name none.
         force: make the masks again whatever is there.
 
     Returns:
@@ -74,7 +77,11 @@ def make_masks(
     columns = ["image_id", "tags", "image", *(["saliency"] if reads_saliency(settings, rows) else [])]
     fingerprints = row_fingerprints(rows, columns)
     inputs = {"data": rows_fingerprint(rows, columns, fingerprints), "cam": model_fingerprint(cam)}
+    for number, name in enumerate(dict.fromkeys(name or affinity for name in walk_models(settings))):
+        if name is not None:
+            inputs[f"affinity-{number}" if number else "affinity"] = model_fingerprint(name)
     output = StageOutput(out, Record("make-masks", VERSION, {"masks": settings}, inputs, source_of(data)), force)
+    settings = with_affinity(settings, affinity)
     if output.done:
         return LabelledData(output.path)
     state = PartialState()
@@ -91,7 +98,8 @@ def make_masks(
         rules = build_rules(settings)
         compute = partial(_encoded, model, processor, settings=settings, rules=rules, kept=kept, steps=steps)
         thresholds = thresholds_of(settings)
-        key, shards = digest([inputs["cam"], json.dumps(thresholds)]), folder / "shards"
+        models = [value for name, value in inputs.items() if name != "data"]
+        key, shards = digest([*models, json.dumps(thresholds)]), folder / "shards"
         with rules[0]:  # which may own worker processes
             made = compute_shards(compute, rows, fingerprints, features, shards, settings.shard_size, "masks", key)
         if state.is_main_process:

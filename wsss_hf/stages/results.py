@@ -51,7 +51,7 @@ class StageResult(os.PathLike):
 
 
 class TrainedModel(StageResult):
-    """A trained model: CAM classifier, map refiner or segmenter."""
+    """A trained model: CAM classifier, map refiner, affinity network or segmenter."""
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -92,6 +92,7 @@ class RunResult(StageResult):
     Attributes:
         cam: the CAM classifier.
         refiner: the map refiner, where the recipe has one.
+        affinity: the affinity network, where the recipe walks.
         masks: the data set with the pseudo masks that the last segmenter learnt from.
         segmenter: the last one.
         results: rows of figures, as `results.json` holds them.
@@ -99,6 +100,7 @@ class RunResult(StageResult):
 
     cam: TrainedModel
     refiner: TrainedModel | None
+    affinity: TrainedModel | None
     masks: LabelledData
     segmenter: TrainedModel
     results: list[dict[str, Any]]

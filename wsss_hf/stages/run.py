@@ -19,7 +19,8 @@ from ..data.tagged import class_names, decode_image, decode_mask, source_of, und
 from ..inference.load import load_labeler, load_segmenter
 from ..inference.segmenter import segment_images
 from ..progress import is_quiet
-from ..pseudo_labels.label_images import build_rules, label_images
+from ..pseudo_labels.affinity_labels import with_affinity
+from ..pseudo_labels.label_images import label_images
 from ..pseudo_labels.rules import rows_to_label
 from ..pseudo_labels.threshold import at_thresholds
 from ..recipes import Recipe
@@ -32,6 +33,7 @@ from .evaluate import masks_row, segmenter_row
 from .make_masks import make_masks
 from .relabel import relabel
 from .results import LabelledData, RunResult, StageResult, TrainedModel
+from .train_affinity import affinity_of_run, check_masks
 from .train_cam import train_cam
 from .train_refiner import train_refiner
 from .train_segmenter import train_segmenter
@@ -40,14 +42,14 @@ RESULTS_FILE = "results.json"
 
 
 def run(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: bool = False) -> RunResult:
-    """Train the CAM classifier and, if the recipe says so, the map refiner; make pseudo masks, train the segmenter,
-    evaluate, report.
+    """Train the CAM classifier and, if the recipe says so, map refiner and affinity network; make pseudo masks, train
+    the segmenter, evaluate, report.
 
     Args:
         data: tagged images; rows that have a `mask` serve the evaluation, and nothing else.
-        out: gets `cam/`, perhaps `refiner/`, `masks/`, `segmenter/`, `results.json`, `report.html` and `gallery.png`;
-            with rounds of self-training also `masks-2/`, `segmenter-2/` … Stages whose inputs and settings have not
-            changed are not run again.
+        out: gets `cam/`, perhaps `refiner/` and `affinity/`, `masks/`, `segmenter/`, `results.json`, `report.html` and
+            `gallery.png`; with rounds of self-training also `masks-2/`, `segmenter-2/` … Stages whose inputs and
+            settings have not changed are not run again.
         force: run all stages again.
 
     Raises:
@@ -55,18 +57,19 @@ def run(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: boo
         RefinementError: the library of a refinement step is missing.
     """
     out = check_run_folder(out)
-    build_rules(recipe.masks)  # what is missing is said before hours of training
+    check_masks(recipe)  # what is missing is said before hours of training
     for section in ("self_training", "evaluation"):
         build_refinement(getattr(recipe, section).refine, f"{section}.refine").prepare()
     cam = train_cam(data, recipe, out / "cam", force=force)
     refiner = train_refiner(data, cam, recipe, out / "refiner", force=force) if recipe.refiner.use else None
-    masks = make_masks(data, refiner or cam, recipe, out / "masks", force=force)
+    affinity = affinity_of_run(data, refiner or cam, recipe, out / "affinity", force=force)
+    masks = make_masks(data, refiner or cam, recipe, out / "masks", affinity=affinity, force=force)
     segmenter = train_segmenter(masks.data, recipe, out / "segmenter", cam=cam, force=force)
     rows = [
         masks_row("pseudo masks", masks.data),
         segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe.evaluation),
     ]
-    result = RunResult(out, cam, refiner, masks, segmenter, rows)
+    result = RunResult(out, cam, refiner, affinity, masks, segmenter, rows)
     result = self_train(data, result, recipe, force=force)
     write_results(result, data, recipe)
     return result
@@ -149,7 +152,7 @@ def report_examples(
     count = min(recipe.evaluation.examples, len(rows))
     rows = rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
     names, raw, device = class_names(rows), undecoded(rows), PartialState().device
-    settings = at_thresholds(recipe.masks, thresholds)
+    settings = with_affinity(at_thresholds(recipe.masks, thresholds), result.affinity)
     labeler: TrainedModel = result.refiner or result.cam
     classifier, cam_processor = load_labeler(os.fspath(labeler), device, optimize=settings.optimize)
     model, processor = load_segmenter(os.fspath(result.segmenter), device)

@@ -8,12 +8,12 @@ from transformers import PreTrainedModel
 
 from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.pretrained import backbone_normalization, resolve_backbone_config
-from ..settings import CamSettings, ImageSettings, RecipeError, SegmenterSettings
+from ..settings import AffinitySettings, CamSettings, ImageSettings, RecipeError, SegmenterSettings
 
 
 def build_on_backbone(
     model_class: Any,  # a model of this package
-    section: CamSettings | SegmenterSettings,
+    section: CamSettings | AffinitySettings | SegmenterSettings,
     image: ImageSettings,
     name: str,
     **options: Any,
