@@ -199,6 +199,20 @@ def test_second_pass_hides_the_source_pixels_and_has_no_gradient(network, plda):
     torch.testing.assert_close(masked, torch.where(hidden, 0, step.pixel_values))
 
 
+def test_losses_are_the_mean_of_both_views_where_there_are_two(network, plda):
+    plda.eval()
+    step = make_step(network)
+    first = plda.losses(step)
+    smaller = F.interpolate(step.pixel_values, scale_factor=0.5, mode="bilinear")
+    step.second_view = step.of_view(smaller)
+    features, cams = network(smaller)
+    second = plda.losses(TrainingStep(smaller, smaller, step.tags, features, cams, step.progress, classify=network))
+    losses = plda.losses(step)
+    for name, loss in losses.items():
+        assert abs(first[name] - second[name]) > 1e-4
+        torch.testing.assert_close(loss, (first[name] + second[name]) / 2)
+
+
 def test_confident_labels_are_tagged_objects_on_the_pixels_of_their_domain(network, plda):
     step = make_step(network)
     source = source_pixels(step.cams, step.tags)

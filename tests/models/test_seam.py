@@ -1,6 +1,10 @@
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from torch.nn import functional as F
 
 from wsss_hf.models.methods import TrainingStep
 from wsss_hf.models.seam import (
@@ -8,6 +12,7 @@ from wsss_hf.models.seam import (
     SeamConfig,
     equivariance_loss,
     equivariant_cross_regularization,
+    losses_of_views,
     max_one_hot,
     min_max_normalize,
     pixel_correlation,
@@ -15,6 +20,11 @@ from wsss_hf.models.seam import (
     suppressed_scores,
 )
 
+REFERENCE = {
+    key.removeprefix("seam/"): value
+    for key, value in load_file(Path(__file__).parents[1] / "fixtures" / "official_outputs.safetensors").items()
+    if key.startswith("seam/")
+}
 CLASSES = 3
 
 
@@ -40,11 +50,13 @@ class Backbone(nn.Module):
         return tuple(features), self.classifier(pixel_values)
 
 
-def make_step(network, tags, size=(96, 80)):
+def make_step(seam, network, tags, size=(96, 80)):
     images = torch.rand(len(tags), 3, *size, generator=torch.Generator().manual_seed(3))
     pixel_values = (images - 0.5) / 0.25
     features, cams = network(pixel_values)
-    return TrainingStep(pixel_values, images, torch.tensor(tags), features, cams, progress=0.5, classify=network)
+    step = TrainingStep(pixel_values, images, torch.tensor(tags), features, cams, progress=0.5, classify=network)
+    step.second_view = step.of_view(seam.second_view(pixel_values))
+    return step
 
 
 @pytest.fixture
@@ -60,6 +72,26 @@ def seam(network):
 
 
 TAGS = [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+
+
+def test_losses_and_their_gradients_match_the_released_program():
+    views = {n: REFERENCE[n].clone().requires_grad_() for n in ("cams_1", "cams_2", "refined_1", "refined_2")}
+    cams, refined = (views["cams_1"][:, 1:], views["cams_2"][:, 1:]), (views["refined_1"], views["refined_2"])
+    losses = losses_of_views(cams, refined, REFERENCE["tags"])
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, REFERENCE[f"loss_{name}"][0], atol=1e-6, rtol=1e-5)
+    total = sum(losses.values())
+    torch.testing.assert_close(total, REFERENCE["loss"][0], atol=1e-6, rtol=1e-5)
+    total.backward()
+    for name, view in views.items():
+        wanted = REFERENCE[f"{name}_grad"]
+        assert wanted.abs().max() > 5e-4
+        torch.testing.assert_close(view.grad, wanted, atol=1e-7, rtol=1e-4)
+
+
+def test_pixel_correlation_matches_the_released_program():
+    refined = pixel_correlation(REFERENCE["pcm_cams"], REFERENCE["pcm_features"])
+    torch.testing.assert_close(refined, REFERENCE["pcm"], atol=1e-5, rtol=0)
 
 
 def test_pixel_correlation_is_the_affinity_weighted_mean_of_all_pixels():
@@ -141,20 +173,30 @@ def test_equivariance_loss_vanishes_for_a_network_that_follows_scale(network):
     ramp = torch.linspace(0, 1, 160)[:, None].expand(1, 3, 160, 160).contiguous()
     features, cams = classify(ramp)
     step = TrainingStep(ramp, ramp, torch.ones(1, 3), features, cams, 0.0, classify)
-    assert Seam(SeamConfig(), backbone, 3).losses(step)["seam_equivariance"].item() < 1e-4
+    seam = Seam(SeamConfig(), backbone, 3)
+    step.second_view = step.of_view(seam.second_view(ramp))
+    assert seam.losses(step)["seam_equivariance"].item() < 1e-4
 
 
-def test_second_view_is_scaled_in_whole_strides(network, seam):
-    step = make_step(network, TAGS, size=(96, 80))
-    network.sizes.clear()
-    seam.losses(step)
-    assert network.sizes == [(32, 24)]
-    assert seam.smaller_view(torch.zeros(1, 3, 16, 448)).shape[-2:] == (8, 136)
+def test_second_view_is_the_image_at_0_3_of_its_size(seam):
+    pixels = torch.rand(2, 3, 448, 375)
+    view = seam.second_view(pixels)
+    assert view.shape == (2, 3, 134, 112)  # what the released program works on: whole pixels of 134.4 and 112.5
+    torch.testing.assert_close(view, F.interpolate(pixels, (134, 112), mode="bilinear", align_corners=True))
+    assert torch.equal(view[..., [0, -1], [0, -1]], pixels[..., [0, -1], [0, -1]])
+    assert seam.second_view(torch.zeros(1, 3, 2, 90)).shape[-2:] == (1, 27)
+
+
+@pytest.mark.parametrize(("side", "wanted"), [(224, 70), (448, 140), (28, 14)])
+def test_a_network_of_patches_sees_whole_ones(network, side, wanted):
+    network.patch_size = 14
+    seam = Seam(SeamConfig(), network, CLASSES)
+    assert seam.second_view(torch.zeros(1, 3, side, side)).shape[-2:] == (wanted, wanted)
 
 
 def test_gradients_reach_the_network_from_the_cam_losses_and_only_pcm_from_the_refined_ones(network, seam):
     def gradients(name):
-        losses = seam.losses(make_step(network, TAGS))
+        losses = seam.losses(make_step(seam, network, TAGS))
         network.zero_grad()
         seam.zero_grad()
         losses[name].backward()
@@ -163,15 +205,15 @@ def test_gradients_reach_the_network_from_the_cam_losses_and_only_pcm_from_the_r
             for module in (network, seam)
         ]
 
-    assert gradients("seam_classification") == [True, False]
+    assert gradients("classification") == [True, False]
     assert gradients("seam_equivariance") == [True, False]
     assert gradients("seam_cross") == [False, True]
     assert gradients("seam_min") == [False, True]
 
 
 def test_losses_without_tags_are_zero_but_for_the_classification(network, seam):
-    losses = seam.losses(make_step(network, [[0.0] * CLASSES] * 2))
-    assert losses["seam_classification"].item() > 0
+    losses = seam.losses(make_step(seam, network, [[0.0] * CLASSES] * 2))
+    assert losses["classification"].item() > 0
     for name in ("seam_equivariance", "seam_cross", "seam_min"):
         assert losses[name].item() == 0, name
     sum(losses.values()).backward()
@@ -180,60 +222,56 @@ def test_losses_without_tags_are_zero_but_for_the_classification(network, seam):
     assert all(parameter.grad.abs().sum() == 0 for parameter in seam.parameters())
 
 
-def test_classification_loss_is_that_of_the_second_view(network, seam):
-    step = make_step(network, TAGS)
-    _, cams = network(seam.smaller_view(step.pixel_values))
-    expected = nn.functional.multilabel_soft_margin_loss(cams.mean(dim=(2, 3)), step.tags)
-    torch.testing.assert_close(seam.losses(step)["seam_classification"], expected)
+@pytest.mark.parametrize("weight", [1.0, 0.5])
+def test_classification_loss_is_the_mean_of_both_views(network, seam, weight):
+    seam.config = SeamConfig(projections=[4, 5], embedding=12, classification_weight=weight)
+    step = make_step(seam, network, TAGS)
+    losses = []
+    for view in (step, step.second_view):
+        shape = view.pixel_values.shape[-2:]
+        logits = F.interpolate(view.cams, shape, mode="bilinear", align_corners=True).mean(dim=(2, 3))
+        entropy = F.binary_cross_entropy_with_logits(logits, step.tags)
+        losses.append(entropy)
+    wanted = (losses[0] + weight * losses[1]) / (1 + weight)
+    assert abs(losses[0] - losses[1]) > 1e-4
+    torch.testing.assert_close(seam.losses(step)["classification"], wanted)
 
 
-def test_cross_and_lowest_quarter_losses_treat_both_views_alike(network, seam):
-    step = make_step(network, TAGS)
-    view = seam.smaller_view(step.pixel_values)
-    view_features, view_cams = network(view)
-    losses = seam.losses(step)
-    tags = step.tags[:, :, None, None]
-    refined = seam.refine(step.pixel_values, step.features, step.cams)
-    view_refined = seam.refine(view, view_features, view_cams)
-    lowest = [smallest_quarter_mean(maps[:, 1:] * tags) for maps in (refined, view_refined)]
-    torch.testing.assert_close(losses["seam_min"], torch.stack(lowest).mean())
+def test_both_views_are_compared_at_the_size_of_the_second_image(network, seam):
+    step = make_step(seam, network, TAGS)
+    cams, refined = zip(*(seam.at_image_size(view) for view in (step, step.second_view)), strict=True)
+    assert [maps.shape[-2:] for maps in (*cams, *refined)] == 2 * [(96, 80), (28, 24)]
+    losses, wanted = seam.losses(step), losses_of_views(cams, refined, step.tags)
+    for name in ("equivariance", "cross", "min"):
+        torch.testing.assert_close(losses[f"seam_{name}"], wanted[name])
 
-    def scores(cams):
-        objects = nn.functional.interpolate(
-            min_max_normalize(cams), size=view_cams.shape[-2:], mode="bilinear", align_corners=True
-        )
-        return torch.cat([1 - (objects * tags).amax(dim=1, keepdim=True), objects * tags], dim=1)
 
-    def refined_scores(maps):
-        maps = nn.functional.interpolate(
-            min_max_normalize(maps), size=view_cams.shape[-2:], mode="bilinear", align_corners=True
-        )
-        return torch.cat([maps[:, :1], maps[:, 1:] * tags], dim=1)
-
-    expected = equivariant_cross_regularization(scores(view_cams), refined_scores(refined))
-    expected = expected + equivariant_cross_regularization(scores(step.cams), refined_scores(view_refined))
-    torch.testing.assert_close(losses["seam_cross"], expected)
+def test_a_step_without_the_second_view_is_refused(network, seam):
+    step = make_step(seam, network, TAGS)
+    step.second_view = None
+    with pytest.raises(ValueError, match="second_view: expected"):
+        seam.losses(step)
 
 
 def test_weights_scale_their_losses(network, seam):
-    plain = seam.losses(make_step(network, TAGS))
-    weights = {"classification_weight": 2.0, "equivariance_weight": 3.0, "cross_weight": 4.0, "min_weight": 5.0}
+    plain = seam.losses(make_step(seam, network, TAGS))
+    weights = {"equivariance_weight": 3.0, "cross_weight": 4.0, "min_weight": 5.0}
     seam.config = SeamConfig(projections=[4, 5], embedding=12, **weights)
-    weighted = seam.losses(make_step(network, TAGS))
-    for name, weight in zip(plain, weights.values(), strict=True):
+    weighted = seam.losses(make_step(seam, network, TAGS))
+    for name, weight in zip(plain, (1.0, *weights.values()), strict=True):
         torch.testing.assert_close(weighted[name], weight * plain[name])
 
 
 def test_losses_are_float32_and_finite_in_autocast(network, seam):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses = seam.losses(make_step(network, TAGS))
+        losses = seam.losses(make_step(seam, network, TAGS))
     assert all(loss.dtype == torch.float32 and loss.isfinite() and loss.ndim == 0 for loss in losses.values())
     sum(losses.values()).backward()
     assert all(parameter.grad.isfinite().all() for parameter in seam.parameters())
 
 
 def test_maps_are_the_refined_cams(network, seam):
-    step = make_step(network, TAGS)
+    step = make_step(seam, network, TAGS)
     maps = seam.maps(step)
     assert maps.shape == step.cams.shape
     assert maps.min() >= 0 and maps.max() <= 1
@@ -247,7 +285,7 @@ def test_stages_can_be_chosen_and_are_resized_to_the_map(network):
     seam = Seam(SeamConfig(stages=[0, 1, 2], projections=[2, 3, 4], embedding=7), network, CLASSES)
     assert [projection.in_channels for projection in seam.projections] == Backbone.channels
     assert seam.embedding.in_channels == 3 + 2 + 3 + 4
-    assert seam.maps(make_step(network, TAGS)).isfinite().all()
+    assert seam.maps(make_step(seam, network, TAGS)).isfinite().all()
 
 
 def test_a_stage_that_does_not_exist_is_named(network):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .registry import METHODS, register_method
 
@@ -36,6 +37,8 @@ class TrainingStep:
         saliency: (B, H, W) float in [0, 1], or None.
         localize: `localize(name, pixel_values, features, cams)`, the maps of the method `name` on these images,
             (B, C, h, w); "cam" gives `cams` back.
+        second_view: in training, the step on the view of the images that a method asks for, see
+            [`Method.second_view`]; its features and CAMs have a gradient too. None where no method does.
     """
 
     pixel_values: Tensor
@@ -48,6 +51,20 @@ class TrainingStep:
     superpixels: Tensor | None = None
     saliency: Tensor | None = None
     localize: Callable[[str, Tensor, tuple[Tensor, ...], Tensor], Tensor] = lambda name, images, features, cams: cams
+    second_view: TrainingStep | None = None
+
+    def of_view(self, pixel_values: Tensor) -> TrainingStep:
+        """The step on a view of its images of another size, (B, 3, h, w); it has neither superpixels nor saliency."""
+        features, cams = self.classify(pixel_values)
+        return dataclasses.replace(
+            self,
+            pixel_values=pixel_values,
+            images=F.interpolate(self.images, pixel_values.shape[-2:], mode="bilinear", align_corners=True),
+            features=features,
+            cams=cams,
+            superpixels=None,
+            saliency=None,
+        )
 
 
 class Method(nn.Module):
@@ -119,10 +136,21 @@ class Method(nn.Module):
             return model.methods[name].maps(view)
 
         step.localize = localize
+        if model.training:
+            asked = (method.second_view(pixel_values) for method in model.methods.values())
+            view = next((values for values in asked if values is not None), None)
+            step.second_view = None if view is None else step.of_view(view)
         return step
 
+    def second_view(self, pixel_values: Tensor) -> Tensor | None:
+        """(B, 3, h, w): the images at another size, if the method wants the network to be trained on these too.
+
+        The network sees them once; every method finds what it gives in `step.second_view`.
+        """
+        return None
+
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
-        """Named, weighted, scalar float32 losses of this step."""
+        """Named, weighted, scalar float32 losses of this step; one named `classification` replaces the model's own."""
         return {}
 
     def maps(self, step: TrainingStep) -> Tensor | None:

@@ -264,6 +264,14 @@ class Plda(Method):
         return labels * F.pad(pixels, (0, 0, 0, 0, 1, 0))
 
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
+        losses = self.losses_of_view(step)
+        if step.second_view is None:
+            return losses
+        second = self.losses_of_view(step.second_view)
+        return {name: (loss + second[name]) / 2 for name, loss in losses.items()}
+
+    def losses_of_view(self, step: TrainingStep) -> dict[str, Tensor]:
+        """The losses on the images of `step` alone."""
         config, tags, cams = self.config, step.tags.float(), step.cams.float()
         with torch.no_grad():
             maps = step.localize(config.maps, step.pixel_values, step.features, cams)

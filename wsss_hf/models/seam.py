@@ -4,6 +4,7 @@ A second, smaller view of the image must give the same CAM, and a pixel correlat
 each view by the affinities of its pixels. "Scores" are (B, 1 + C, h, w) maps with the background in channel 0.
 Where paper and released program differ, the program is followed: no gradient flows into what PCM reads, so the cross
 regularisation and the lowest-quarter loss train PCM alone, while classification and equivariance train the network.
+All losses are of maps enlarged to the size of the images that they come from.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class SeamConfig(Options):
         0.2, "Share of the largest differences that the cross regularisation counts.", above=0, at_most=1
     )
     classification_weight: float = option(
-        1.0, "Weight of the second view's classification loss (the first view's is the model's own).", at_least=0
+        1.0, "Weight of the second view in the classification loss, a weighted mean; the first one's is 1.", at_least=0
     )
     equivariance_weight: float = option(1.0, "Weight of the equivariance loss.", at_least=0)
     cross_weight: float = option(1.0, "Weight of the equivariant cross regularisation.", at_least=0)
@@ -79,14 +80,15 @@ def max_one_hot(scores: Tensor) -> Tensor:
 def suppressed_scores(cams: Tensor, eps: float = 1e-5) -> Tensor:
     """What PCM refines: relu'd CAMs over their maxima, one minus the strongest as background, one-hot suppressed.
 
+    A value below `eps` is 0.
+
     Args:
         cams: (B, C, h, w) CAM logits.
 
     Returns:
         (B, 1 + C, h, w) in [0, 1], background first.
     """
-    objects = cams.relu()
-    objects = objects / (objects.amax(dim=(2, 3), keepdim=True) + eps)
+    objects = (cams - eps).relu() / (cams.relu().amax(dim=(2, 3), keepdim=True) + eps)
     return max_one_hot(torch.cat([1 - objects.amax(dim=1, keepdim=True), objects], dim=1))
 
 
@@ -143,11 +145,57 @@ def smallest_quarter_mean(maps: Tensor) -> Tensor:
     return strongest.topk(max(1, strongest.shape[1] // 4), dim=1, largest=False).values.mean()
 
 
+def losses_of_views(
+    cams: Sequence[Tensor],
+    refined: Sequence[Tensor],
+    tags: Tensor,
+    classification_weight: float = 1.0,
+    cross_fraction: float = 0.2,
+) -> dict[str, Tensor]:
+    """The losses of SEAM, from what the network gives for both views, each at the size of its image.
+
+    Maps are min-max normalised at their own size; those of the first view are then brought to the size of the second.
+    An image without tags contributes exact zeros to all losses but the classification.
+
+    Args:
+        cams: (B, C, H, W) CAM logits of the image, and (B, C, h, w) those of its smaller view.
+        refined: (B, 1 + C, H, W) and (B, 1 + C, h, w) refined scores, background first.
+        tags: (B, C) 0/1.
+        classification_weight: of the second view, relative to the first one's.
+        cross_fraction: see [`equivariant_cross_regularization`].
+
+    Returns:
+        `classification`, the mean of both views; `equivariance`; `cross`, the sum over both directions; and `min`,
+        the mean of both views.
+    """
+    size = cams[1].shape[-2:]
+    tags = tags.to(cams[0].dtype)
+    present = tags[:, :, None, None]
+    any_tag = present.amax(dim=1, keepdim=True)
+
+    losses = [F.multilabel_soft_margin_loss(maps.mean(dim=(2, 3)), tags) for maps in cams]
+    classification = (losses[0] + classification_weight * losses[1]) / (1 + classification_weight)
+    lowest = torch.stack([smallest_quarter_mean(maps[:, 1:] * present) for maps in refined]).mean()
+
+    objects = [resize(min_max_normalize(maps), size) * present for maps in cams]
+    scores = [torch.cat([any_tag - maps.amax(dim=1, keepdim=True), maps], dim=1) for maps in objects]
+    with_tags = torch.cat([any_tag, present], dim=1)
+    first_refined, second_refined = (resize(min_max_normalize(maps), size) * with_tags for maps in refined)
+    cross = equivariant_cross_regularization(scores[1], first_refined, cross_fraction)
+    cross = cross + equivariant_cross_regularization(scores[0], second_refined, cross_fraction)
+    return {
+        "classification": classification,
+        "equivariance": equivariance_loss(*objects),
+        "cross": cross,
+        "min": lowest,
+    }
+
+
 @register_method("seam", SeamConfig)
 class Seam(Method):
     """SEAM on any backbone with at least as many stages as PCM reads.
 
-    An image without tags contributes exact zeros to all losses but the classification.
+    The classification loss becomes the mean of both views.
     """
 
     paper = (
@@ -158,7 +206,8 @@ class Seam(Method):
     def __init__(self, config: SeamConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
         check_stages("seam", config.stages, backbone)
-        self.stride = backbone.strides[-1]
+        patch_size = getattr(backbone, "patch_size", None)
+        self.patch_size = patch_size if isinstance(patch_size, int) else 1
         self.projections = nn.ModuleList(
             nn.Conv2d(backbone.channels[stage], channels, kernel_size=1, bias=False)
             for stage, channels in zip(config.stages, config.projections, strict=True)
@@ -181,43 +230,32 @@ class Seam(Method):
             embedded.append(resize(projection(features[stage].detach()).relu(), size))
         return pixel_correlation(suppressed_scores(cams.detach().float()), self.embedding(torch.cat(embedded, dim=1)))
 
-    def smaller_view(self, pixel_values: Tensor) -> Tensor:
-        """The second view, in whole strides of the backbone: a part of a stride would have no place on the map."""
-        height, width = pixel_values.shape[-2:]
-        rows = max(1, round(height * self.config.scale / self.stride))
-        columns = max(1, round(width * self.config.scale / self.stride))
-        return resize(pixel_values, (rows * self.stride, columns * self.stride))
+    def second_view(self, pixel_values: Tensor) -> Tensor:
+        """The smaller view, in whole patches of a network of patches, which knows no part of one."""
+        height, width = (
+            max(1, round(int(side * self.config.scale) / self.patch_size)) * self.patch_size
+            for side in pixel_values.shape[-2:]
+        )
+        return resize(pixel_values, (height, width))
+
+    def at_image_size(self, step: TrainingStep) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) CAM logits and (B, 1 + C, H, W) refined scores of one view."""
+        size = step.pixel_values.shape[-2:]
+        refined = self.refine(step.pixel_values, step.features, step.cams)
+        return resize(step.cams.float(), size), resize(refined, size)
 
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
         config = self.config
-        view = self.smaller_view(step.pixel_values)
-        view_features, view_cams = step.classify(view)
-        cams, view_cams = step.cams.float(), view_cams.float()
-        size = view_cams.shape[-2:]
-
-        tags = step.tags.float()[:, :, None, None]
-        any_tag = tags.amax(dim=1, keepdim=True)
-        present = torch.cat([any_tag, tags], dim=1)
-
-        refined = self.refine(step.pixel_values, step.features, cams)
-        view_refined = self.refine(view, view_features, view_cams)
-        lowest = smallest_quarter_mean(refined[:, 1:] * tags) + smallest_quarter_mean(view_refined[:, 1:] * tags)
-
-        objects = resize(min_max_normalize(cams), size) * tags
-        view_objects = min_max_normalize(view_cams) * tags
-        refined = resize(min_max_normalize(refined), size) * present
-        view_refined = min_max_normalize(view_refined) * present
-        scores = torch.cat([any_tag - objects.amax(dim=1, keepdim=True), objects], dim=1)
-        view_scores = torch.cat([any_tag - view_objects.amax(dim=1, keepdim=True), view_objects], dim=1)
-        cross = equivariant_cross_regularization(view_scores, refined, config.cross_fraction)
-        cross = cross + equivariant_cross_regularization(scores, view_refined, config.cross_fraction)
-
-        classification = F.multilabel_soft_margin_loss(view_cams.mean(dim=(2, 3)), step.tags.float())
+        second = step.second_view
+        if second is None:
+            raise ValueError("second_view: expected the view of the step that SEAM's `second_view` gives, got none")
+        cams, refined = zip(*map(self.at_image_size, (step, second)), strict=True)
+        losses = losses_of_views(cams, refined, step.tags, config.classification_weight, config.cross_fraction)
         return {
-            "seam_classification": config.classification_weight * classification,
-            "seam_equivariance": config.equivariance_weight * equivariance_loss(objects, view_objects),
-            "seam_cross": config.cross_weight * cross,
-            "seam_min": config.min_weight * lowest / 2,
+            "classification": losses["classification"],
+            "seam_equivariance": config.equivariance_weight * losses["equivariance"],
+            "seam_cross": config.cross_weight * losses["cross"],
+            "seam_min": config.min_weight * losses["min"],
         }
 
     def maps(self, step: TrainingStep) -> Tensor:
