@@ -73,8 +73,10 @@ class TrainSettings(Options):
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "no | bf16 | fp16")
     gradient_checkpointing: bool = speed(False, "Less memory, about a third more time.")
     scale: list[float] = option([0.7, 1.4], "Random scale: lowest, highest.", above=0, length=2, ascending=True)
+    scaled_side: Literal["short", "long"] = option("short", "short | long: side that is image.size at scale 1.")
     flip: float = option(0.5, "Probability of the mirror image.", at_least=0, at_most=1)
     color_jitter: float = option(0.2, "Brightness, contrast and saturation by 1 ± this.", at_least=0, below=1)
+    hue_jitter: float = option(0.0, "Hue by ± this, in turns of the colour circle.", at_least=0, at_most=0.5)
     workers: int = speed(0, "Processes that load images, for each training process.", at_least=0)
 
 
@@ -97,6 +99,9 @@ class CamSettings(Options):
     )
     output_stride: int | None = option(
         16, "Largest ratio of input size to map size; null leaves the backbone as it is.", at_least=1
+    )
+    dropout: float = option(
+        0.0, "Probability of dropping a channel of the last features in training.", at_least=0, below=1
     )
     methods: dict[str, Any] = option({}, "Method: its options, for example {drs: {mode: fixed}}; null turns one off.")
     method_warmup: float = option(0.0, "Fraction of the training before the methods begin.", at_least=0, below=1)
@@ -171,7 +176,12 @@ class MasksSettings(Options):
 
     scales: list[float] = option([0.75, 1.0, 1.25], "Test-time scales.", above=0)
     flip: bool = option(True, "Also average with the mirror image.")
-    fusion: Literal["mean", "max"] = option("mean", "mean | max over scales and mirror images.")
+    native: bool = option(False, "Scale 1 is the image as it is; false: image.size.")
+    fusion: Literal["mean", "max", "sum"] = option(
+        "mean",
+        "mean | max over scales and mirror images, of maps divided by their maximum; sum: of maps as they are, then "
+        "min-max.",
+    )
     background_threshold: float | Literal["auto"] = option(
         0.4, "Of maps in [0, 1]; auto finds it on the maps, without any mask.", at_least=0, at_most=1
     )

@@ -1,3 +1,5 @@
+import colorsys
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,29 @@ def test_smaller_images_are_padded_at_a_random_place():
     assert len(places) > 10
 
 
+@pytest.mark.parametrize(("side", "columns"), [("short", 80), ("long", 40)])
+def test_scale_one_brings_the_named_side_to_the_crop(side, columns):
+    image, mask = gradient(60, 30)
+    transform = TrainTransform(40, scale=(1, 1), flip=0, scaled_side=side, **PLAIN)
+    _, labels = transform(image, mask, np.random.default_rng(0))
+    rows = labels[(labels < 255).any(dim=1)]
+    assert len(rows) == {"short": 40, "long": 20}[side]
+    assert rows[0].diff().float().mean().item() == pytest.approx(4 * 60 / columns, abs=0.3)
+
+
+def test_the_hue_turns_and_nothing_else():
+    image = Image.new("RGB", (8, 8), (200, 80, 40))
+    red = colorsys.rgb_to_hsv(200 / 255, 80 / 255, 40 / 255)
+    transform = TrainTransform(8, scale=(1, 1), hue_jitter=0.1, **PLAIN)
+    turns = []
+    for seed in range(40):
+        pixels, _ = transform(image, None, np.random.default_rng(seed))
+        hue, saturation, value = colorsys.rgb_to_hsv(*pixels[:, 0, 0].tolist())
+        assert (saturation, value) == pytest.approx(red[1:], abs=0.02)
+        turns.append((hue - red[0] + 0.5) % 1 - 0.5)
+    assert max(turns) > 0.05 and min(turns) < -0.05 and max(map(abs, turns)) < 0.11
+
+
 def test_blue_may_come_first():
     image = Image.new("RGB", (8, 8), (200, 100, 50))
     plain, flipped = (
@@ -95,6 +120,8 @@ def test_colors_are_jittered_and_normalised_and_the_mask_is_optional():
         ({"scale": (2, 1)}, "scale: expected"),
         ({"flip": 2}, r"flip: expected a number in \[0, 1\], got 2"),
         ({"color_jitter": 1}, r"color_jitter: expected a number in \[0, 1\), got 1"),
+        ({"hue_jitter": 0.6}, r"hue_jitter: expected a number in \[0, 0.5\], got 0.6"),
+        ({"scaled_side": "wide"}, "scaled_side: expected short or long, got 'wide'"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -1,3 +1,4 @@
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -86,6 +87,59 @@ def test_maps_are_a_linear_function_of_the_deepest_features(build):
     assert [tuple(f.shape[1:]) for f in output.hidden_states] == [(16, 16, 24), (32, 8, 12), (64, 4, 6), (128, 2, 3)]
     weights = model.classifier.weight[:, :, 0, 0]
     torch.testing.assert_close(output.cams, torch.einsum("cd,bdhw->bchw", weights, output.hidden_states[-1]))
+
+
+def test_dropout_drops_whole_channels_before_the_classifier_in_training_alone(build):
+    model, (pixels, _) = build(dropout=0.5), batch()
+    plain = build()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(pixels).cams, plain(pixels).cams)
+    model.dropout.train()
+    seen = []
+    model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    features, _ = model.classify(pixels)
+    kept = seen[0].flatten(2).any(dim=2)
+    assert 0.3 < kept.float().mean() < 0.7
+    torch.testing.assert_close(seen[0], 2 * features[-1] * kept[:, :, None, None])
+    with pytest.raises(ValueError, match=r"dropout: expected a number in \[0, 1\), got 1"):
+        build(dropout=1)
+
+
+def test_a_configuration_from_before_there_was_dropout_has_none(build, tmp_path):
+    build(dropout=0.5).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    assert values["dropout"] == 0.5 and CamClassifier.from_pretrained(tmp_path).dropout.p == 0.5
+    values.pop("dropout")
+    file.write_text(json.dumps(values))
+    assert CamClassifier.from_pretrained(tmp_path).dropout.p == 0
+
+
+def test_every_pass_of_a_training_step_drops_channels_of_its_own(build):
+    methods = {"seam": {"projections": [4, 4], "embedding": 8}, "plda": {"maps": "seam", "pamr_iterations": 1}}
+    model, (pixels, tags) = build(dropout=0.5, output_stride=8, **methods).train(), batch()
+    seen = []
+    model.dropout.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].shape[-2:], output)))
+    model(pixels, tags=tags)
+    sizes = [tuple(size) for size, _ in seen]
+    assert sizes == [(8, 12), (3, 4), (8, 12), (3, 4)]  # both views, and both with their source pixels hidden
+    assert all((dropped.flatten(2).amax(dim=2) == 0).any() for _, dropped in seen)
+
+
+def test_a_method_may_ask_for_a_second_view_and_replace_the_classification_loss(build, peak, monkeypatch):
+    monkeypatch.setattr(peak, "second_view", lambda self, pixel_values: pixel_values[..., ::2, ::2])
+    monkeypatch.setattr(
+        peak, "losses", lambda self, step: self.seen.append(step) or {"classification": step.second_view.cams.mean()}
+    )
+    model, (pixels, tags) = build(peak={}).train(), batch()
+    output = model(pixels, tags=tags)
+    (step,) = model.methods["peak"].seen
+    view = step.second_view
+    assert torch.equal(view.pixel_values, pixels[..., ::2, ::2]) and view.images.shape == view.pixel_values.shape
+    assert view.cams.requires_grad and view.second_view is None
+    assert list(output.losses) == ["classification"] and torch.equal(output.loss, view.cams.mean())
+    model.eval()
+    assert list(model(pixels, tags=tags).losses) == ["classification"] and len(model.methods["peak"].seen) == 1
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -8,14 +8,16 @@ from PIL import Image
 
 from ..models.maps import IGNORE_INDEX
 
+_SIDES = {"short": min, "long": max}
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
 
 
 class TrainTransform:
     """Random scale, crop, flip and colour; then normalisation.
 
-    At scale 1 the short side of the image is `crop_size`. Where the scaled image is smaller than the crop it lies at a
-    random place in it; the rest has pixel value 0 (after normalisation) and label 255.
+    At scale 1 the short (or long, see `scaled_side`) side of the image is `crop_size`. Where the scaled image is
+    smaller than the crop it lies at a random place in it; the rest has pixel value 0 (after normalisation) and label
+    255.
     """
 
     def __init__(
@@ -27,6 +29,8 @@ class TrainTransform:
         image_mean: Sequence[float] = (0.485, 0.456, 0.406),
         image_std: Sequence[float] = (0.229, 0.224, 0.225),
         blue_first: bool = False,
+        hue_jitter: float = 0.0,
+        scaled_side: str = "short",
     ):
         if crop_size < 1:
             raise ValueError(f"crop_size: expected a positive number of pixels, got {crop_size}")
@@ -37,6 +41,11 @@ class TrainTransform:
         if not 0 <= color_jitter < 1:
             raise ValueError(f"color_jitter: expected a number in [0, 1), got {color_jitter}")
         self.crop_size, self.scale, self.flip, self.color_jitter = crop_size, scale, flip, color_jitter
+        if not 0 <= hue_jitter <= 0.5:
+            raise ValueError(f"hue_jitter: expected a number in [0, 0.5], got {hue_jitter}")
+        if scaled_side not in _SIDES:
+            raise ValueError(f"scaled_side: expected {' or '.join(_SIDES)}, got {scaled_side!r}")
+        self.hue_jitter, self.scaled_side = hue_jitter, _SIDES[scaled_side]
         self.mean = torch.tensor(image_mean).view(3, 1, 1)
         self.std = torch.tensor(image_std).view(3, 1, 1)
         self.blue_first = blue_first  # channels of pixel_values in the order blue, green, red
@@ -55,13 +64,14 @@ class TrainTransform:
         taken, as int64; float32 ones are interpolated.
         """
         size = self.crop_size
-        factor = size / min(image.size) * rng.uniform(*self.scale)
+        factor = size / self.scaled_side(image.size) * rng.uniform(*self.scale)
         (left, width, x), (top, height, y) = (self._crop_axis(length, factor, rng) for length in image.size)
         box = (left, top, left + width / factor, top + height / factor)
         box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # no rounding beyond the border
         flip = rng.random() < self.flip
 
         crop = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+        crop = self._turn_hue(crop, rng) if self.hue_jitter else crop
         pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1).float() / 255
         pixels = (self._jitter(pixels, rng) - self.mean) / self.std
         pixels = pixels.flip(0) if self.blue_first else pixels
@@ -90,6 +100,13 @@ class TrainTransform:
         if scaled >= self.crop_size:
             return place * (length - min(self.crop_size / factor, length)), self.crop_size, 0
         return 0.0, scaled, int(place * (self.crop_size - scaled + 1))
+
+    def _turn_hue(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """The hue of every pixel by the same part of a turn in ± hue_jitter."""
+        hue, saturation, value = image.convert("HSV").split()
+        turn = round(255 * rng.uniform(-self.hue_jitter, self.hue_jitter))
+        turned = hue.point([(level + turn) % 256 for level in range(256)])
+        return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
 
     def _jitter(self, pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
         """Brightness, contrast and saturation, each by a factor in 1 ± color_jitter."""

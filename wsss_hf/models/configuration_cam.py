@@ -19,6 +19,7 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone_config: the backbone's configuration itself (or a dict with `model_type`) instead.
         output_stride: largest allowed input size / map size; None leaves the backbone as it is.
         classifier_bias: whether the 1×1 convolution to the maps has a bias, as in some released networks.
+        dropout: probability of dropping a channel of the last features in training, before the 1×1 convolution.
         method_warmup: share of the training, in [0, 1), in which only the tags teach. The methods begin after it, and
             their progress counts from there: they work on maps, which a network from random weights does not have.
         maps: whose localisation maps are used: "cam", or the name of a method that is on and has maps.
@@ -43,6 +44,7 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone_config: PreTrainedConfig | dict | None = None,
         output_stride: int | None = None,
         classifier_bias: bool = False,
+        dropout: float = 0.0,
         method_warmup: float = 0.0,
         maps: str = "cam",
         background_threshold: float = 0.4,
@@ -59,6 +61,9 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         if not 0 <= method_warmup < 1:
             raise ValueError(f"method_warmup: expected a number in [0, 1), got {method_warmup!r}")
         self.method_warmup = method_warmup
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
+        self.dropout = dropout
         sources = {"maps": maps} | {f"{name}.maps": getattr(o, "maps", "cam") for name, o in self.methods.items()}
         for option, source in sources.items():
             if source != "cam" and (source not in self.methods or not METHODS[source][1].has_maps()):

@@ -17,7 +17,7 @@ from .cache import Record, StageOutput
 from .fingerprint import model_fingerprint, rows_fingerprint
 from .results import TrainedModel
 
-VERSION = 1
+VERSION = 2
 
 
 def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: bool = False) -> TrainedModel:
@@ -52,6 +52,7 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
                 recipe.image,
                 "cam",
                 output_stride=section.output_stride,
+                dropout=section.dropout,
                 id2label=dict(enumerate(class_names(rows))),
                 method_warmup=section.method_warmup,
                 maps=section.maps,

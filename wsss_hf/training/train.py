@@ -72,6 +72,8 @@ def train_model(
         scale=(settings.scale[0], settings.scale[1]),
         flip=settings.flip,
         color_jitter=settings.color_jitter,
+        hue_jitter=settings.hue_jitter,
+        scaled_side=settings.scaled_side,
         **pixel_statistics(processor),
     )
     wanted = dict.fromkeys(columns, True)
