@@ -67,6 +67,28 @@ def test_batched_views_are_the_plain_loop(model, images, tags, scales, flip, fus
     assert maps.min() >= 0 and (maps.amax(dim=(1, 2)) > 0.999).sum() >= 3
 
 
+@pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((0.5, 1.0, 1.5, 2.0), True)])
+def test_the_sum_is_that_of_raw_maps_on_the_corners_of_what_the_network_saw(model, images, tags, scales, flip):
+    maps, _ = localize(model, images, tags, SIZE, scales, flip, "sum")
+    wanted = []
+    for image, present in zip(images, tags, strict=True):
+        for c in present.nonzero().flatten().tolist():
+            total = torch.zeros(SIZE)
+            for scale in scales:
+                side = [round(length * scale) for length in image.shape[-2:]]
+                scaled = F.interpolate(image[None], side, mode="bilinear", antialias=True)
+                for mirrored in (False, True)[: 1 + flip]:
+                    with torch.no_grad():
+                        view = model(scaled.flip(-1) if mirrored else scaled).maps[:, c : c + 1]
+                    view = F.interpolate(view, side, mode="bilinear", align_corners=True)
+                    view = F.interpolate(view, SIZE, mode="bilinear", align_corners=False)[0, 0]
+                    total += view.flip(-1) if mirrored else view
+            total = total.clamp(min=0)
+            wanted.append((total - total.min() - 1e-5) / (total.max() - total.min() + 1e-5))
+    torch.testing.assert_close(maps, torch.stack(wanted).clamp(min=0), atol=1e-4, rtol=0)
+    assert not torch.allclose(maps, localize(model, images, tags, SIZE, scales, flip)[0], atol=0.02)
+
+
 def test_every_view_counts(model, images, tags):
     single, flipped, scaled = (
         localize(model, images, tags, SIZE, scales, flip)[0]
@@ -104,8 +126,8 @@ def test_averages_are_those_of_the_plain_loop(model, images, tags, scales, flip)
 
 
 def test_an_unknown_fusion_is_refused(model, images, tags):
-    with pytest.raises(ValueError, match="fusion: expected mean or max, got 'sum'"):
-        localize(model, images, tags, SIZE, fusion="sum")
+    with pytest.raises(ValueError, match="fusion: expected mean or max, got 'median'"):
+        localize(model, images, tags, SIZE, fusion="median")
 
 
 def test_a_label_is_the_strongest_map_above_the_threshold():

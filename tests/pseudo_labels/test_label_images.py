@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from PIL import Image
+from torch.nn import functional as F
 
 from wsss_hf.data.tagged import DataError, tagged_features
 from wsss_hf.inference.cam_maps import label_map, localize
@@ -86,6 +87,35 @@ def test_settings_reach_the_masks(labeler, toy_data, settings):
     assert area(background_threshold=0.1) > area() > area(background_threshold=0.9)
     for change in ({"fusion": "max"}, {"scales": [1.0]}, {"flip": False}):
         assert area(**change) != area()
+
+
+def test_native_scales_are_of_the_image_as_it_is(labeler, settings):
+    model, processor = labeler
+    pictures, tags = [noise("RGB", 72, 64), noise("RGB", 40, 36)], [[1, 5], [2]]
+    settings = replace(settings, native=True, scales=[0.5, 1.0, 1.5, 2.0], fusion="sum", background_threshold=0.3)
+    rows = by_index(label_images(model, processor, dataset(pictures, tags), settings))
+    for item, picture, present in zip(rows, pictures, tags, strict=True):
+        width, height = picture.size
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+        pixels = (pixels - torch.tensor(processor.image_mean).view(3, 1, 1)) / torch.tensor(processor.image_std).view(
+            3, 1, 1
+        )
+        total = torch.zeros(len(present), height, width)
+        for scale in settings.scales:
+            side = [round(height * scale), round(width * scale)]
+            scaled = F.interpolate(pixels, side, mode="bilinear", antialias=True)
+            for mirror in (False, True):
+                with torch.no_grad():
+                    maps = model(scaled.flip(-1) if mirror else scaled).maps[:, present]
+                maps = F.interpolate(maps, side, mode="bilinear", align_corners=True)
+                maps = F.interpolate(maps, (height, width), mode="bilinear")[0]
+                total += maps.flip(-1) if mirror else maps
+        total = total.clamp(min=0)
+        low, high = (extreme(total, dim=(1, 2), keepdim=True) for extreme in (torch.amin, torch.amax))
+        np.testing.assert_allclose(item.maps, ((total - low) / (high - low)).numpy(), atol=1e-4)
+        strongest = item.maps.max(axis=0)
+        certain = abs(strongest - 0.3) > 1e-3
+        assert np.array_equal((item.pseudo_mask > 0)[certain], (strongest > 0.3)[certain])
 
 
 def test_refinement_changes_masks_and_leaves_maps(labeler, toy_data, settings):

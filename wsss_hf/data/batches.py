@@ -35,17 +35,19 @@ class ImageBatch:
 
 
 def batches_by_size(
-    rows: Dataset, processor: Callable, batch_size: int, saliency: bool = False
+    rows: Dataset, processor: Callable, batch_size: int, saliency: bool = False, native: bool = False
 ) -> Iterator[ImageBatch]:
     """All rows, in batches of at most `batch_size` images of one size, read in windows of eight batches.
 
     Args:
         saliency: also read the column of that name, see [`decode_saliency`].
+        native: the processor leaves the size of the images as it is.
 
     Raises:
         DataError: an image does not decode, or its saliency is missing or of another aspect; names the row.
     """
     num_classes = len(class_names(rows))
+    options = {"do_resize": False} if native else {}
     if saliency and "saliency" not in rows.column_names:
         raise DataError(f"data set: expected a column 'saliency', got {', '.join(rows.column_names)}")
     columns = ["image_id", "image", "tags", *(["saliency"] if saliency else [])]
@@ -66,7 +68,7 @@ def batches_by_size(
                 yield ImageBatch(
                     indices=[index for index, _, _, _ in part],
                     images=images,
-                    pixel_values=processor(images=images, return_tensors="pt")["pixel_values"],
+                    pixel_values=processor(images=images, return_tensors="pt", **options)["pixel_values"],
                     tags=torch.stack([tags for _, _, tags, _ in part]),
                     size=size,
                     saliency=torch.stack(salient) if saliency else None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..models.maps import fuse_maps, upsample
-from ..models.tta import views
+from ..models.method_helpers import min_max_normalize
+from ..models.tta import scaled_size, views
 
 
 @torch.inference_mode()
@@ -30,11 +31,12 @@ def localize(
         tags: (B, C) 0/1; only maps of tagged classes are upsampled.
         size: (H, W) of the maps to return.
         scales, flip: as of [`views`].
-        fusion: "mean" or "max" over the views.
+        fusion: "mean" or "max" over the views, see [`fuse_maps`], or "sum", see [`sum_maps`].
         bf16: compute the network in bfloat16; None does so on GPUs only. Maps are normalised and fused in float32.
 
     Returns:
-        maps (N, H, W) in [0, 1), see [`fuse_maps`]; and the tag logits (B, C), averaged over the views.
+        maps (N, H, W) in [0, 1), one per tagged class of an image, in row-major order of `tags`; and the tag logits
+        (B, C), averaged over the views.
 
     Raises:
         ValueError: `fusion` is unknown.
@@ -46,8 +48,37 @@ def localize(
             logits.append(view.logits.float())
             yield view.maps
 
-    fused = fuse_maps(maps(), tags, size, fusion)
+    if fusion == "sum":
+        shown = [scaled_size(pixel_values, scale) for scale in scales for _ in range(1 + flip)]
+        fused = sum_maps(zip(maps(), shown, strict=True), tags, size)
+    else:
+        fused = fuse_maps(maps(), tags, size, fusion)
     return fused, torch.stack(logits).mean(dim=0)
+
+
+def sum_maps(views: Iterable[tuple[Tensor, tuple[int, int]]], tags: Tensor, size: tuple[int, int]) -> Tensor:
+    """The maps of the tagged classes as the released programs of SEAM and PLDA fuse them: summed, then min-max.
+
+    A view counts by the strength of its maps. They are enlarged to the size at which the network saw the image, corner
+    on corner, and from there to the size of the image.
+
+    Args:
+        views: (B, C, h, w) localisation maps of the same images, and (H', W'), the size at which the
+            network saw these; at least one.
+        tags: (B, C) 0/1; the maps of other classes are not looked at.
+        size: (H, W) of the images.
+
+    Returns:
+        (N, H, W) in [0, 1), as of [`fuse_maps`].
+    """
+    images, classes = tags.nonzero(as_tuple=True)
+    total: Tensor | None = None
+    for view, shown in views:
+        maps = upsample(upsample(view[images, classes], shown, align_corners=True), size)
+        total = maps if total is None else total + maps
+    if total is None:
+        raise ValueError("views: expected at least one, got none")
+    return min_max_normalize(total[None])[0]
 
 
 @torch.inference_mode()

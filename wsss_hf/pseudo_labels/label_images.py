@@ -76,7 +76,7 @@ def label_images(
     has_saliency = reads_saliency(settings, rows)
     salient_above = rule.salient_above if has_saliency else 0.0
     scales, flip, bf16 = settings.scales, settings.flip, settings.bf16
-    for batch in batches_by_size(rows, processor, settings.batch_size, has_saliency):
+    for batch in batches_by_size(rows, processor, settings.batch_size, has_saliency, settings.native):
         pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
         counts = [int(count) for count in batch.tags.sum(dim=1)]
         images = [np.asarray(image) for image in batch.images]

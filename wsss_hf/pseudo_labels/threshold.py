@@ -56,7 +56,8 @@ def auto_threshold(
     search = ThresholdSearch(len(model.backbone.channels), model.device)
     maps: list[Tensor] = []
     images: list[np.ndarray] = []
-    for batch in batches_by_size(rows.select(chosen[rank::world]), processor, settings.batch_size):
+    rows = rows.select(chosen[rank::world])
+    for batch in batches_by_size(rows, processor, settings.batch_size, native=settings.native):
         pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
         augmentation = settings.scales, settings.flip, settings.fusion, settings.bf16
         found, _ = localize(model, pixel_values, tags, batch.size, *augmentation)
