@@ -1,5 +1,7 @@
 import json
 import os
+import re
+import struct
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from wsss_hf import CamClassifier, MapRefiner, WsssImageProcessor
 from wsss_hf.cli.main import main
 from wsss_hf.data.voc import VOC_CLASSES
 from wsss_hf.hub.convert import ConvertError, convert_checkpoint
+from wsss_hf.hub.mxnet_params import read_params
 from wsss_hf.inference.load import load_labeler
 from wsss_hf.models.backbone import Backbone
 from wsss_hf.models.pretrained import backbone_normalization, pretrained_body
@@ -103,8 +106,11 @@ def seam_weights(rows=4, **kwargs):
     return weights
 
 
-def plda_weights(**kwargs):
+def plda_weights(pamr=True, **kwargs):
     weights = seam_weights(**kwargs)
+    if pamr:  # what the released program saves of its refinement: which neighbours are compared
+        shapes = {"aff_x": (8, 1, 3, 3), "aff_m": (8, 1, 3, 3), "aff_std": (9, 1, 3, 3)}
+        weights |= {f"PAMR.{name}.kernel": torch.zeros(shape) for name, shape in shapes.items()}
     weights |= convolution("discriminator.d_conv1", 10, 16, kernel=1)
     weights |= convolution("discriminator.d_conv2", 6, 10, kernel=1)
     for c in range(3):
@@ -292,6 +298,146 @@ def test_convolutions_on_top_are_new_at_every_start(convert):
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
 
 
+# MXNet's files
+
+
+def params_array(values, version=2):
+    """One array as MXNet writes it: version 2, version 1, or (0) as before there were versions."""
+    values = np.asarray(values)
+    kind = {"float32": 0, "float64": 1, "float16": 2, "uint8": 3, "int32": 4, "int8": 5, "int64": 6}[values.dtype.name]
+    if version:
+        beginning = struct.pack("<I", 0xF993FAC7 + version) + (struct.pack("<i", 0) if version == 2 else b"")
+        beginning += struct.pack(f"<I{values.ndim}q", values.ndim, *values.shape)
+    else:
+        beginning = struct.pack(f"<I{values.ndim}I", values.ndim, *values.shape)
+    return beginning + struct.pack("<iii", 1, 0, kind) + values.tobytes()
+
+
+def params_file(arrays, version=2):
+    content = struct.pack("<QQQ", 0x112, 0, len(arrays))
+    content += b"".join(params_array(values, version) for values in arrays.values())
+    content += struct.pack("<Q", len(arrays))
+    return content + b"".join(struct.pack("<Q", len(name)) + name.encode() for name in arrays)
+
+
+def as_mxnet(weights):
+    """Weights of Wide ResNet-38 or VGG-16 under MXNet's names, `aux:` for what is not trained."""
+    kinds = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"}
+    vgg = {layer: (block, k) for block, layers in LAYERS.items() for k, layer in enumerate(layers, start=1)}
+    named = {}
+    for name, value in weights.items():
+        layer, kind = name.rsplit(".", 1)
+        if match := re.fullmatch(r"b(\d)(?:_(\d))?\.(bn|conv)_(branch\w+)", layer):
+            group, index, unit, branch = match.groups()
+            place = f"{group}b{index}" if index else f"{group}a"
+            layer = f"{'res' if unit == 'conv' else 'bn'}{place}_{branch}"
+        elif match := re.fullmatch(r"features\.(\d+)", layer):
+            layer = "conv{}_{}".format(*vgg[int(match[1])])
+        kind = kinds[kind] if layer.startswith("bn") else kind
+        named[f"{'aux' if kind.startswith('moving') else 'arg'}:{layer}_{kind}"] = value.numpy()
+    return named
+
+
+@pytest.mark.parametrize("version", [0, 1, 2])
+def test_the_wide_resnet_38_that_seam_and_plda_start_from(tmp_path, pixels, version):
+    weights = wide_resnet_weights()
+    named = as_mxnet(weights | convolution("linear1000", 4, 16, kernel=1))
+    assert {"arg:res4b5_branch2b1_weight", "aux:bn6a_branch2b2_moving_var", "arg:bn7_gamma"} < set(named)
+    (tmp_path / "ilsvrc.params").write_bytes(params_file(named, version))
+    folder = convert_checkpoint(tmp_path / "ilsvrc.params", tmp_path / "ours")
+    config = AutoConfig.from_pretrained(folder)
+    assert config.converted_from == "an ImageNet Wide ResNet-38"
+    with torch.no_grad():
+        maps = pretrained_body(str(folder), config).eval()(pixels).feature_maps
+    for actual, expected in zip(maps, wide_resnet_forward(weights, pixels), strict=True):
+        near(actual, expected)
+
+
+def icd_weights():
+    return vgg_weights() | convolution("fc6", 11, 8) | convolution("fc7", 12, 11, kernel=1)
+
+
+def test_the_vgg_16_that_icd_starts_from_sees_levels_minus_127(tmp_path, pixels):
+    weights = icd_weights()
+    (tmp_path / "vgg16_20M.params").write_bytes(params_file(as_mxnet(weights)))
+    folder = convert_checkpoint(tmp_path / "vgg16_20M.params", tmp_path / "ours")
+    config = AutoConfig.from_pretrained(folder)
+    assert config.converted_from == "an ImageNet VGG-16 of ICD"
+    with torch.no_grad():
+        maps = pretrained_body(str(folder), config).eval()(pixels).feature_maps
+    for actual, expected in zip(maps, vgg_forward(weights, pixels), strict=True):
+        near(actual, expected)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    levels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
+    shown = processor(images=levels, do_resize=False, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(shown, torch.from_numpy(levels).permute(2, 0, 1) - 127.0, atol=1e-3, rtol=0)
+
+
+def test_arrays_of_every_type_and_none_are_read(tmp_path):
+    arrays = {f"a_{t}": np.arange(6).reshape(2, 3).astype(t) for t in ("f4", "f8", "f2", "u1", "i4", "i1", "i8")}
+    content = params_file(arrays)
+    empty = struct.pack("<IiI", 0xF993FAC9, 0, 0)  # an array without dimensions ends after their number
+    content = content[:16] + struct.pack("<Q", 8) + empty + content[24:]
+    place = content.index(struct.pack("<Q", 7))
+    content = content[:place] + struct.pack("<QQ", 8, 6) + b"nought" + content[place + 8 :]
+    (tmp_path / "a.params").write_bytes(content)
+    found = read_params(tmp_path / "a.params")
+    assert found["nought"].shape == (0,)
+    for name, values in arrays.items():
+        assert found[name].numpy().dtype == values.dtype and np.array_equal(found[name], values)
+
+
+def test_a_params_file_that_ends_anywhere_is_refused(tmp_path):
+    file = tmp_path / "cut.params"
+    whole = params_file({"arg:conv1_1_weight": np.zeros((2, 3), dtype=np.float32), "aux:b": np.zeros(1, dtype="f4")})
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ConvertError, match=r"cut.params: expected (a whole MXNet file|an MXNet file)") as caught:
+            convert_checkpoint(file, tmp_path / "ours")
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.params"]
+
+
+def large_fc6():
+    return icd_weights() | {"fc6.weight": torch.zeros(16, 72)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda: b"PK\x03\x04 a pickle, never opened", "expected an MXNet file of named arrays, got something else"),
+        (
+            lambda: params_file({"arg:stage1_unit1_conv1_weight": np.zeros((2, 3), dtype=np.float32)}),
+            r"expected a known layout, got one nearest to .* 1 key \(stage1_unit1_conv1.weight\) unexpected",
+        ),
+        (
+            lambda: params_file(
+                as_mxnet({n: v for n, v in wide_resnet_weights().items() if not n.startswith("b4_5")})
+            ),
+            r"an ImageNet Wide ResNet-38, with 10 keys \(b4_5.* missing and no keys unexpected",
+        ),
+        (lambda: params_file(as_mxnet(large_fc6())), r"fc6.weight: expected the 3×3 convolution .* \(16, 72\)"),
+        (
+            lambda: struct.pack("<QQQIi", 0x112, 0, 1, 0xF993FAC9, 1),
+            "expected dense arrays, got one of storage type 1",
+        ),
+        (lambda: struct.pack("<QQQI", 0x112, 0, 1, 0xF993FACA), "expected an array of at most 32 dimensions"),
+        (
+            lambda: struct.pack("<QQQIiIqiii", 0x112, 0, 1, 0xF993FAC9, 0, 1, 2**60, 1, 0, 0),
+            "expected a whole MXNet file",
+        ),
+        (
+            lambda: struct.pack("<QQQIiIqiii", 0x112, 0, 1, 0xF993FAC9, 0, 1, 1, 1, 0, 99),
+            r"expected arrays of numbers, got one of type 99 and shape \(1,\)",
+        ),
+        (lambda: struct.pack("<QQQQ", 0x112, 0, 0, 1) + struct.pack("<Q", 0), "a name for each of 0 arrays, got 1"),
+    ],
+)
+def test_another_params_file_is_refused_in_one_line(tmp_path, content, message):
+    (tmp_path / "published.params").write_bytes(content())
+    refused(tmp_path, message)
+
+
 # DRS
 
 
@@ -371,10 +517,12 @@ def test_a_head_without_background_keeps_all_rows(convert, pixels):
     ))  # fmt: skip
 
 
-def test_a_released_plda_network_brings_its_domain_classifier(convert, pixels):
-    weights = plda_weights()
+@pytest.mark.parametrize("pamr", [True, False])
+def test_a_released_plda_network_brings_its_domain_classifier(convert, pixels, pamr):
+    weights = plda_weights(pamr)
     folder = convert(weights, class_names=NAMES)
     near(outputs(folder, pixels).maps, seam_forward(weights, pixels)[1][:, 1:])
+    assert AutoConfig.from_pretrained(folder).plda.maps == "seam"  # what tells source from target there
     features = wide_resnet_forward(weights, pixels)[-1]
     hidden = features
     for k in (1, 2):
@@ -394,6 +542,7 @@ def test_twenty_one_rows_are_background_and_voc(convert):
 def test_a_converted_network_goes_on_training(convert, pixels):
     model = CamClassifier.from_pretrained(convert(plda_weights(), class_names=NAMES)).train()
     model.progress = 0.5
+    assert model.dropout.p == 0.5  # as the programs train
     output = model(pixels, tags=torch.tensor([[1.0, 0, 1], [0, 1, 0]]))
     output.loss.backward()
     assert output.loss.isfinite() and {"seam_cross", "plda_adversarial"} <= set(output.losses)
@@ -484,7 +633,7 @@ def test_a_pickle_that_would_run_code_is_refused_unrun(tmp_path, monkeypatch):
         ("published.pth", b"", "expected a PyTorch file"),
         ("published.pth", b"PK\x03\x04 broken", "expected a PyTorch file"),
         ("published.safetensors", b"nonsense", "expected a safetensors file"),
-        ("published.ckpt", b"", "expected a file .safetensors, .pth, .pt or .bin"),
+        ("published.ckpt", b"", "expected a file .safetensors, .pth, .pt, .bin or .params"),
     ],
 )
 def test_an_unreadable_file_is_refused(tmp_path, name, content, message):

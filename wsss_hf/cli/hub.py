@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="A released checkpoint: .safetensors, .pth, .pt or .bin.")],
+    file: Annotated[Path, typer.Argument(help="A released checkpoint: .safetensors, .pth, .pt, .bin or .params.")],
     out: Annotated[Path, typer.Option("--to", "--out", help="Folder to write: new or empty.")],
     classes: Annotated[str | None, typer.Option(help="Names a,b,c of its classes; default: those of VOC.")] = None,
     drs_delta: Annotated[float | None, typer.Option(help="Fixed DRS that a classifier was trained with.")] = None,

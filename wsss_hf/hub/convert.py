@@ -1,12 +1,14 @@
 """Conversion of published checkpoints: ImageNet VGG-16 and Wide ResNet-38, and those of DRS, SEAM and PLDA.
 
-A layout is recognised by the names in the file alone; widths, numbers of classes and so on follow from the shapes.
+A layout is recognised by the names in the file alone; widths, numbers of classes and so on follow from the shapes. The
+MXNet files that the programs of SEAM, PLDA (Wide ResNet-38) and ICD (VGG-16) start from are read without MXNet.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data.voc import VOC_CLASSES
 from ..files import whole_folder
@@ -30,6 +33,7 @@ from ..models.plda import PldaConfig
 from ..models.seam import SeamConfig
 from ..models.vgg import DEPTHS, Vgg16Backbone, Vgg16Config
 from ..models.wide_resnet import WideResNet38Backbone, WideResNet38Config
+from .mxnet_params import ParamsError, read_params
 
 IMAGENET_SIZE, DRS_SIZE, SEAM_SIZE = 224, 320, 448  # short side of the images they were trained at
 KINDS = ("classifier", "refiner")
@@ -65,6 +69,7 @@ class Layout:
         build: (weights, options) → configuration, and the weights with the names of the model here.
         options: the fields of [`CheckpointOptions`] that apply to it.
         ignored: prefixes of names that may occur and are left out.
+        image_mean, image_std: per channel, of the images in [0, 1] that it was trained on.
     """
 
     name: str
@@ -73,6 +78,8 @@ class Layout:
     build: Callable[[Weights, CheckpointOptions], tuple[PreTrainedConfig, Weights]]
     options: tuple[str, ...] = ("class_names",)
     ignored: tuple[str, ...] = ()
+    image_mean: Sequence[float] = tuple(IMAGENET_DEFAULT_MEAN)
+    image_std: Sequence[float] = tuple(IMAGENET_DEFAULT_STD)
 
     def difference(self, weights: Weights) -> tuple[list[str], list[str]]:
         """Names that are missing, and names that are unexpected."""
@@ -94,7 +101,8 @@ def convert_checkpoint(
     configuration names the layout of the file under `converted_from`. `out` appears complete or not at all.
 
     Args:
-        file: `.safetensors`, or `.pth`, `.pt` or `.bin` that holds nothing but tensors, numbers and strings.
+        file: `.safetensors`; or `.pth`, `.pt` or `.bin` that holds nothing but tensors, numbers and strings; or
+            MXNet's `.params`.
         out: the folder to write; must not exist, or be empty.
         class_names: names of the object classes in the order of the file; those of VOC if there are 20.
         drs_delta: the fixed DRS that a classifier's DRS file without controllers was trained with.
@@ -124,7 +132,11 @@ def convert_checkpoint(
         raise ConvertError(f"{file}: {error}") from error
     with whole_folder(out) as result:
         model.save_pretrained(result, state_dict=weights)
-        processor = WsssImageProcessor(size={"shortest_edge": layout.size, "longest_edge": 4 * layout.size})
+        processor = WsssImageProcessor(
+            size={"shortest_edge": layout.size, "longest_edge": 4 * layout.size},
+            image_mean=list(layout.image_mean),
+            image_std=list(layout.image_std),
+        )
         processor.save_pretrained(result)
     return out
 
@@ -147,8 +159,13 @@ def read_weights(file: str | os.PathLike) -> Weights:
             raise ConvertError(f"expected a safetensors file, got something else ({error})") from error
     elif path.suffix in (".pth", ".pt", ".bin"):
         values = _unpickled(path)
+    elif path.suffix == ".params":
+        try:
+            values = _renamed_from_mxnet(read_params(path))
+        except ParamsError as error:
+            raise ConvertError(str(error)) from error
     else:
-        raise ConvertError("expected a file .safetensors, .pth, .pt or .bin, got another suffix")
+        raise ConvertError("expected a file .safetensors, .pth, .pt, .bin or .params, got another suffix")
     for key in ("model", "state_dict"):
         if isinstance(values, dict) and isinstance(values.get(key), dict):
             values = values[key]
@@ -255,6 +272,7 @@ _DRS = (
     }
     | {f"extra_conv4.{kind}": f"classifier.{kind}" for kind in ("weight", "bias")}
 )
+_ICD_HIDDEN = [f"{layer}.{kind}" for layer in ("fc6", "fc7") for kind in ("weight", "bias")]
 _CONTROLLERS = {
     f"{name.replace('conv', 'relu')}.fc.0.weight": f"methods.drs.layers.features/{n + 1}.fc.weight"
     for name, n in _VGG_POSITIONS.items()
@@ -270,6 +288,35 @@ _DISCRIMINATOR = {
     for k in (1, 2)
     for kind in ("weight", "bias")
 }
+
+
+_MXNET_KINDS = {
+    "gamma": "weight",
+    "beta": "bias",
+    "moving_mean": "running_mean",
+    "moving_var": "running_var",
+}
+_MXNET_BLOCK = re.compile(r"(res|bn)(\d)(?:a|b(\d+))_(branch\w+)")
+
+
+def _renamed_from_mxnet(weights: Weights) -> Weights:
+    """Weights of Wide ResNet-38 and VGG-16 under the names that PyTorch's files have; others as MXNet names them.
+
+    "bn4b2_branch2a_moving_var" is "b4_2.bn_branch2a.running_var", "conv1_2_bias" is "features.2.bias".
+    """
+    renamed: Weights = {}
+    for name, value in weights.items():
+        layer, _, kind = name.rpartition("_")
+        if layer.endswith("_moving"):
+            layer, kind = layer.removesuffix("_moving"), f"moving_{kind}"
+        if block := _MXNET_BLOCK.fullmatch(layer):
+            unit, group, index, branch = block.groups()
+            place = f"b{group}_{index}" if index else f"b{group}"
+            layer = f"{place}.{'conv' if unit == 'res' else 'bn'}_{branch}"
+        elif (vgg := f"layer{layer.removeprefix('conv').replace('_', '_conv')}") in _VGG_POSITIONS:
+            layer = f"features.{_VGG_POSITIONS[vgg]}"
+        renamed[f"{layer}.{_MXNET_KINDS.get(kind, kind)}" if layer else name] = value
+    return renamed
 
 
 def _wide_resnet_names() -> list[str]:
@@ -291,6 +338,16 @@ def _layouts(weights: Weights) -> list[Layout]:
             options=("extra_channels",),
             ignored=("classifier.", "pre_logits.", "head."),
         ),
+        Layout(
+            "an ImageNet VGG-16 of ICD",
+            IMAGENET_SIZE,
+            frozenset([*_VGG, *_ICD_HIDDEN]),
+            _icd_vgg_backbone,
+            options=("extra_channels",),
+            ignored=("fc8.",),
+            image_mean=(127 / 255,) * 3,  # the program subtracts 127 from the levels
+            image_std=(1 / 255,) * 3,
+        ),
         Layout("a DRS classifier", DRS_SIZE, frozenset(drs | set(_CONTROLLERS)), _drs_classifier),
         Layout(
             "a DRS network without controllers, a refiner or a classifier with fixed DRS",
@@ -308,7 +365,13 @@ def _layouts(weights: Weights) -> list[Layout]:
             ignored=("linear1000.",),
         ),
         Layout("SEAM", SEAM_SIZE, frozenset([*wide, *_SEAM]), _seam_classifier),
-        Layout("PLDA", SEAM_SIZE, frozenset([*wide, *_SEAM, *_DISCRIMINATOR, *heads]), _seam_classifier),
+        Layout(
+            "PLDA",
+            SEAM_SIZE,
+            frozenset([*wide, *_SEAM, *_DISCRIMINATOR, *heads]),
+            _seam_classifier,
+            ignored=("PAMR.",),  # constants: which neighbours a pixel is compared with
+        ),
     ]
 
 
@@ -333,6 +396,13 @@ def _without_duplicates(weights: Weights) -> Weights:
 
 def _vgg_backbone(weights: Weights, options: CheckpointOptions) -> tuple[PreTrainedConfig, Weights]:
     return _vgg_config(weights, options.extra_channels or []), weights
+
+
+def _icd_vgg_backbone(weights: Weights, options: CheckpointOptions) -> tuple[PreTrainedConfig, Weights]:
+    if weights["fc6.weight"].ndim != 4:
+        shape = tuple(weights["fc6.weight"].shape)
+        raise ConvertError(f"fc6.weight: expected the 3×3 convolution of ICD's VGG-16, got the shape {shape}")
+    return _vgg_backbone({name: weights[name] for name in _VGG}, options)
 
 
 def _vgg_config(weights: Weights, extra_channels: list[int]) -> Vgg16Config:
@@ -393,7 +463,7 @@ def _seam_classifier(weights: Weights, options: CheckpointOptions) -> tuple[PreT
     names = _class_names(len(weights["fc8.weight"]), options.class_names)
     plda = None
     if heads:
-        plda = PldaConfig(hidden=[len(weights[f"discriminator.d_conv{k}.weight"]) for k in (1, 2)])
+        plda = PldaConfig(maps="seam", hidden=[len(weights[f"discriminator.d_conv{k}.weight"]) for k in (1, 2)])
         for kind in ("weight", "bias"):
             stacked = torch.cat([weights.pop(f"head_list.{c}.{kind}") for c in range(num_classes)])
             weights[f"methods.plda.domain_classifier.heads.{kind}"] = stacked
@@ -405,6 +475,7 @@ def _seam_classifier(weights: Weights, options: CheckpointOptions) -> tuple[PreT
             embedding=len(weights["f9.weight"]),
         ),
         plda=plda,
+        dropout=0.5,
         maps="seam",
         id2label=dict(enumerate(names)),
     )
