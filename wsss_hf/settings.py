@@ -176,12 +176,12 @@ class MasksSettings(Options):
 
     scales: list[float] = option([0.75, 1.0, 1.25], "Test-time scales.", above=0)
     flip: bool = option(True, "Also average with the mirror image.")
-    native: bool = option(False, "Scale 1 is the image as it is; false: image.size.")
     fusion: Literal["mean", "max", "sum"] = option(
         "mean",
         "mean | max over scales and mirror images, of maps divided by their maximum; sum: of maps as they are, then "
         "min-max.",
     )
+    native: bool = option(False, "Scale 1 is the image as it is; false: image.size.")
     background_threshold: float | Literal["auto"] = option(
         0.4, "Of maps in [0, 1]; auto finds it on the maps, without any mask.", at_least=0, at_most=1
     )

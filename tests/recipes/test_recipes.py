@@ -68,7 +68,7 @@ def test_a_segmenters_recipe_goes_with_any_methods(recipe_file):
         load_recipe("voc_icd+segfromer")
 
 
-@pytest.mark.parametrize("name", ["voc_drs", "voc_icd", "voc_plda"])
+@pytest.mark.parametrize("name", ["voc_drs", "voc_icd", "voc_seam", "voc_plda"])
 def test_published_methods_end_in_the_published_segmenter(name):
     recipe, published = load_recipe(name), load_recipe("voc_deeplab_v2")
     assert recipe.segmenter == published.segmenter and recipe.evaluation == published.evaluation
