@@ -22,7 +22,7 @@ def test_only_the_new_layers_learn(network):
     output = network(images, labels)
     output.loss.backward()
     optimizer.step()
-    assert output.loss == pytest.approx(sum(loss.item() for loss in output.losses.values()))
+    assert output.loss.item() == pytest.approx(sum(loss.item() for loss in output.losses.values()))
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]) == name.startswith("backbone."), name
 

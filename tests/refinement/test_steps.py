@@ -216,7 +216,7 @@ def test_a_solver_that_does_not_converge_keeps_the_scores(scores, image, monkeyp
     ("steps", "message"),
     [
         ("pamr", r"refine: expected a list such as \[pamr, crf\], got 'pamr'"),
-        (["bilateral"], r"refine\[0\]: 'bilateral': unknown; expected pamr, crf or matting"),
+        (["bilateral"], r"refine\[0\]: 'bilateral': unknown; expected walk, pamr, crf or matting"),
         (["crf", "pamir"], r"refine\[1\]: 'pamir': unknown; did you mean pamr"),
         ([["pamr"]], r"refine\[0\]: \['pamr'\]: unknown"),
         ([{"pamr": {}, "crf": {}}], "expected one name with its options"),

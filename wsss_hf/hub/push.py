@@ -155,8 +155,11 @@ def push_loaded_model(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if not api.file_exists(repo_id, "README.md", revision=revision):
             own_tags = [*(model.model_tags or []), *(tags or [])]
-            is_affinity = isinstance(model, AffinityNetwork)
-            card = affinity_card(repo_id, model.config) if is_affinity else _short_card(model, repo_id, own_tags)
+            card = (
+                affinity_card(repo_id, model.config)
+                if isinstance(model, AffinityNetwork)
+                else _short_card(model, repo_id, own_tags)
+            )
             card.save(f"{folder}/README.md")
         return api.upload_folder(
             repo_id=repo_id,

@@ -85,6 +85,7 @@ class AffinityOutput(ModelOutput):
 class AffinityNetwork(PortableModel):
     """A frozen backbone, and 1×1 convolutions of its stages that learn affinities between neighbouring positions."""
 
+    config: AffinityConfig
     config_class = AffinityConfig
     main_input_name = "pixel_values"
     input_modalities = ["image"]

@@ -43,7 +43,7 @@ def certain_labels(
     Raises:
         DataError: an image does not decode; names the row.
     """
-    for batch in batches_by_size(rows, processor, masks.batch_size):
+    for batch in batches_by_size(rows, processor, masks.batch_size, native=masks.native):
         pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
         augmentation = masks.scales, masks.flip, masks.fusion, masks.bf16
         maps, _ = localize(model, pixel_values, tags, batch.size, *augmentation)

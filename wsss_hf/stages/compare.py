@@ -102,14 +102,14 @@ def compare(
         raise RecipeError("compare: expected one process, which starts its own (--jobs), got accelerate launch")
     folders = [Path(folder) for folder in cams]
     for folder in folders:
-        if next(_held_cams(folder), None) is None:
+        if next(_held(folder, "cam"), None) is None:
             raise RecipeError(f"--cams: expected a comparison or a run with a CAM classifier, got {folder}")
     jobs = min(jobs or max(1, torch.cuda.device_count()), len(cells))
     console = Console(stderr=True, quiet=is_quiet())
     started, failures = time.monotonic(), []
     todo = [cell for cell in cells if force or not _finished(cell)]
     if folders:
-        found = sum(_finished_cam(cell, folders) is not None for cell in todo)
+        found = sum(_made_before(cell.folder / "cam", _cam_record(cell), folders) is not None for cell in todo)
         console.print(f"{found} of {len(todo)} CAM classifiers are there already", highlight=False)
     for done, (cell, outcome) in enumerate(_outcomes(todo, jobs, folders, force), start=1):
         if isinstance(outcome, Exception):
@@ -172,17 +172,19 @@ def run_cell(cell: Cell, cams: Sequence[Path] = (), force: bool = False) -> dict
     folder, recipe, data = cell.folder, cell.recipe, _load(json.dumps(cell.source))
     results: list[dict] = []
     if not force:
-        _borrow_cam(cell, cams)
+        _borrow(folder / "cam", _cam_record(cell), cams)
     labeler = folder / ("refiner" if recipe.refiner.use else "cam")
-    if cell.segmenter:
-        results = run(data, recipe, folder, force=force).results
-    else:
+    walks = needs_affinity(recipe.masks)
+    if not (cell.segmenter and force):
         cam = train_cam.train_cam(data, recipe, folder / "cam", force=force)
         if recipe.refiner.use:
             train_refiner.train_refiner(data, cam, recipe, labeler, force=force)
+        if walks and not force:
+            _borrow(folder / "affinity", train_affinity.affinity_record(data, labeler, recipe), cams)
         train_affinity.affinity_of_run(data, labeler, recipe, folder / "affinity", force=force)
-    affinity = folder / "affinity" if needs_affinity(recipe.masks) else None
-    settings = with_affinity(recipe.masks, affinity)
+    if cell.segmenter:
+        results = run(data, recipe, folder, force=force).results
+    settings = with_affinity(recipe.masks, folder / "affinity" if walks else None)
     started = time.perf_counter()
     maps = evaluate.maps_row("maps", labeler, data, settings)
     seconds = time.perf_counter() - started
@@ -208,33 +210,40 @@ def _segmenters(cell: Cell) -> list[str]:
     return ["segmenter", *(f"segmenter-{number}" for number in range(2, rounds + 1))][:rounds]
 
 
-def _borrow_cam(cell: Cell, cams: Sequence[Path]) -> None:
-    """Copy the classifier of a cell that differs in later stages only, from here or from other comparisons."""
-    finished = None if (cell.folder / "cam.partial").exists() else _finished_cam(cell, cams)
-    if finished is None or finished == cell.folder / "cam":
+def _borrow(own: Path, record: Record, comparisons: Sequence[Path]) -> None:
+    """Copy a model of a cell that differs in later stages only, from here or from other comparisons.
+
+    Args:
+        own: the model's folder in its cell; one that is there or begun stays.
+        record: what the model is to be made from.
+    """
+    finished = None if own.with_name(f"{own.name}.partial").exists() else _made_before(own, record, comparisons)
+    if finished is None or finished == own:
         return
-    fresh = cell.folder / "cam.copied"
+    fresh = own.with_name(f"{own.name}.copied")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(finished, fresh)
-    os.replace(fresh, cell.folder / "cam")
+    os.replace(fresh, own)
 
 
-def _finished_cam(cell: Cell, cams: Sequence[Path]) -> Path | None:
-    """The cell's own classifier, or one that was made from the same recipe, seed and data."""
-    own = cell.folder / "cam"
+def _made_before(own: Path, record: Record, comparisons: Sequence[Path]) -> Path | None:
+    """The model's own folder, if it is there, or one of another cell that was made from the same."""
     if own.exists():
         return own
-    record = train_cam.cam_record(_load(json.dumps(cell.source)), cell.recipe)
-    for folder in (own.parents[3], *cams):
-        for other in _held_cams(folder):
+    for folder in (own.parents[3], *comparisons):
+        for other in _held(folder, own.name):
             if record.difference(read_record(other)) is None:
                 return other
     return None
 
 
-def _held_cams(folder: Path) -> Iterator[Path]:
-    """The CAM classifiers below `folder` whose training was finished."""
-    return (file.parent for file in sorted(folder.glob(f"**/cam/{SETTINGS_FILE}")))
+def _cam_record(cell: Cell) -> Record:
+    return train_cam.cam_record(_load(json.dumps(cell.source)), cell.recipe)
+
+
+def _held(folder: Path, name: str) -> Iterator[Path]:
+    """The models of that name below `folder` whose training was finished."""
+    return (file.parent for file in sorted(folder.glob(f"**/{name}/{SETTINGS_FILE}")))
 
 
 def training_cost(model: Path, settings: TrainSettings, num_images: int) -> dict[str, float]:

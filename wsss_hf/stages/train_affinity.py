@@ -38,7 +38,7 @@ VERSION = 1
 _COLUMNS = ("image_id", "tags", "image")
 _LABELS = "certain_labels"
 _FEATURES = Features({_LABELS: ImageFeature(), "objects": Value("float64"), "background": Value("float64")})
-_MAP_SETTINGS = ("scales", "flip", "fusion", "bf16")  # of the masks
+_MAP_SETTINGS = ("scales", "flip", "fusion", "native", "bf16")  # of the masks
 
 
 def train_affinity(
@@ -68,16 +68,12 @@ def train_affinity(
     """
     section, rows = recipe.affinity, data["train"]
     refine = _refinement(recipe)
-    fingerprints = row_fingerprints(rows, _COLUMNS)
-    inputs = {"data": rows_fingerprint(rows, _COLUMNS, fingerprints), "cam": model_fingerprint(cam)}
-    if not section.from_cam and (name := _backbone(recipe).backbone) is not None:
-        inputs["backbone"] = model_fingerprint(name)
-    maps = {name: getattr(recipe.masks, name) for name in _MAP_SETTINGS}
-    settings = {"seed": recipe.seed, "image": recipe.image, "affinity": _backbone(recipe), "maps": maps}
-    output = StageOutput(out, Record("train-affinity", VERSION, settings, inputs, source_of(data)), force)
+    record = affinity_record(data, cam, recipe)
+    output = StageOutput(out, record, force)
     if not output.done:
         with output.working() as folder:
-            labels = _labels(rows, fingerprints, cam, recipe, refine, folder, digest(inputs))
+            fingerprints = row_fingerprints(rows, _COLUMNS)
+            labels = _labels(rows, fingerprints, cam, recipe, refine, folder, digest(record.inputs))
             accelerator = begin_training(section.train, recipe.seed)
             model, mean, std = _build(cam, recipe)
             size = recipe.image.size
@@ -95,6 +91,17 @@ def train_affinity(
             )
             output.finish(result)
     return TrainedModel(output.path)
+
+
+def affinity_record(data: DatasetDict, cam: str | os.PathLike, recipe: Recipe) -> Record:
+    """What an affinity network of this recipe, data and classifier is made from."""
+    section = _backbone(recipe)
+    inputs = {"data": rows_fingerprint(data["train"], _COLUMNS), "cam": model_fingerprint(cam)}
+    if not section.from_cam and section.backbone is not None:
+        inputs["backbone"] = model_fingerprint(section.backbone)
+    maps = {name: getattr(recipe.masks, name) for name in _MAP_SETTINGS}
+    settings = {"seed": recipe.seed, "image": recipe.image, "affinity": section, "maps": maps}
+    return Record("train-affinity", VERSION, settings, inputs, source_of(data))
 
 
 def affinity_of_run(
