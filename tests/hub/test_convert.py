@@ -542,7 +542,7 @@ def test_twenty_one_rows_are_background_and_voc(convert):
 def test_a_converted_network_goes_on_training(convert, pixels):
     model = CamClassifier.from_pretrained(convert(plda_weights(), class_names=NAMES)).train()
     model.progress = 0.5
-    assert model.dropout.p == 0.5  # as the programs train
+    assert model.config.dropout == 0.5  # as the programs train
     output = model(pixels, tags=torch.tensor([[1.0, 0, 1], [0, 1, 0]]))
     output.loss.backward()
     assert output.loss.isfinite() and {"seam_cross", "plda_adversarial"} <= set(output.losses)

@@ -53,7 +53,7 @@ def test_a_small_run_goes_from_tags_to_figures(name, toy_data, tmp_path):
     result = run(TaggedData(toy_data, source={"source": "toy"}), load_recipe(name, small), tmp_path / "run")
     model = CamClassifier.from_pretrained(result.cam.folder)
     assert model.config.maps == "seam" and set(model.methods) == set(load_recipe(name).cam.methods)
-    assert model.dropout.p == 0.5
+    assert model.config.dropout == 0.5
     masks, segmenter = result.results
     assert masks["num_images"] == len(toy_data["train"]) and 0 <= segmenter["mean_iou"] <= 1
     assert (result.folder / "report.html").is_file()

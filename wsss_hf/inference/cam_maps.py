@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.maps import fuse_maps, upsample
 from ..models.method_helpers import min_max_normalize
-from ..models.tta import scaled_size, views
+from ..models.tta import views
 
 
 @torch.inference_mode()
@@ -41,18 +42,22 @@ def localize(
     Raises:
         ValueError: `fusion` is unknown.
     """
-    logits = []
+    logits: list[Tensor] = []
+    shown: list[Any] = []  # (h, w) of what the network saw
 
-    def maps() -> Iterator[Tensor]:  # one view at a time, to spare memory
-        for view in views(model, pixel_values, scales, flip, _use_bf16(bf16, pixel_values)):
+    def network(images: Tensor):
+        shown.append(images.shape[-2:])
+        return model(images)
+
+    def maps() -> Iterator[tuple[Tensor, tuple[int, int]]]:  # one view at a time, to spare memory
+        for view in views(network, pixel_values, scales, flip, _use_bf16(bf16, pixel_values)):
             logits.append(view.logits.float())
-            yield view.maps
+            yield view.maps, shown[-1]
 
     if fusion == "sum":
-        shown = [scaled_size(pixel_values, scale) for scale in scales for _ in range(1 + flip)]
-        fused = sum_maps(zip(maps(), shown, strict=True), tags, size)
+        fused = sum_maps(maps(), tags, size)
     else:
-        fused = fuse_maps(maps(), tags, size, fusion)
+        fused = fuse_maps((view for view, _ in maps()), tags, size, fusion)
     return fused, torch.stack(logits).mean(dim=0)
 
 
@@ -63,8 +68,8 @@ def sum_maps(views: Iterable[tuple[Tensor, tuple[int, int]]], tags: Tensor, size
     on corner, and from there to the size of the image.
 
     Args:
-        views: (B, C, h, w) localisation maps of the same images, and (H', W'), the size at which the
-            network saw these; at least one.
+        views: (B, C, h, w) localisation maps of the same images, and (H', W'), the size at which the network saw
+            these; at least one.
         tags: (B, C) 0/1; the maps of other classes are not looked at.
         size: (H, W) of the images.
 

@@ -58,12 +58,10 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         self.classifier_bias = classifier_bias
         for name in METHODS:
             setattr(self, name, _options(name, kwargs.pop(name, None)))
-        if not 0 <= method_warmup < 1:
-            raise ValueError(f"method_warmup: expected a number in [0, 1), got {method_warmup!r}")
-        self.method_warmup = method_warmup
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: expected a number in [0, 1), got {dropout!r}")
-        self.dropout = dropout
+        for name, value in (("method_warmup", method_warmup), ("dropout", dropout)):
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: expected a number in [0, 1), got {value!r}")
+        self.method_warmup, self.dropout = method_warmup, dropout
         sources = {"maps": maps} | {f"{name}.maps": getattr(o, "maps", "cam") for name, o in self.methods.items()}
         for option, source in sources.items():
             if source != "cam" and (source not in self.methods or not METHODS[source][1].has_maps()):

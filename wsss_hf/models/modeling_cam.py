@@ -65,7 +65,6 @@ class CamClassifier(PortableModel):
         self._progress: float | None = None
         self.backbone = Backbone(config.backbone_config, config.output_stride)
         channels, bias = self.backbone.channels[-1], config.classifier_bias
-        self.dropout = nn.Dropout2d(config.dropout)
         self.classifier = nn.Conv2d(channels, self.config.num_labels, kernel_size=1, bias=bias)
         self.methods = nn.ModuleDict(
             {
@@ -106,7 +105,7 @@ class CamClassifier(PortableModel):
     def classify(self, pixel_values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """Images (B, 3, H, W) → stage maps of the backbone, and CAM logits (B, C, h, w)."""
         features = self.backbone(pixel_values)
-        return features, self.classifier(self.dropout(features[-1]))
+        return features, self.classifier(F.dropout2d(features[-1], self.config.dropout, self.training))
 
     def classify_view(self, pixel_values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
         """[`classify`] on another view of the batch, which leaves the running statistics of batch norms alone.

@@ -11,17 +11,12 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 
-def scaled_size(images: Tensor, scale: float) -> tuple[int, int]:
-    """(h, w) of (B, 3, h, w) images at `scale` times their size."""
-    height, width = (max(1, round(side * scale)) for side in images.shape[-2:])
-    return height, width
-
-
 def resize_images(images: Tensor, scale: float) -> Tensor:
     """(B, 3, h, w) images → `scale` times as large, antialiased."""
     if scale == 1:
         return images
-    return F.interpolate(images, size=scaled_size(images, scale), mode="bilinear", align_corners=False, antialias=True)
+    size = [max(1, round(side * scale)) for side in images.shape[-2:]]
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def views(
