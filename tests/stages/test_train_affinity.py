@@ -92,10 +92,12 @@ def _bytes(rows, index):
     return undecoded(rows)[index]["certain_labels"]["bytes"]
 
 
-def test_affinitynets_labels_are_background_where_both_claim_a_pixel(toy_data, cam_folder, recipe):
-    recipe = recipe.changed("affinity.alphas=[4, 24]", "affinity.kind=affinitynet")
+@pytest.mark.parametrize("native", ["false", "true"])
+def test_affinitynets_labels_are_background_where_both_claim_a_pixel(toy_data, cam_folder, recipe, native):
+    recipe = recipe.changed("affinity.alphas=[4, 24]", "affinity.kind=affinitynet", f"masks.native={native}")
     model, processor = load_labeler(str(cam_folder), "cpu")
     rows, refine = toy_data["train"].select([0, 1, 2]), build_refinement([])
+    rows = rows.map(lambda row: {"image": row["image"].resize((72, 64))}, load_from_cache_file=False)
     labels = dict(certain_labels(model, processor, rows, recipe.masks, recipe.affinity, refine))
     for found in label_images(model, processor, rows, recipe.changed("masks.refine=[]").masks):
         largest, best = found.maps.max(axis=0), found.classes[found.maps.argmax(axis=0)] + 1
