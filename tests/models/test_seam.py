@@ -10,9 +10,10 @@ from wsss_hf.models.methods import TrainingStep
 from wsss_hf.models.seam import (
     Seam,
     SeamConfig,
+    enlarged_mean,
     equivariance_loss,
     equivariant_cross_regularization,
-    losses_of_views,
+    losses_of_maps,
     max_one_hot,
     min_max_normalize,
     pixel_correlation,
@@ -77,7 +78,10 @@ TAGS = [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
 def test_losses_and_their_gradients_match_the_released_program():
     views = {n: REFERENCE[n].clone().requires_grad_() for n in ("cams_1", "cams_2", "refined_1", "refined_2")}
     cams, refined = (views["cams_1"][:, 1:], views["cams_2"][:, 1:]), (views["refined_1"], views["refined_2"])
-    losses = losses_of_views(cams, refined, REFERENCE["tags"])
+    tags = REFERENCE["tags"]
+    losses = losses_of_maps(cams, refined, tags)
+    logits = [enlarged_mean(maps, maps.shape[-2:]) for maps in cams]
+    losses["classification"] = sum(F.multilabel_soft_margin_loss(means, tags) for means in logits) / 2
     for name, loss in losses.items():
         torch.testing.assert_close(loss, REFERENCE[f"loss_{name}"][0], atol=1e-6, rtol=1e-5)
     total = sum(losses.values())
@@ -237,13 +241,23 @@ def test_classification_loss_is_the_mean_of_both_views(network, seam, weight):
     torch.testing.assert_close(seam.losses(step)["classification"], wanted)
 
 
-def test_both_views_are_compared_at_the_size_of_the_second_image(network, seam):
-    step = make_step(seam, network, TAGS)
-    cams, refined = zip(*(seam.at_image_size(view) for view in (step, step.second_view)), strict=True)
+@pytest.mark.parametrize("tags", [TAGS, [[0.0, 0, 1], [0, 0, 0]], [[1.0, 1, 1], [0, 1, 0]]])
+def test_both_views_are_compared_at_the_size_of_the_second_image(network, seam, tags):
+    """In training maps of tagged classes alone are enlarged: the same losses as with all of them."""
+    step = make_step(seam, network, tags)
+    every = torch.arange(CLASSES).expand(2, -1)
+    cams, refined = zip(*(seam.at_image_size(view, every) for view in (step, step.second_view)), strict=True)
     assert [maps.shape[-2:] for maps in (*cams, *refined)] == 2 * [(96, 80), (28, 24)]
-    losses, wanted = seam.losses(step), losses_of_views(cams, refined, step.tags)
+    losses, wanted = seam.losses(step), losses_of_maps(cams, refined, step.tags)
+    assert wanted["cross"] > 1e-4
     for name in ("equivariance", "cross", "min"):
         torch.testing.assert_close(losses[f"seam_{name}"], wanted[name])
+
+
+def test_the_mean_of_enlarged_maps_needs_no_enlarging():
+    maps = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    wanted = F.interpolate(maps, (21, 16), mode="bilinear", align_corners=True).mean(dim=(2, 3))
+    torch.testing.assert_close(enlarged_mean(maps, (21, 16)), wanted)
 
 
 def test_a_step_without_the_second_view_is_refused(network, seam):

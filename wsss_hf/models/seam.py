@@ -117,19 +117,24 @@ def equivariance_loss(first: Tensor, second: Tensor) -> Tensor:
     return (first - second).abs().mean()
 
 
-def equivariant_cross_regularization(scores: Tensor, refined: Tensor, fraction: float = 0.2) -> Tensor:
+def equivariant_cross_regularization(
+    scores: Tensor, refined: Tensor, fraction: float = 0.2, channels: int | None = None
+) -> Tensor:
     """Equivariant cross regularisation: one view's refined scores must match the other view's CAM.
 
     Args:
         scores: (B, 1 + C, h, w) scores of one view, the target: detached and one-hot suppressed here.
         refined: (B, 1 + C, h, w) refined scores of the other view.
         fraction: part of each image's differences that counts, the largest ones (hard example mining).
+        channels: the differences are those of so many channels; the ones that are not given are 0. None: 1 + C.
 
     Returns:
         scalar, the mean of these |differences|.
     """
     differences = (max_one_hot(scores.detach()) - refined).abs().flatten(1)
-    return differences.topk(max(1, int(fraction * differences.shape[1])), dim=1).values.mean()
+    total = differences.shape[1] // refined.shape[1] * (channels or refined.shape[1])
+    count = max(1, int(fraction * total))
+    return differences.topk(min(count, differences.shape[1]), dim=1).values.sum(dim=1).mean() / count
 
 
 def smallest_quarter_mean(maps: Tensor) -> Tensor:
@@ -145,50 +150,61 @@ def smallest_quarter_mean(maps: Tensor) -> Tensor:
     return strongest.topk(max(1, strongest.shape[1] // 4), dim=1, largest=False).values.mean()
 
 
-def losses_of_views(
+def enlarged_mean(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C) spatial means of maps (B, C, h, w) as [`resize`] enlarges them, which it need not do for that."""
+    rows, columns = (
+        F.interpolate(torch.eye(old, device=maps.device)[None], new, mode="linear", align_corners=True)[0].mean(dim=1)
+        for old, new in zip(maps.shape[-2:], size, strict=True)
+    )
+    return (maps.float() * rows[:, None] * columns).sum(dim=(2, 3))
+
+
+def losses_of_maps(
     cams: Sequence[Tensor],
     refined: Sequence[Tensor],
     tags: Tensor,
-    classification_weight: float = 1.0,
     cross_fraction: float = 0.2,
+    num_classes: int | None = None,
 ) -> dict[str, Tensor]:
-    """The losses of SEAM, from what the network gives for both views, each at the size of its image.
+    """What SEAM asks of the maps of both views, each at the size of its image.
 
     Maps are min-max normalised at their own size; those of the first view are then brought to the size of the second.
-    An image without tags contributes exact zeros to all losses but the classification.
+    An image without tags contributes exact zeros.
 
     Args:
         cams: (B, C, H, W) CAM logits of the image, and (B, C, h, w) those of its smaller view.
         refined: (B, 1 + C, H, W) and (B, 1 + C, h, w) refined scores, background first.
         tags: (B, C) 0/1.
-        classification_weight: of the second view, relative to the first one's.
         cross_fraction: see [`equivariant_cross_regularization`].
+        num_classes: number of classes, where some that an image does not have are left out of its maps and tags; they
+            add nothing to the losses, but are counted in their means. None: C.
 
     Returns:
-        `classification`, the mean of both views; `equivariance`; `cross`, the sum over both directions; and `min`,
-        the mean of both views.
+        `equivariance`; `cross`, the sum over both directions; `min`, the mean of both views.
     """
     size = cams[1].shape[-2:]
-    tags = tags.to(cams[0].dtype)
-    present = tags[:, :, None, None]
+    present = tags.to(cams[0].dtype)[:, :, None, None]
     any_tag = present.amax(dim=1, keepdim=True)
-
-    losses = [F.multilabel_soft_margin_loss(maps.mean(dim=(2, 3)), tags) for maps in cams]
-    classification = (losses[0] + classification_weight * losses[1]) / (1 + classification_weight)
-    lowest = torch.stack([smallest_quarter_mean(maps[:, 1:] * present) for maps in refined]).mean()
+    num_classes = tags.shape[1] if num_classes is None else num_classes
 
     objects = [resize(min_max_normalize(maps), size) * present for maps in cams]
     scores = [torch.cat([any_tag - maps.amax(dim=1, keepdim=True), maps], dim=1) for maps in objects]
     with_tags = torch.cat([any_tag, present], dim=1)
-    first_refined, second_refined = (resize(min_max_normalize(maps), size) * with_tags for maps in refined)
-    cross = equivariant_cross_regularization(scores[1], first_refined, cross_fraction)
-    cross = cross + equivariant_cross_regularization(scores[0], second_refined, cross_fraction)
+    normalized = [resize(min_max_normalize(maps), size) * with_tags for maps in refined]
+    cross = [
+        equivariant_cross_regularization(target, maps, cross_fraction, 1 + num_classes)
+        for target, maps in zip(reversed(scores), normalized, strict=True)
+    ]
     return {
-        "classification": classification,
-        "equivariance": equivariance_loss(*objects),
-        "cross": cross,
-        "min": lowest,
+        "equivariance": equivariance_loss(*objects) * tags.shape[1] / num_classes,
+        "cross": cross[0] + cross[1],
+        "min": torch.stack([smallest_quarter_mean(maps[:, 1:] * present) for maps in refined]).mean(),
     }
+
+
+def _channels(maps: Tensor, indices: Tensor) -> Tensor:
+    """(B, K, h, w): the channels `indices` (B, K) of each image's maps."""
+    return maps.gather(1, indices[:, :, None, None].expand(-1, -1, *maps.shape[2:]))
 
 
 @register_method("seam", SeamConfig)
@@ -238,21 +254,30 @@ class Seam(Method):
         )
         return resize(pixel_values, (height, width))
 
-    def at_image_size(self, step: TrainingStep) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) CAM logits and (B, 1 + C, H, W) refined scores of one view."""
+    def at_image_size(self, step: TrainingStep, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, K, H, W) CAM logits and (B, 1 + K, H, W) refined scores of one view, of the `classes` (B, K)."""
         size = step.pixel_values.shape[-2:]
         refined = self.refine(step.pixel_values, step.features, step.cams)
-        return resize(step.cams.float(), size), resize(refined, size)
+        channels = F.pad(classes + 1, (1, 0))
+        return resize(_channels(step.cams.float(), classes), size), resize(_channels(refined, channels), size)
 
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
-        config = self.config
-        second = step.second_view
-        if second is None:
+        config, tags = self.config, step.tags.float()
+        if step.second_view is None:
             raise ValueError("second_view: expected the view of the step that SEAM's `second_view` gives, got none")
-        cams, refined = zip(*map(self.at_image_size, (step, second)), strict=True)
-        losses = losses_of_views(cams, refined, step.tags, config.classification_weight, config.cross_fraction)
+        views = step, step.second_view
+        classification, second_classification = (
+            F.multilabel_soft_margin_loss(enlarged_mean(view.cams, view.pixel_values.shape[-2:]), tags)
+            for view in views
+        )
+        # Only maps of tagged classes are enlarged: the first places of an order that begins with them.
+        most = max(1, int(tags.sum(dim=1).amax()))
+        classes = tags.argsort(dim=1, descending=True, stable=True)[:, :most]
+        cams, refined = zip(*(self.at_image_size(view, classes) for view in views), strict=True)
+        losses = losses_of_maps(cams, refined, tags.gather(1, classes), config.cross_fraction, self.num_classes)
+        weight = config.classification_weight
         return {
-            "classification": losses["classification"],
+            "classification": (classification + weight * second_classification) / (1 + weight),
             "seam_equivariance": config.equivariance_weight * losses["equivariance"],
             "seam_cross": config.cross_weight * losses["cross"],
             "seam_min": config.min_weight * losses["min"],
