@@ -97,8 +97,9 @@ def convert_checkpoint(
 ) -> Path:
     """Convert a published checkpoint to a model of this package, with its image processor.
 
-    ImageNet weights become a backbone, everything else a [`CamClassifier`] or, on request, a [`MapRefiner`]. The
-    configuration names the layout of the file under `converted_from`. `out` appears complete or not at all.
+    ImageNet weights become a backbone (of ICD's VGG-16 the convolutions, without fc6 and fc7 on top), everything else
+    a [`CamClassifier`] or, on request, a [`MapRefiner`]. The configuration names the layout of the file under
+    `converted_from`. `out` appears complete or not at all.
 
     Args:
         file: `.safetensors`; or `.pth`, `.pt` or `.bin` that holds nothing but tensors, numbers and strings; or
