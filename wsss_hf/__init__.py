@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from .models import registration as _registration  # noqa: F401  (what its import does)
+from .models.attention import AttentionConfig
 from .models.configuration_cam import CamConfig
 from .models.configuration_segmenter import SegmenterConfig
 from .models.d2cam import D2camConfig
@@ -25,6 +26,7 @@ from .models.pipeline_image_segmentation import MaskPipeline, TagPipeline
 from .models.pipeline_weak_segmentation import WeakSegmentationPipeline
 from .models.plda import PldaConfig
 from .models.seam import SeamConfig
+from .models.toco import TocoConfig
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ __all__ = [
     "__version__",
     "AffinityConfig",
     "AffinityNetwork",
+    "AttentionConfig",
     "CamClassifier",
     "CamConfig",
     "CamOutput",
@@ -82,6 +85,7 @@ __all__ = [
     "Segmenter",
     "SegmenterConfig",
     "TagPipeline",
+    "TocoConfig",
     "TrainingStep",
     "WeakSegmentationPipeline",
     "WsssImageProcessor",

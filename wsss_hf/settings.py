@@ -52,7 +52,10 @@ class TrainSettings(Options):
     steps: int = option(0, "Optimiser steps; if not 0, they count instead of the epochs.", at_least=0)
     batch_size: int = option(16, "Images of a step, over all processes.", at_least=1)
     optimizer: Literal["adamw", "sgd"] = option("adamw", "adamw | sgd")
-    lr: float = option(2e-4, "Learning rate of the pretrained backbone.", above=0)
+    lr: float = option(2e-4, "Learning rate of pretrained layers.", above=0)
+    backbone_lr_factor: float = option(
+        1.0, "Learning rate of the pretrained backbone, relative to lr; 0 freezes it.", at_least=0
+    )
     head_lr_factor: float = option(10.0, "Learning rate of new layers, relative to lr.", above=0)
     bias_lr_factor: float = option(1.0, "Learning rate of biases, relative to that of their layer.", above=0)
     weight_decay: float = option(1e-4, "Not on biases and norms.", at_least=0)
@@ -102,6 +105,12 @@ class CamSettings(Options):
     )
     dropout: float = option(
         0.0, "Probability of dropping a channel of the last features in training.", at_least=0, below=1
+    )
+    backbone_layers: list[int] | None = option(
+        None,
+        "Layers of a plain vision transformer that are the stages which methods read, from 1, negative ones from the "
+        "last; null takes four, evenly spaced.",
+        length=0,
     )
     methods: dict[str, Any] = option({}, "Method: its options, for example {drs: {mode: fixed}}; null turns one off.")
     method_warmup: float = option(0.0, "Fraction of the training before the methods begin.", at_least=0, below=1)

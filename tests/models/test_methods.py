@@ -16,8 +16,9 @@ OPTIONS = {
     "plda": {"hidden": [16, 8], "pamr_iterations": 2, "pamr_dilations": [1, 2]},
     "d2cam": {"embedding_channels": 8},
     "seam": {"projections": [8, 8], "embedding": 16, "scale": 0.5},
+    "toco": {},
 }
-SUBSETS = [names for size in (0, 1, 2, 5) for names in itertools.combinations(OPTIONS, size)]
+SUBSETS = [names for size in (0, 1, 2, 6) for names in itertools.combinations(OPTIONS, size)]
 TAGS = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 1], [1, 0, 0]])
 
 
@@ -98,7 +99,7 @@ def test_tags_of_another_width_are_refused_before_any_method_sees_them(shape):
 
 
 def test_a_backbone_of_one_stage_is_refused_by_the_method_that_reads_two():
-    backbone = ViTConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=32)
+    backbone = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=32)
     with pytest.raises(ValueError, match=r"seam.stages: expected stages of this backbone \(-1 to 0\), got -2"):
         CamClassifier(CamConfig(backbone_config=backbone, seam={}))
 

@@ -20,6 +20,14 @@ RESNET = {
     "depths": [1, 1, 1, 1],
 }
 VGG = {"model_type": "wsss_vgg16", "widths": [4, 4, 8, 8, 8]}
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 8,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "image_size": 32,
+}
 WIDE = {"model_type": "wsss_wide_resnet38", "widths": [4, 4, 8, 8, 8, 8, 16]}
 NAMES = {0: "cat", 1: "cow"}
 METHODS = {
@@ -28,8 +36,9 @@ METHODS = {
     "plda": {"hidden": [8], "pamr_iterations": 1, "pamr_dilations": [1]},
     "d2cam": {"embedding_channels": 8},
     "seam": {"projections": [8, 8], "embedding": 8},
+    "toco": {},
 }
-PARTS = {*METHODS, "vgg", "wide_resnet"}
+PARTS = {*METHODS, "attention", "patch_attentions", "plain_vit", "vgg", "wide_resnet"}
 
 
 def build(backbone=RESNET, kind=CamClassifier, **options):
@@ -59,11 +68,22 @@ def test_a_classifier_comes_with_little_code(tmp_path):
         *((lambda name=name: build(**{name: METHODS[name]}), {name}) for name in METHODS),
         (lambda: build(VGG, drs={}, seam=METHODS["seam"]), {"vgg", "drs", "seam"}),
         (lambda: build(WIDE), {"wide_resnet"}),
+        (lambda: build(VIT), {"plain_vit"}),
+        (lambda: build(VIT, attention={}), {"plain_vit", "attention", "patch_attentions"}),
         (lambda: build(kind=Segmenter, rates=[1]), set()),
         (lambda: build(VGG, kind=Segmenter, rates=[1]), {"vgg"}),
         (lambda: build(kind=MapRefiner), set()),
     ],
-    ids=[*METHODS, "vgg with drs and seam", "wide_resnet", "segmenter", "segmenter on vgg", "map refiner"],
+    ids=[
+        *METHODS,
+        "vgg with drs and seam",
+        "wide_resnet",
+        "vit",
+        "vit with attention",
+        "segmenter",
+        "segmenter on vgg",
+        "map refiner",
+    ],
 )
 def test_only_what_a_model_uses_is_saved(model, parts, tmp_path):
     model().save_pretrained(tmp_path)
@@ -113,6 +133,7 @@ def test_models_load_and_are_saved_where_the_package_is_not_installed(tmp_path):
         "all methods on vgg": build(VGG, maps="seam", **METHODS),
         "plain": build(),
         "plda": build(plda=METHODS["plda"]),
+        "vit": build(VIT, maps="attention", attention={"learn_heads": True}, toco={}),
         "refiner on wide resnet": build(WIDE, kind=MapRefiner),
         "segmenter": build(kind=Segmenter, rates=[1]),
     }

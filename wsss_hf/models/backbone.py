@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
-from .components import COMPONENTS  # noqa: F401  (registers our backbones)
+from .components import COMPONENTS
 
 
 def usable_config(backbone_config: PreTrainedConfig | dict) -> PreTrainedConfig:
@@ -32,11 +32,7 @@ def usable_config(backbone_config: PreTrainedConfig | dict) -> PreTrainedConfig:
 
 
 def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kwargs):
-    """`load(name, …)`, some `from_pretrained`, that opens nothing but safetensors: a pickle can run anything.
-
-    Raises:
-        ValueError: there are no such weights, or others were asked for.
-    """
+    """`load(name, …)`, some `from_pretrained`, but a ValueError for all but safetensors: a pickle can run anything."""
     refusal = (
         f"{name}: no weights in safetensors; pickled ones (.bin, .pth, .pt) are never opened here, "
         "`wsss convert` makes safetensors of the published checkpoints that it knows"
@@ -60,13 +56,15 @@ def body_class(config: PreTrainedConfig) -> tuple[Any, dict]:
         config.out_indices = list(range(len(config.stage_names)))
         return AutoBackbone, {}
     model_class: Any = AutoModel._model_mapping[type(config)]
+    if getattr(config, "vision_use_head", False):
+        config.vision_use_head = False
     # A pooler would hold parameters that never get a gradient, which distributed training refuses.
     takes_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
     return AutoModel, {"add_pooling_layer": False} if takes_pooler else {}
 
 
 class Backbone(nn.Module):
-    """Feature maps of any vision network of transformers, one per resolution, shallow to deep.
+    """Feature maps of any vision network of transformers, shallow to deep: its resolutions, or layers of a plain ViT.
 
     A convolutional network can be dilated: from `output_stride` on, strides become dilations, so that pretrained
     weights keep their meaning while the maps stay large.
@@ -74,6 +72,7 @@ class Backbone(nn.Module):
     Args:
         config: configuration of any transformers vision model.
         output_stride: largest allowed ratio of input size to deepest map size; None leaves the network as it is.
+        layers: layers of a plain vision transformer that are its stages, see [`PlainVit`]; the last one alone.
 
     Attributes:
         channels: channels of each stage, shallow to deep.
@@ -81,10 +80,10 @@ class Backbone(nn.Module):
         gradient_checkpointing: whether training computes activations anew instead of keeping them.
 
     Raises:
-        ValueError: the network takes no images, gives no spatial map, or can't be dilated to `output_stride`.
+        ValueError: the network takes no images, gives no map, can't be dilated to that stride, or lacks such layers.
     """
 
-    def __init__(self, config: PreTrainedConfig, output_stride: int | None = None):
+    def __init__(self, config: PreTrainedConfig, output_stride: int | None = None, layers: Sequence[int] | None = ()):
         super().__init__()
         self.gradient_checkpointing = False
         auto_class, kwargs = body_class(config)
@@ -95,18 +94,23 @@ class Backbone(nn.Module):
                 f"got one that takes {self.body.main_input_name}"
             )
         self.patch_size = getattr(config, "patch_size", None)
+        self.plain_vit = next((c(config, layers) for c in COMPONENTS if hasattr(c, "fits") and c.fits(config)), None)
+        if layers and self.plain_vit is None:
+            raise ValueError(f"backbone_layers: expected none for the backbone {config.model_type!r}, got {layers}")
         parameters = inspect.signature(self.body.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
 
-        sizes, _, layers = self._measure()
+        sizes, _, executed = self._measure()
         natural_stride = round(_PROBE_SIZE / sizes[-1])
         if output_stride is not None and natural_stride > output_stride:
             if getattr(config, "num_attention_heads", None) is None:
-                _dilate(layers, output_stride)
+                _dilate(executed, output_stride)
         _pad_unstrided(self.body)
         # The last map of each resolution (as it was before dilation) is a stage.
         levels = getattr(config, "undilated_strides", sizes)  # a network may be published dilated
         self.stage_indices = [i for i, level in enumerate(levels) if i + 1 == len(levels) or levels[i + 1] != level]
+        if self.plain_vit is not None:
+            self.stage_indices = self.plain_vit.stage_indices(len(sizes))
         sizes, channels, _ = self._measure()
         self.channels = [channels[i] for i in self.stage_indices]
         self.strides = [round(_PROBE_SIZE / sizes[i]) for i in self.stage_indices]
@@ -117,7 +121,7 @@ class Backbone(nn.Module):
             )
 
         with torch.enable_grad():
-            freeze_idle_parameters(self.body, self.probe({})[-1])
+            freeze_idle_parameters(self.body, self.probe({})[self.stage_indices[-1]])
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) → stage maps (B, D_i, h_i, w_i), shallow to deep."""
@@ -125,6 +129,7 @@ class Backbone(nn.Module):
         return tuple(maps[i] for i in self.stage_indices)
 
     def _all_maps(self, pixel_values: Tensor) -> list[Tensor]:
+        pixel_values = pixel_values if self.plain_vit is None else self.plain_vit(pixel_values)
         outputs = self.body(pixel_values, output_hidden_states=True, **self._options)
         maps = getattr(outputs, "feature_maps", None)
         if maps is None:
@@ -132,28 +137,18 @@ class Backbone(nn.Module):
         return [self._as_map(m, pixel_values.shape[-2:]) for m in maps]
 
     def _as_map(self, hidden: Tensor, image_size: torch.Size) -> Tensor:
-        """(B, N, D) tokens, class and register tokens first, → (B, D, h, w); maps pass through."""
+        """(B, N, D) tokens → (B, D, h, w); maps pass through."""
+        if hidden.ndim == 3 and self.plain_vit is not None:
+            hidden = self.plain_vit.as_map(hidden, image_size)
         if hidden.ndim == 4:
             return hidden
-        if hidden.ndim == 3 and self.patch_size:
-            height, width = (side // self.patch_size for side in image_size)
-            if hidden.shape[1] >= height * width:
-                return hidden[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
         raise ValueError(
             f"backbone {self.body.config.model_type!r}: expected hidden states of shape (B, D, h, w) or patch tokens, "
             f"got {tuple(hidden.shape)}"
         )
 
     def set_checkpointing(self, enable: bool, function: Callable, every: int = 1) -> None:
-        """Turn gradient checkpointing on or off: of a block only the input is kept for the backward pass.
-
-        Networks of transformers that can do it themselves; for others wsss_hf must be installed. Batch norms do not
-        count the images of the second computation again.
-
-        Args:
-            function: `torch.utils.checkpoint.checkpoint`, not reentrant.
-            every: only every n-th block.
-        """
+        """Whether to keep only the inputs of every n-th block for the backward pass; by torch's `checkpoint`."""
         self.gradient_checkpointing = enable
         function = partial(function, context_fn=self._checkpoint_contexts)
         if self.body.supports_gradient_checkpointing:
@@ -231,10 +226,7 @@ def _dilate(layers: list[tuple[Any, int]], output_stride: int):
 
 
 def _pad_unstrided(body: nn.Module):
-    """Let the convolutions pad that MobileNets pad for: a copy of each input, and of those of 1×1 kernels for nothing.
-
-    With a stride of 1 that padding does not depend on the input's size.
-    """
+    """Let convolutions pad that MobileNets pad for, by copying inputs: with a stride of 1 the size plays no part."""
     module: Any
     for module in body.modules():
         config, layer = getattr(module, "config", None), getattr(module, "convolution", None)

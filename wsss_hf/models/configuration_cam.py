@@ -18,6 +18,7 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone: directory or Hub id whose configuration is read; its weights come with `CamClassifier.from_backbone`.
         backbone_config: the backbone's configuration itself (or a dict with `model_type`) instead.
         output_stride: largest allowed input size / map size; None leaves the backbone as it is.
+        backbone_layers: layers of a plain vision transformer that become stages, see [`Backbone`]; None takes four.
         classifier_bias: whether the 1×1 convolution to the maps has a bias, as in some released networks.
         dropout: probability of dropping a channel of the last features in training, before the 1×1 convolution.
         method_warmup: share of the training, in [0, 1), in which only the tags teach. The methods begin after it, and
@@ -26,8 +27,8 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         background_threshold: where every normalised map is below it, `segmentation_scores` says background.
         tag_threshold: probability above which a tag counts as predicted.
         image_mean, image_std: the normalisation of `pixel_values`, per channel, for images in [0, 1].
-        drs, icd, plda, d2cam, seam: options of the methods, and under its name those of any other registered method,
-            as its dataclass ([`DrsConfig`] …) or a dict; None is off.
+        attention, d2cam, drs, icd, plda, seam, toco: options of the methods, and under its name those of any other
+            registered method, as its dataclass ([`DrsConfig`] …) or a dict; None is off.
         kwargs: `id2label` (object classes only; background is none of them), and whatever `PreTrainedConfig` takes.
 
     Raises:
@@ -43,6 +44,7 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone: str | None = None,
         backbone_config: PreTrainedConfig | dict | None = None,
         output_stride: int | None = None,
+        backbone_layers: list[int] | None = None,
         classifier_bias: bool = False,
         dropout: float = 0.0,
         method_warmup: float = 0.0,
@@ -55,6 +57,7 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
     ):
         self._set_backbone(backbone, backbone_config)
         self.output_stride = output_stride
+        self.backbone_layers = backbone_layers
         self.classifier_bias = classifier_bias
         for name in METHODS:
             setattr(self, name, _options(name, kwargs.pop(name, None)))
@@ -77,6 +80,10 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         self.image_std = list(image_std or IMAGENET_DEFAULT_STD)
         kwargs.setdefault("problem_type", "multi_label_classification")
         super().__init__(**self._completed(kwargs))
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):  # what was saved before there was a choice has one stage
+        return super().from_dict({"backbone_layers": []} | config_dict, **kwargs)
 
     @property
     def methods(self) -> dict:

@@ -63,7 +63,8 @@ class CamClassifier(PortableModel):
     def __init__(self, config: CamConfig):
         super().__init__(config)
         self._progress: float | None = None
-        self.backbone = Backbone(config.backbone_config, config.output_stride)
+        self.backbone = Backbone(config.backbone_config, config.output_stride, config.backbone_layers)
+        config.backbone_layers = getattr(self.backbone.plain_vit, "layers", [])
         channels, bias = self.backbone.channels[-1], config.classifier_bias
         self.classifier = nn.Conv2d(channels, self.config.num_labels, kernel_size=1, bias=bias)
         self.methods = nn.ModuleDict(

@@ -53,6 +53,7 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
                 "cam",
                 output_stride=section.output_stride,
                 dropout=section.dropout,
+                backbone_layers=section.backbone_layers,
                 id2label=dict(enumerate(class_names(rows))),
                 method_warmup=section.method_warmup,
                 maps=section.maps,
