@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from torch import nn
@@ -256,6 +258,23 @@ def test_a_configuration_comes_from_an_object_a_dict_or_a_directory(resnet_confi
 def test_no_backbone_at_all_is_refused():
     with pytest.raises(ValueError, match="backbone: expected a directory or Hub id, .* got neither"):
         resolve_backbone_config(None, None)
+
+
+@pytest.mark.parametrize(
+    "values", [{"architecture": "resnet18"}, {"architecture": "resnet18", "label_names": ["a"], "num_classes": 1}]
+)
+def test_a_network_of_timm_without_timm_is_refused_in_one_line(values, tmp_path, monkeypatch):
+    monkeypatch.setattr("wsss_hf.models.pretrained.is_timm_available", lambda: False)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "timm_wrapper", **values}))
+    with pytest.raises(ImportError) as caught:
+        resolve_backbone_config(str(tmp_path), None)
+    assert str(caught.value).endswith("is a network of timm, which needs torchvision: pip install timm")
+    assert str(caught.value).count("\n") == 0
+
+
+def test_timms_other_wrapper_is_refused_with_the_one_that_is_taken():
+    with pytest.raises(ValueError, match="backbone_config: expected model_type timm_wrapper .*, got timm_backbone"):
+        resolve_backbone_config(None, {"model_type": "timm_backbone", "backbone": "resnet18"})
 
 
 @pytest.mark.parametrize("config", [resnet, convnext, dinov2, swin, vit, mobilenet])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, PreTrainedConfig
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, PreTrainedConfig
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+from transformers.utils import is_timm_available
 
 from .backbone import body_class, from_safetensors, usable_config
 from .portable_model import PortableModel, processor_for
@@ -36,14 +38,45 @@ def resolve_backbone_config(
 ) -> PreTrainedConfig:
     """The configuration of a backbone from a directory, a Hub id, a dict with `model_type`, or a configuration.
 
-    Its label names are dropped: they are those of another task.
+    Its label names are dropped: they are those of another task. Of a model of images and texts (CLIP, SigLIP) it is
+    the configuration of the vision tower.
+
+    Raises:
+        ValueError: there is none, or it is of another kind.
+        ImportError: a network of timm, which is not installed or does not work.
     """
     if backbone_config is None:
         if backbone is None:
             raise ValueError("backbone: expected a directory or Hub id, or a backbone_config, got neither")
         backbone, hub_kwargs = pinned(backbone, hub_kwargs)
-        backbone_config = AutoConfig.from_pretrained(backbone, **hub_kwargs)
-    return usable_config(backbone_config)
+        try:
+            backbone_config = AutoConfig.from_pretrained(backbone, **hub_kwargs)
+        except ImportError as error:  # which transformers raises for timm alone, in three lines
+            raise ImportError(_NEEDS_TIMM.format(backbone)) from error
+    elif isinstance(backbone_config, dict):
+        backbone_config = usable_config(backbone_config)
+    config = usable_config(getattr(backbone_config, "vision_config", backbone_config))
+    return _completed_timm(config) if config.model_type.startswith("timm") else config
+
+
+_NEEDS_TIMM = "backbone: {} is a network of timm, which needs torchvision: pip install timm"
+
+
+def _completed_timm(config: Any) -> PreTrainedConfig:
+    """With what the configuration of a plain vision transformer does not say: depth, heads, patches; for any size."""
+    if config.model_type != "timm_wrapper":
+        raise ValueError(
+            f"backbone_config: expected model_type timm_wrapper with an architecture, got {config.model_type}"
+        )
+    if not is_timm_available():
+        raise ImportError(_NEEDS_TIMM.format(config.architecture))
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(config).timm_model
+    if hasattr(model, "dynamic_img_size"):
+        config.model_args = {**(config.model_args or {}), "dynamic_img_size": True}
+        config.num_hidden_layers, config.num_attention_heads = len(model.blocks), model.blocks[0].attn.num_heads
+        config.patch_size = model.patch_embed.patch_size[0]
+    return config
 
 
 def from_backbone(
@@ -77,8 +110,11 @@ def backbone_normalization(backbone: str | None, config, **hub_kwargs) -> tuple[
     """Per-channel mean and standard deviation that a backbone was trained with, for images in [0, 1].
 
     From its preprocessor_config.json where `backbone`, a directory or Hub id, has one; else its model type's default
-    in transformers; else ImageNet's.
+    in transformers, or what timm says; else ImageNet's.
     """
+    if getattr(config, "model_type", None) == "timm_wrapper":  # whose processor does not show them
+        given = getattr(config, "pretrained_cfg", {})
+        return list(given.get("mean", IMAGENET_DEFAULT_MEAN)), list(given.get("std", IMAGENET_DEFAULT_STD))
     try:
         known = AutoImageProcessor.from_pretrained(backbone, **hub_kwargs) if backbone else None
     except (OSError, ValueError):  # published without a processor
