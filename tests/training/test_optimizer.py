@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from wsss_hf.settings import TrainSettings
-from wsss_hf.training.loop import build_optimizer, build_scheduler, freeze_batch_norm, parameter_groups
+from wsss_hf.settings import RecipeError, TrainSettings
+from wsss_hf.training.loop import (
+    build_optimizer,
+    build_scheduler,
+    freeze_batch_norm,
+    freeze_pretrained,
+    parameter_groups,
+)
 
 
 @pytest.fixture
@@ -56,6 +62,15 @@ def test_frozen_parameters_are_in_no_group(model, settings):
     freeze_batch_norm(model)
     grouped = [parameter for group in parameter_groups(model, settings()) for parameter in group["params"]]
     assert len(grouped) == 4 and all(parameter.requires_grad for parameter in grouped)
+
+
+def test_the_backbone_may_have_a_rate_of_its_own(model, settings):
+    groups = parameter_groups(model, settings(lr=0.1, backbone_lr_factor=0.05, head_lr_factor=3.0, bias_lr_factor=2.0))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: group["lr"] for group in groups for p in group["params"]}
+    assert found["backbone.0.weight"] == pytest.approx(0.005)
+    assert found["backbone.0.bias"] == pytest.approx(0.01)
+    assert found["classifier.weight"] == pytest.approx(0.3)
 
 
 def test_an_optimizer_moves_every_group_at_its_own_rate(model, settings):
@@ -118,3 +133,24 @@ def test_frozen_batch_norm_keeps_statistics_and_parameters(model, settings):
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"backbone.0.weight", "backbone.0.bias", "classifier.weight", "classifier.bias"}
     assert not norm.training and model.backbone[0].training
+
+
+def test_a_frozen_backbone_keeps_all_it_has_drops_nothing_and_needs_no_backward_pass(model, settings):
+    model.backbone.append(nn.Dropout(0.5))
+    freeze_pretrained(model.train())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = build_optimizer(model, settings(lr=0.1, backbone_lr_factor=0.0))
+    pixels = torch.randn(2, 3, 8, 8) * 5 + 3
+    for _ in range(3):
+        model(pixels).square().mean().backward()
+        optimizer.step()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    assert model.training and not any(module.training for module in model.backbone.modules())
+    assert not model.backbone(pixels).requires_grad
+
+
+def test_a_model_without_new_layers_cannot_be_frozen(model):
+    model.new_parameters = set()
+    with pytest.raises(RecipeError, match="backbone_lr_factor: expected more than 0 for a model without new layers"):
+        freeze_pretrained(model)

@@ -69,8 +69,7 @@ def fit(
     )
     # Identical on all processes, whatever was drawn before.
     set_seed(seed)
-    if settings.freeze_batch_norm:
-        freeze_batch_norm(model)
+    _freeze(model, settings)
     optimizer = build_optimizer(model, settings)
     inner = model
     # With their channels last, the convolutions of MobileNetV2 run a quarter faster on a CPU.
@@ -93,8 +92,7 @@ def fit(
             if hasattr(examples, "set_epoch"):
                 examples.set_epoch(epoch)
             model.train()
-            if settings.freeze_batch_norm:
-                freeze_batch_norm(inner)  # whose parameters have their own names, also in distributed training
+            _freeze(inner, settings)  # whose parameters have their own names, also in distributed training
             sums: dict[str, torch.Tensor] = {}
             started = time.perf_counter()
             # The last epoch may be a part of one, where the recipe counts steps.
@@ -180,13 +178,14 @@ def is_new(model: nn.Module, name: str) -> bool:
 def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
     """Groups by where a parameter comes from and what it is: pretrained or new, weight or bias.
 
-    New layers learn `head_lr_factor` times as fast, biases `bias_lr_factor` times; biases and norms do not decay.
+    Pretrained layers learn `backbone_lr_factor` times as fast as `lr`, new ones `head_lr_factor` times, biases
+    `bias_lr_factor` times their layer; biases and norms do not decay.
     """
     groups: dict[tuple[float, bool], list] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = settings.head_lr_factor if is_new(model, name) else 1.0
+        factor = settings.head_lr_factor if is_new(model, name) else settings.backbone_lr_factor
         if name.endswith(".bias"):
             factor *= settings.bias_lr_factor
         groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
@@ -225,6 +224,33 @@ def build_scheduler(
         return warm * factor(done)
 
     return optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def _freeze(model: nn.Module, settings: TrainSettings) -> None:
+    """What a `train` section keeps as it is."""
+    if settings.freeze_batch_norm:
+        freeze_batch_norm(model)
+    if settings.backbone_lr_factor == 0:
+        freeze_pretrained(model)
+
+
+def freeze_pretrained(model: nn.Module) -> None:
+    """Keep all pretrained parameters and statistics; call again after each `model.train()`.
+
+    Modules without a new parameter do not drop anything either, and keep nothing for a backward pass.
+
+    Raises:
+        RecipeError: there are no others.
+    """
+    for name, parameter in model.named_parameters():
+        if not is_new(model, name):
+            parameter.requires_grad_(False)
+    for name, module in model.named_modules():
+        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
+        if own and not any(is_new(model, parameter) for parameter in own):
+            module.eval()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError("backbone_lr_factor: expected more than 0 for a model without new layers, got 0")
 
 
 def freeze_batch_norm(model: nn.Module) -> None:
