@@ -29,7 +29,7 @@ class AffinityConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of an [`AffinityNetwork`].
 
     Args:
-        backbone, backbone_config, output_stride: as of [`CamConfig`].
+        backbone, backbone_config, output_stride, backbone_layers: as of [`CamConfig`].
         kind: "irn" learns boundaries, which part positions that lie on both sides of them; "affinitynet" learns
             features, whose differences part them.
         radius: pairs nearer than this are learnt from, in positions of the grid: every 4th pixel for "irn", every 8th
@@ -47,6 +47,7 @@ class AffinityConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone: str | None = None,
         backbone_config: PreTrainedConfig | dict | None = None,
         output_stride: int | None = None,
+        backbone_layers: list[int] | None = None,
         kind: Kind = "irn",
         radius: int = 10,
         image_mean: list[float] | None = None,
@@ -59,6 +60,7 @@ class AffinityConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"radius: expected a whole number of at least 2, got {radius!r}")
         self._set_backbone(backbone, backbone_config)
         self.output_stride = output_stride
+        self.backbone_layers = backbone_layers
         self.kind = kind
         self.radius = radius
         self.image_mean = list(image_mean or IMAGENET_DEFAULT_MEAN)
@@ -93,7 +95,9 @@ class AffinityNetwork(PortableModel):
 
     def __init__(self, config: AffinityConfig):
         super().__init__(config)
-        self.backbone = Backbone(config.backbone_config, config.output_stride).requires_grad_(False)
+        backbone = Backbone(config.backbone_config, config.output_stride, config.backbone_layers)
+        self.backbone = backbone.requires_grad_(False)
+        config.backbone_layers = getattr(backbone.plain_vit, "layers", [])
         channels = self.backbone.channels
         if config.kind == "irn":
             self.branches = nn.ModuleList(
