@@ -53,7 +53,7 @@ def test_few_images_are_open_at_a_time():
     rows = dataset([picture(i, (4, 4)) for i in range(40)])
     first = next(batches_by_size(rows, processor, 2))
     assert max(first.indices) < 16  # a window of eight batches, whatever the data set's size
-    mixed = dataset([picture(i, (4, 4 + i)) for i in range(40)])
+    mixed = dataset([picture(i, (4 + i, 4 + i)) for i in range(40)])
     assert [batch.indices for batch in batches_by_size(mixed, processor, 2)] == [[i] for i in range(40)]
 
 

@@ -165,7 +165,7 @@ def test_painting_shows_progress_unless_quiet(coco, capsys):
 
 
 def test_limit_paints_no_mask_that_is_not_wanted(coco, tmp_path):
-    dataset = load_data("coco", root=coco, masks="all", limit=1)
+    dataset = load_data("coco", root=coco, masks="all", limit=1, seed=1)
     assert [len(rows) for rows in dataset.values()] == [1, 1]
     assert len(pngs(tmp_path / "cache")) == 2
 

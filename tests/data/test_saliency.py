@@ -180,7 +180,8 @@ def test_an_old_column_is_replaced(photos, tmp_path):
 def test_maps_inside_the_folder_of_images_are_no_class(tmp_path):
     draw(tmp_path, "cat/1.png")
     draw(tmp_path, "saliency/1.png", "saliency/2.png")
-    assert class_names(load_data(tmp_path)) == ["cat", "saliency"]
+    with pytest.raises(DataError, match="saliency: expected a class, got a folder of masks"):
+        load_data(tmp_path)
     draw(tmp_path / "saliency", "cat/1.png")
     data = load_data(tmp_path, saliency=tmp_path / "saliency")
     assert class_names(data) == ["cat"] and len(rows_with_saliency(data["train"])) == 1
@@ -227,7 +228,7 @@ def test_voc_takes_a_folder(tmp_path):
         (root / folder).mkdir(parents=True)
     for split, image_id in (("train", "2007_1"), ("val", "2007_2")):
         Image.new("RGB", (6, 4)).save(root / f"JPEGImages/{image_id}.jpg")
-        Image.new("L", (6, 4)).save(root / f"SegmentationClass/{image_id}.png")
+        Image.new("L", (6, 4), 8).save(root / f"SegmentationClass/{image_id}.png")
         (root / f"Annotations/{image_id}.xml").write_text("<annotation><object><name>cat</name></object></annotation>")
         (root / f"ImageSets/Segmentation/{split}.txt").write_text(image_id)
     draw(tmp_path / "maps", "2007_1.jpg")

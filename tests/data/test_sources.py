@@ -175,7 +175,7 @@ def unbalanced(tmp_path):
         "image_id": [f"{index:02d}" for index in range(40)],
         "image": [PICTURE] * 40,
         "tags": [[1] if index == 20 else [0] for index in range(40)],
-        "mask": [Image.new("L", (6, 4)) if index >= 36 else None for index in range(40)],
+        "mask": [Image.new("L", (6, 4), 1) if index >= 36 else None for index in range(40)],
     }
     rows = Dataset.from_dict(columns, features=tagged_features(["common", "rare"], "mask"))
     DatasetDict(train=rows).save_to_disk(tmp_path / "unbalanced")

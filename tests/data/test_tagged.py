@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
 from wsss_hf.data.tagged import (
@@ -127,7 +127,7 @@ def test_void_is_allowed_and_a_turned_photograph_has_its_upright_size():
     exif = Image.Exif()
     exif[0x0112] = 6
     turned = encoded(Image.new("RGB", (4, 6)), format="JPEG", exif=exif)
-    upright = encoded(Image.new("L", (6, 4), 255))
+    upright = encoded(Image.fromarray(np.array([[1] + [255] * 5] * 4, dtype=np.uint8)))
     check_dataset(DatasetDict(train=rows(image=[turned] * 2, mask=[upright, None])))
     assert decode_image(turned, "row").size == (6, 4)
 
@@ -148,6 +148,142 @@ def test_transparent_pixels_are_white_and_16_bits_are_scaled():
     assert decode_image(encoded(Image.new("RGBA", (1, 1), (9, 9, 9, 0))), "row").getpixel((0, 0)) == (255, 255, 255)
     half = Image.fromarray(np.full((1, 1), 128 * 257, dtype=np.uint16))
     assert decode_image(encoded(half), "row").getpixel((0, 0)) == (128, 128, 128)
+
+
+def turned(size, orientation, kind="JPEG", **options):
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    return encoded(Image.new(size=size, **({"mode": "RGB"} | options)), kind, exif=exif)
+
+
+@pytest.mark.parametrize(
+    ("size", "image_turn", "mask_size", "mask_turn", "message"),
+    [
+        ((4, 6), 6, (6, 4), None, None),  # drawn on the turned image
+        ((4, 6), 6, (6, 4), 1, None),
+        ((4, 6), 6, (4, 6), 6, None),  # drawn on the raw image and turned with it
+        ((4, 6), 6, (4, 6), None, "expected a mask of the image's size, 6x4, got one of 4x6"),
+        ((6, 4), 3, (6, 4), 1, None),
+        ((6, 4), 3, (6, 4), 3, None),
+        ((6, 4), 3, (6, 4), None, "expected an image without an EXIF orientation, got 3: whether its mask is turned"),
+        ((6, 6), 8, (6, 6), None, "expected an image without an EXIF orientation, got 8: whether its mask is turned"),
+        ((6, 6), 8, (6, 6), 8, None),
+        ((6, 4), 1, (6, 4), None, None),
+        ((6, 4), 9, (6, 4), None, None),
+    ],
+)
+def test_masks_of_turned_images(size, image_turn, mask_size, mask_turn, message):
+    mask = turned(mask_size, mask_turn, "PNG", mode="L", color=1)
+    data = DatasetDict(train=rows(image=[turned(size, image_turn)] * 2, mask=[mask, None]))
+    if message is None:
+        check_dataset(data)
+        return
+    with pytest.raises(DataError, match=f"^split 'train', row 'one': {message}"):
+        check_dataset(data)
+
+
+def test_a_mask_turns_as_its_image_does():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the stored left column is the upper row
+    mask = encoded(Image.fromarray(np.array([[1, 0], [1, 0], [2, 0]], dtype=np.uint8)), exif=exif)
+    assert decode_mask(mask, "row").tolist() == [[2, 1, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [[0, 255], [0, 255]],  # 255 for the object
+        [[255, 255], [255, 255]],
+        [[0, 0], [0, 0]],
+        [[2, 0], [255, 0]],  # another class than any of its tags
+    ],
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_masks_that_never_show_a_tag_are_refused(labels, count):
+    mask = encoded(Image.fromarray(np.array(labels, dtype=np.uint8)))
+    image = [encoded(Image.new("RGB", (2, 2)))] * 2
+    tags = [[0], [0]]
+    data = {
+        "train": rows(image=image, mask=[None, None]),
+        "val": rows(image=image, tags=tags, mask=[mask] * count + [None] * (2 - count)),
+    }
+    with pytest.raises(
+        DataError, match=f"^split 'val', column mask: expected label c . 1 where class c .* in any of {count} masks"
+    ):
+        check_dataset(DatasetDict(data))
+
+
+def test_a_mask_of_void_among_others_and_masks_of_untagged_images_are_good():
+    masks = [encoded(Image.new("L", (6, 4), value)) for value in (255, 2)]
+    check_dataset(DatasetDict(train=rows(mask=masks)))
+    check_dataset(DatasetDict(train=rows(), val=rows(tags=[[], []], mask=[encoded(Image.new("L", (6, 4)))] * 2)))
+
+
+@pytest.mark.parametrize(
+    ("palette", "labels", "message"),
+    [
+        ([(0, 0, 0), (0, 128, 0), (128, 0, 0)], [0, 1, 2], "got value 1 in the colour of label 2"),  # VOC's, swapped
+        ([(128, 0, 0), (0, 0, 0)], [0, 1], "got value 0 in the colour of label 1"),
+        ([(0, 0, 0), (2, 2, 2), (1, 1, 1)], [0, 1, 2], "got value 1 in the colour of label 2"),  # grey levels, swapped
+        ([(0, 0, 0), (1, 1, 1), (255, 255, 255)], [0, 1, 2], "got value 2 in the colour of label 255"),
+        ([(0, 0, 0), (128, 0, 0), (0, 128, 0)], [0, 1, 2], None),
+        ([(0, 0, 0), (255, 255, 255)], [0, 1], None),  # black and white: to be seen
+        ([(0, 0, 0), (9, 9, 9), (200, 0, 9)], [0, 1, 2], None),
+    ],
+)
+def test_palettes_that_tell_of_renumbered_values_are_refused(palette, labels, message):
+    mask = Image.fromarray(np.array([labels * 6] * 4, dtype=np.uint8)[:, :6])
+    mask.putpalette([channel for color in palette for channel in color])
+    data = DatasetDict(train=rows(mask=[None, encoded(mask)]))
+    if message is None:
+        check_dataset(data)
+        return
+    with pytest.raises(
+        DataError, match=f"row 'two', column mask: expected pixel values that are the labels, {message}"
+    ):
+        check_dataset(data)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.full((4, 6), 4095, dtype=np.uint16), "16-bit values that use their range, 0..65535, got 4095 to 4095"),
+        (np.full((4, 6), 2, dtype=np.float32), r"floating-point values in \[0, 1\], got 2 to 2"),
+        (np.zeros((1, 9), dtype=np.uint8), "an image at most 8 times as long as wide, got 9x1"),
+        (np.zeros((9, 1), dtype=np.uint8), "an image at most 8 times as long as wide, got 1x9"),
+    ],
+)
+def test_images_that_can_not_be_shown_are_named_before_training(values, message):
+    image = [encoded(Image.new("RGB", (6, 4))), encoded(Image.fromarray(values), "TIFF")]
+    with pytest.raises(DataError, match=f"^split 'train', row 'two', column image: expected {message}"):
+        check_dataset(DatasetDict(train=rows(image=image, mask=[None, None])))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["background", "cat"], "expected names of objects, got 'background', which is label 0"),
+        (["cat", "Background "], "expected names of objects, got 'Background ', which is label 0"),
+        (["cat", "cat"], "expected names that differ, got 'cat' twice"),
+        (["cat", "a\nb"], "expected names in one line of text, got 'a.*b'"),
+        (["cat", "\ud800"], "expected names in one line of text, got '.*ud800'"),
+        (["cat", " "], "expected names in one line of text, got ' '"),
+    ],
+)
+def test_classes_that_could_not_be_told_apart_or_shown(names, message):
+    with pytest.raises(DataError, match=f"^classes: {message}"):
+        tagged_features(names)
+
+
+def test_a_saved_class_called_background_is_found_before_training():
+    features = rows().features | {"tags": List(ClassLabel(names=["background", "cat"]))}
+    with pytest.raises(DataError, match="^classes: expected names of objects, got 'background'"):
+        check_dataset(DatasetDict(train=rows().cast(Features(features))))
+
+
+def test_names_may_join_letters_and_hold_emoji():
+    assert tagged_features(["می\u200cخواهم", "👩\u200d🚀"])["tags"].feature.num_classes == 2
 
 
 def test_an_image_cut_short_is_named():

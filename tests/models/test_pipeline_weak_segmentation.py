@@ -1,3 +1,4 @@
+import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -10,7 +11,7 @@ from PIL import Image
 from transformers import AutoModelForSemanticSegmentation, SegformerConfig, pipeline
 
 from wsss_hf import Segmenter, SegmenterConfig, WeakSegmentationPipeline, WsssImageProcessor
-from wsss_hf.data.tagged import class_names
+from wsss_hf.data.tagged import class_names, decode_image, encode_png
 from wsss_hf.inference.load import load_labeler, load_segmenter
 from wsss_hf.inference.segmenter import score_images, segment_images
 from wsss_hf.models.background_threshold import THRESHOLDS, ThresholdSearch
@@ -103,6 +104,48 @@ def test_every_way_to_give_an_image_gives_the_same(pipes, image, web_folder, kin
     assert_same(listed, expected)
     (generated,) = pipes[kind](entry for entry in [image])
     assert_same(generated, expected)
+
+
+def plain(result):
+    """Pictures and arrays in lists and dicts as lists of numbers."""
+    if isinstance(result, dict):
+        return {key: plain(value) for key, value in result.items()}
+    if isinstance(result, list):
+        return [plain(value) for value in result]
+    return np.asarray(result).tolist() if isinstance(result, Image.Image | np.ndarray) else result
+
+
+@KINDS
+@pytest.mark.parametrize("task", ["image-segmentation", "image-classification", "weak-segmentation"])
+def test_pipelines_read_images_as_training_does(pipes, toy_data, tmp_path, kind, task):
+    if task == "image-classification" and kind != "cam":
+        return
+    model, processor = pipes[kind].model, pipes[kind].image_processor
+    pipe = pipeline(task, model=model, image_processor=processor)
+    pixels = np.asarray(toy_data["train"][0]["image"].convert("L"))
+    deep = Image.fromarray(pixels.astype(np.uint16) * 257)
+    clear = Image.fromarray(np.dstack([pixels] * 3 + [np.where(pixels > 100, 255, 0).astype(np.uint8)]))
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    for number, image in enumerate((deep, Image.fromarray(pixels.astype(np.float32) / 255), clear)):
+        file = tmp_path / f"{number}.{'png' if image is clear else 'tif'}"
+        image.save(file, **({"exif": exif} if image is clear else {}))
+        expected = pipe(decode_image({"path": str(file)}, "row"))
+        for given in (str(file), Image.open(file)):
+            assert plain(pipe(given)) == plain(expected)
+    (tmp_path / "12 bits.png").write_bytes(encode_png(Image.fromarray(pixels.astype(np.uint16) * 16))["bytes"])
+    with pytest.raises(ValueError, match="expected 16-bit values that use their range"):
+        pipe(str(tmp_path / "12 bits.png"))
+
+
+def test_without_the_package_other_depths_are_refused(pipes, image, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wsss_hf.models.pictures", None)
+    image.save(tmp_path / "8.png")
+    expected = pipes["cam"](image)
+    assert_same(pipes["cam"](str(tmp_path / "8.png")), expected)
+    for other in (image.convert("RGBA"), image.convert("L").convert("I"), image.convert("F")):
+        with pytest.raises(ValueError, match=f"expected 8 opaque bits, got mode {other.mode} .wsss_hf reads it"):
+            pipes["cam"](other)
 
 
 @KINDS

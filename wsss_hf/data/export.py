@@ -12,7 +12,7 @@ import numpy as np
 
 from ..files import whole_file, whole_folder
 from ..models.maps import IGNORE_INDEX
-from .folder import IMAGE_SUFFIXES
+from .metadata import IMAGE_SUFFIXES
 from .palette import save_mask_png
 from .tagged import DataError
 

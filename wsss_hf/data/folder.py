@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from .tagged import DataError, tagged_features
+from ..progress import say
+from .metadata import IMAGE_SUFFIXES, SEPARATOR, find_file, normal_form, read_metadata, read_tags
+from .tagged import DataError, image_mode, tagged_features
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _MAPS = ("mask", "saliency")  # optional columns
 _METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _LAYOUTS = (
     "either metadata.csv or metadata.jsonl with the columns file_name and tags (and, if known, mask and saliency), "
     "or one subfolder of images per class"
 )
-
-
-SEPARATOR = ";"
+SPLIT_NAMES = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "dev", "test"),
+}
+"""Split → what its folder (in any case), or split of a saved data set, may be called; the first that exists counts."""
+_NEGATIVES = "background"  # a folder of images without any class
+_MASKS = ("mask", "masks", "annotations", "labels", "saliency", "segmentation")  # folders that may hold no class
+_NO_CLASSES = ("__macosx", "@eadir", "$recycle.bin", "system volume information")  # of operating systems
 
 
 def load_folder(
@@ -34,14 +39,15 @@ def load_folder(
 
     Metadata has the columns file_name and tags, optionally mask and saliency (file names relative to the folder). In a
     csv, tags are names separated by `separator`; in jsonl they are a list of names or such a string. Names may contain
-    spaces ("traffic light"); spaces around them, empty names and repetitions are dropped. Subfolders train/ and val/
-    that each hold one of these layouts are the splits, otherwise all rows are "train". An image's file name is its
-    image_id.
+    spaces ("traffic light"); spaces around them, empty names and repetitions are dropped. Images in a subfolder
+    "background" have no tags. Subfolders train/ and val/ (or validation/, valid/, dev/, test/) that each hold one of
+    these layouts are the splits, otherwise all rows are "train". An image's file name is its image_id. Hidden files
+    and folders are no part of the data.
 
     Args:
         classes: names in the order of their indices; default: the sorted names that occur.
-        separator: of tags. With the default, a name that contains `,` or `|` and is none of `classes` is an error:
-            it most likely is a list.
+        separator: of tags. A name that contains another of `;`, `,`, `|` and is none of `classes` is an error: it
+            most likely is a list.
         skip: a subfolder that is no class.
 
     Raises:
@@ -52,23 +58,24 @@ def load_folder(
         raise DataError(f"{path}: no such folder")
     if not separator.strip():
         raise DataError(f"separator: expected a character like {SEPARATOR!r}, got {separator!r}")
-    folders = {split: path / split for split in ("train", "val") if _is_layout(path / split)}
-    if "train" not in folders or _metadata(path):
-        folders = {"train": path}
-    splits = {split: list(_read_rows(folder, separator, classes or (), skip)) for split, folder in folders.items()}
-
-    known = list(classes or sorted({tag for rows in splits.values() for row in rows for tag in row["tags"]}))
+    given = [normal_form(name) for name in classes or ()]
+    splits = {
+        split: list(_read_rows(folder, separator, given, skip)) for split, folder in _split_folders(path).items()
+    }
+    known = given or _derived_classes(splits)
     if not known:
-        raise DataError(f"{folders['train']}: expected images with tags, got none with any")
-    for split, rows in splits.items():
+        raise DataError(f"{path}: expected images with tags, got none with any")
+    for rows in splits.values():
         for row in rows:
             unknown = [tag for tag in row["tags"] if tag not in known]
             if unknown:
-                where = f"split {split!r}, row {row['image_id']!r}"
-                raise DataError(f"{where}: tags: expected names from {', '.join(known)}, got {unknown[0]!r}")
+                raise DataError(f"{row['where']}: tags: expected names from {', '.join(known)}, got {unknown[0]!r}")
             row["tags"] = sorted({known.index(tag) for tag in row["tags"]})
     filled = [name for name in _MAPS if any(row[name] for rows in splits.values() for row in rows)]
-    features = tagged_features(known, *filled)
+    try:
+        features = tagged_features(known, *filled)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     return DatasetDict(
         {
             split: Dataset.from_dict({name: [row[name] for row in rows] for name in features}, features=features)
@@ -77,90 +84,135 @@ def load_folder(
     )
 
 
+def _derived_classes(splits: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """The sorted names of all tags.
+
+    Raises:
+        DataError: two of them are spellings of one, or no training image has one; names where it stands.
+    """
+    first: dict[str, tuple[str, str]] = {}  # spelling-free name → the name, and where it stands first
+    for split, rows in splits.items():
+        for row in rows:
+            for tag in row["tags"]:
+                key = unicodedata.normalize("NFKC", tag).casefold()
+                if split != "train" and key not in first:
+                    raise DataError(
+                        f"{row['where']}: tags: expected classes that training images have, got {tag!r} "
+                        "(name all in --classes if that is right)"
+                    )
+                name, where = first.setdefault(key, (tag, row["where"]))
+                if name != tag:
+                    raise DataError(
+                        f"{row['where']}: tags: expected one spelling of each class, got {tag!r} and, in {where}, "
+                        f"{name!r} (name both in --classes if they differ)"
+                    )
+    return sorted(name for name, _ in first.values())
+
+
+def is_hidden(path: Path) -> bool:
+    """A file or folder that an operating system or an editor has put there: .DS_Store, ._a.jpg, .ipynb_checkpoints."""
+    return path.name.startswith(".") or path.name.casefold() in _NO_CLASSES
+
+
+def _split_folders(path: Path) -> dict[str, Path]:
+    """Split → its folder; says which folders beside them are not read."""
+    if _metadata(path):
+        return {"train": path}
+    children = {child.name.casefold(): child for child in sorted(path.iterdir()) if child.is_dir()}
+    folders = {
+        split: found
+        for split, names in SPLIT_NAMES.items()
+        if (found := next((children[name] for name in names if name in children), None)) is not None
+    }
+    if "train" not in folders or not _is_layout(folders["train"]):
+        return {"train": path}
+    folders = {split: folder for split, folder in folders.items() if _metadata(folder) or _holds_images(folder)}
+    others = [child.name for child in children.values() if child not in folders.values() and _is_layout(child)]
+    if others:
+        used = ", ".join(f"{split} is {folder.name}/" for split, folder in folders.items())
+        say(f"{path}: {used}; not read: {', '.join(f'{name}/' for name in others)}")
+    return folders
+
+
 def _metadata(folder: Path) -> Path | None:
-    return next((folder / name for name in _METADATA_NAMES if (folder / name).is_file()), None)
+    found = [folder / name for name in _METADATA_NAMES if (folder / name).is_file()]
+    if len(found) > 1:
+        raise DataError(f"{folder}: expected one metadata file, got {found[0].name} and {found[1].name}")
+    return found[0] if found else None
 
 
 def _images(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+    files = (file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden(file))
+    return sorted(file for file in files if file.is_file())
+
+
+def _folders(folder: Path) -> list[Path]:
+    return sorted(child for child in folder.iterdir() if child.is_dir() and not is_hidden(child))
 
 
 def _class_folders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and _images(child))
+    return [child for child in _folders(folder) if _images(child)]
 
 
 def _is_layout(folder: Path) -> bool:
-    return folder.is_dir() and bool(_metadata(folder) or _class_folders(folder))
+    return folder.is_dir() and not is_hidden(folder) and bool(_metadata(folder) or _class_folders(folder))
 
 
 def _read_rows(
     folder: Path, separator: str, classes: Sequence[str], skip: str | Path | None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of image_id, image (path), tags (names), and of mask and saliency (path or None)."""
+    """Rows of image_id, image (path), tags (names), where (for messages), and of mask and saliency (path or None)."""
     metadata = _metadata(folder)
     if metadata is None:
-        skipped = skip and Path(skip).resolve()
-        class_folders = [found for found in _class_folders(folder) if found.resolve() != skipped]
-        if not class_folders:
-            raise DataError(f"{folder}: expected {_LAYOUTS}, got none of these")
-        for class_folder in class_folders:
-            for file in _images(class_folder):
-                image_id = file.relative_to(folder).as_posix()
-                yield {"image_id": image_id, "image": str(file), "tags": [class_folder.name]} | dict.fromkeys(_MAPS)
+        yield from _rows_of_class_folders(folder, skip)
         return
-    for number, row in _metadata_rows(metadata):
-        where = f"{metadata}, line {number}"
-        missing = [name for name in ("file_name", "tags") if row.get(name) is None]
-        if missing:
-            raise DataError(f"{where}: expected file_name and tags, got {', '.join(map(str, row))}")
-        yield {
-            "image_id": row["file_name"],
-            "image": _file(folder, row["file_name"], where, "file_name"),
-            "tags": _tag_names(row["tags"], where, separator, classes),
-        } | {name: _file(folder, row[name], where, name) if row.get(name) else None for name in _MAPS}
+    seen: dict[str, str] = {}
+    for where, row in read_metadata(metadata):
+        name = _found(folder, row["file_name"], f"{where}: file_name")
+        path = str(folder / name)
+        if path in seen:
+            raise DataError(
+                f"{where}: file_name: expected each image once, got {name!r} of {seen[path]} again (several tags "
+                f"stand in one cell, cat{separator}dog)"
+            )
+        seen[path] = where
+        maps = {
+            column: str(folder / _found(folder, row[column], f"{where}: {column}")) if row[column] else None
+            for column in _MAPS
+        }
+        tags = read_tags(row["tags"], separator, classes, where)
+        yield {"image_id": name, "image": path, "tags": tags, "where": where} | maps
 
 
-def _metadata_rows(metadata: Path) -> Iterator[tuple[int, dict]]:
-    with metadata.open(encoding="utf-8-sig", newline="") as lines:
-        if metadata.suffix == ".csv":
-            reader = csv.DictReader(lines, skipinitialspace=True)
-            for row in reader:
-                yield reader.line_num, row
-            return
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{metadata}, line {number}: expected JSON, got {line.strip()!r}") from error
-                if not isinstance(row, dict):
-                    raise DataError(
-                        f"{metadata}, line {number}: expected an object with file_name and tags, got {row!r}"
-                    )
-                yield number, row
+def _found(folder: Path, name: str, where: str) -> str:
+    found = find_file(folder, name)
+    if found is None:
+        raise DataError(f"{where}: no such file {folder / name}")
+    return found
 
 
-def _tag_names(tags: object, where: str, separator: str, classes: Sequence[str]) -> list[str]:
-    """A list of names, or names in one string → the names without spaces around them, each once."""
-    if isinstance(tags, str):
-        names = tags.split(separator)
-    elif isinstance(tags, list) and all(isinstance(tag, str) for tag in tags):
-        names = tags
-    else:
-        raise DataError(f"{where}: tags: expected a list of class names, or one string of them, got {tags!r}")
-    names = list(dict.fromkeys(name.strip() for name in names if name.strip()))
-    if isinstance(tags, str) and separator == SEPARATOR:
-        for name in names:
-            other = next((mark for mark in ",|" if mark in name), None)
-            if other and name not in classes:
-                raise DataError(
-                    f"{where}: tags: expected names separated by {separator!r}, got {tags!r} "
-                    f"(use --separator {other!r}, or lists of names in metadata.jsonl)"
-                )
-    return names
+def _rows_of_class_folders(folder: Path, skip: str | Path | None) -> Iterator[dict[str, Any]]:
+    skipped = skip and Path(skip).resolve()
+    class_folders = [found for found in _folders(folder) if found.resolve() != skipped]
+    names = [found.name.casefold() for found in class_folders if _images(found)]
+    if all(any(name in known for known in SPLIT_NAMES.values()) for name in names):  # also where there is none
+        raise DataError(f"{folder}: expected {_LAYOUTS}, got {', '.join(names) or 'none of these'}")
+    for class_folder in class_folders:
+        for child in _folders(class_folder):
+            if child.resolve() != skipped and _holds_images(child):
+                raise DataError(f"{child}: expected images of a class in its own folder, got images in one below it")
+        images = _images(class_folder)
+        if class_folder.name.casefold() in _MASKS and images and image_mode(images[0]) in ("1", "L", "P"):
+            raise DataError(f"{class_folder}: expected a class, got a folder of masks (they are named in metadata)")
+        name = normal_form(class_folder.name)
+        for file in images:
+            yield {
+                "image_id": file.relative_to(folder).as_posix(),
+                "image": str(file),
+                "tags": [] if name.casefold() == _NEGATIVES else [name],
+                "where": str(class_folder),
+            } | dict.fromkeys(_MAPS)
 
 
-def _file(folder: Path, name: str, where: str, column: str) -> str:
-    if not (folder / name).is_file():
-        raise DataError(f"{where}: {column}: no such file {folder / name}")
-    return str(folder / name)
+def _holds_images(folder: Path) -> bool:
+    return bool(_images(folder)) or any(_holds_images(child) for child in _folders(folder))

@@ -12,7 +12,8 @@ import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, List, Value, load_dataset, load_from_disk
 
 from .coco import load_coco
-from .folder import SEPARATOR, load_folder
+from .folder import SPLIT_NAMES, load_folder
+from .metadata import SEPARATOR
 from .saliency import with_saliency
 from .tagged import DataError, TaggedData, check_dataset, class_names, has_value
 from .toy import make_toy
@@ -24,7 +25,6 @@ _SOURCES = (
 )
 _SAVED_MARKS = ("dataset_dict.json", "dataset_info.json")
 _RECORD = "recipe.yaml"  # of a stage that has saved the data
-_SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "valid", "dev", "test")}  # the first that exists
 _COLUMNS = ("image_id", "image", "tags", "mask", "saliency", "superpixels", "pseudo_mask")
 
 
@@ -158,7 +158,7 @@ def _unify(
 ) -> DatasetDict:
     """Splits and columns with the names used here, tags as class indices."""
     found = dataset if isinstance(dataset, DatasetDict) else {"train": dataset}
-    names = {split: next((name for name in known if name in found), None) for split, known in _SPLIT_NAMES.items()}
+    names = {split: next((name for name in known if name in found), None) for split, known in SPLIT_NAMES.items()}
     if names["train"] is None:
         raise DataError(f"{source!r}: expected a split 'train', got {', '.join(found)}")
     splits = {split: _map_columns(found[name], source, columns) for split, name in names.items() if name}

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import io
 import struct
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..models.maps import IGNORE_INDEX
+from ..models.pictures import PictureError, check_shape, open_picture, orientation, to_rgb, upright, upright_size
+from .palette import check_palette
+from .text import DataError, shown
 
 _MAX_CLASSES = IGNORE_INDEX - 1
-_ORIENTATION = 0x0112  # the EXIF tag
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates, breaks of lines and paragraphs
 _UNREADABLE = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
     OSError,
     SyntaxError,
+    TypeError,
     ValueError,
-    EOFError,
     struct.error,
     Image.DecompressionBombError,
 )  # Pillow, on bad files
-
-
-class DataError(ValueError):
-    """The data have not the expected format; the message names the row or file, and what was expected."""
 
 
 class TaggedData(DatasetDict):
@@ -53,10 +58,30 @@ def source_of(data: DatasetDict) -> dict[str, Any]:
 
 def tagged_features(class_names: Sequence[str], *image_columns: str) -> Features:
     """Columns image_id, image and tags (class indices without background), then nullable image columns by name."""
-    if not 1 <= len(class_names) <= _MAX_CLASSES:
-        raise DataError(f"classes: expected 1 to {_MAX_CLASSES} names, got {len(class_names)}")
+    check_class_names(class_names)
     columns = {"image_id": Value("string"), "image": ImageFeature(), "tags": List(ClassLabel(names=list(class_names)))}
     return Features(columns | {name: ImageFeature() for name in image_columns})
+
+
+def check_class_names(names: Sequence[str]) -> None:
+    """Check that these can be the classes of a data set.
+
+    Raises:
+        DataError: too many or none, one twice, one that no file or page can show, or one called background.
+    """
+    if not 1 <= len(names) <= _MAX_CLASSES:
+        raise DataError(f"classes: expected 1 to {_MAX_CLASSES} names, got {len(names)}")
+    for name in names:
+        if not name.strip() or any(unicodedata.category(character) in _UNSEEN for character in name):
+            raise DataError(f"classes: expected names in one line of text, got {shown(name)}")
+        if name.strip().casefold() == "background":
+            raise DataError(
+                f"classes: expected names of objects, got {name!r}, which is label 0 of every mask (an image of "
+                "background alone has no tags)"
+            )
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"classes: expected names that differ, got {twice[0]!r} twice")
 
 
 def class_names(dataset: Dataset | DatasetDict) -> list[str]:
@@ -120,6 +145,8 @@ def has_value(dataset: Dataset, column: str) -> np.ndarray:
 def _naming(where: str) -> Iterator[None]:
     try:
         yield
+    except PictureError as error:
+        raise DataError(f"{where}: {error}") from error
     except _UNREADABLE as error:
         reason = str(error).split("<_io.")[0].strip() or type(error).__name__
         raise DataError(f"{where}: expected an image, got a file that can't be decoded ({reason})") from error
@@ -132,7 +159,13 @@ def _open(value: dict | Image.Image | None, where: str) -> Image.Image:
     if not value or (value.get("bytes") is None and value.get("path") is None):
         raise DataError(f"{where}: expected an image, got none")
     with _naming(where):
-        return Image.open(value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"]))
+        return open_picture(value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"]))
+
+
+def image_mode(path: Path) -> str:
+    """Pillow's mode of an image file, from its header."""
+    with _open({"path": str(path)}, str(path)) as image:
+        return image.mode
 
 
 def encode_png(image: Image.Image, **options) -> dict:
@@ -143,23 +176,20 @@ def encode_png(image: Image.Image, **options) -> dict:
 
 
 def decode_image(value: dict | Image.Image, where: str) -> Image.Image:
-    """Any image file or bytes → upright PIL image of mode "RGB"; 16-bit grey is scaled, transparency put on white.
+    """Any image file or bytes → upright PIL image of mode "RGB", see [`to_rgb`].
 
-    Raises DataError, which begins with `where`, if it does not decode.
+    Raises DataError, which begins with `where`, if it does not decode, or has values or a shape that can't be shown.
     """
     image = _open(value, where)
     with _naming(where):
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return to_rgb(image)
 
 
 def decode_mask(value: dict | Image.Image, where: str) -> np.ndarray:
-    """Image of mode "L" or "P" → label map uint8 (H, W). Raises DataError, which begins with `where`, on all else."""
+    """Image of mode "L" or "P", turned as its EXIF data say → label map uint8 (H, W).
+
+    Raises DataError, which begins with `where`, on all else.
+    """
     image = _open(value, where)
     if image.mode not in ("L", "P"):
         raise DataError(
@@ -167,7 +197,7 @@ def decode_mask(value: dict | Image.Image, where: str) -> np.ndarray:
             f"255 = ignore), got mode {image.mode}"
         )
     with _naming(where):
-        return np.array(image)
+        return np.array(upright(image))
 
 
 def decode_gray(value: dict | Image.Image, where: str) -> np.ndarray:
@@ -195,7 +225,7 @@ def decode_saliency(value: dict | Image.Image, size: tuple[int, int] | None, whe
     if size is not None:
         _check_aspect(image, size, where)
     with _naming(where):
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         highest = 1 if image.mode == "F" else 65535 if image.mode.startswith("I") else 255
         if highest == 255:
             image = image if image.mode in ("1", "L", "LA") else image.convert("RGB")  # drops transparency
@@ -213,7 +243,8 @@ def decode_saliency(value: dict | Image.Image, size: tuple[int, int] | None, whe
 
 def _check_aspect(image: Image.Image, size: tuple[int, int], where: str) -> None:
     """A resized image has its aspect but for 1 %, or for one pixel of rounding in the smaller of the two."""
-    found = _upright_size(image)
+    with _naming(where):
+        found = upright_size(image)
     (width, height), (full_width, full_height) = sorted([found, size])
     across, down = width / full_width, height / full_height
     pixels = abs(across - down) * min(full_width, full_height)
@@ -222,11 +253,6 @@ def _check_aspect(image: Image.Image, size: tuple[int, int], where: str) -> None
             f"{where}: expected a saliency map with the aspect of its image, {size[0]}x{size[1]}, got "
             f"{found[0]}x{found[1]}"
         )
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    return (height, width) if image.getexif().get(_ORIENTATION, 1) >= 5 else (width, height)
 
 
 def check_dataset(dataset: DatasetDict) -> None:
@@ -240,6 +266,7 @@ def check_dataset(dataset: DatasetDict) -> None:
         raise DataError(f"data set: expected a split 'train', got {', '.join(dataset) or 'none'}")
     for split, rows in dataset.items():
         _check_columns(split, rows)
+        check_class_names(class_names(rows))
         names, train_names = class_names(rows), class_names(dataset["train"])
         if names != train_names:
             raise DataError(f"split {split!r}: expected the classes of 'train', {train_names}, got {names}")
@@ -267,6 +294,7 @@ def _check_rows(split: str, rows: Dataset) -> None:
     num_classes = len(class_names(rows))
     columns = [name for name in ("image_id", "image", "tags", "mask", "saliency") if name in rows.features]
     seen = set()
+    num_tagged_masks, shows_a_tag = 0, False
     for row in undecoded(rows.select_columns(columns)):
         where = f"split {split!r}, row {row['image_id']!r}"
         if row["image_id"] is None or row["image_id"] in seen:
@@ -274,21 +302,47 @@ def _check_rows(split: str, rows: Dataset) -> None:
         seen.add(row["image_id"])
         if row["tags"] is None or not all(tag is not None and 0 <= tag < num_classes for tag in row["tags"]):
             raise DataError(f"{where}: tags: expected class indices 0..{num_classes - 1}, got {row['tags']}")
-        image = _open(row["image"], f"{where}, {row['image'] and row['image']['path'] or 'column image'}")
+        place = f"{where}, {row['image'] and row['image']['path'] or 'column image'}"
+        image = _open(row["image"], place)
+        with _naming(place):
+            check_shape(image)
+            size = upright_size(image)
+        if image.mode == "F" or image.mode.startswith("I"):
+            decode_image(image, place)
         if row.get("mask") is not None:
-            _check_mask(decode_mask(row["mask"], f"{where}, column mask"), _upright_size(image), num_classes, where)
+            labels = _check_mask(row["mask"], image, size, num_classes, where)
+            num_tagged_masks += bool(row["tags"])
+            shows_a_tag = shows_a_tag or any(tag + 1 in labels for tag in row["tags"])
         if row.get("saliency") is not None:
             place = f"{where}, {row['saliency']['path'] or 'column saliency'}"
-            _check_aspect(_open(row["saliency"], place), _upright_size(image), place)
+            _check_aspect(_open(row["saliency"], place), size, place)
+    if num_tagged_masks and not shows_a_tag:
+        raise DataError(
+            f"split {split!r}, column mask: expected label c + 1 where class c of an image's tags is, got none of "
+            f"them in any of {num_tagged_masks} masks (0 is background, 255 is ignored)"
+        )
 
 
-def _check_mask(mask: np.ndarray, size: tuple[int, int], num_classes: int, where: str) -> None:
-    height, width = mask.shape
+def _check_mask(
+    value: dict | Image.Image, image: Image.Image, size: tuple[int, int], num_classes: int, where: str
+) -> set[int]:
+    """The labels in a mask."""
+    mask = _open(value, f"{where}, column mask")
+    labels = decode_mask(mask, f"{where}, column mask")
+    height, width = labels.shape
     if (width, height) != size:
         raise DataError(
             f"{where}: expected a mask of the image's size, {size[0]}x{size[1]}, got one of {width}x{height}"
         )
-    counts = np.bincount(mask.ravel(), minlength=256)
+    turned = orientation(image) or 1
+    if turned > 1 and (turned < 5 or width == height) and orientation(mask) is None:
+        raise DataError(
+            f"{where}: expected an image without an EXIF orientation, got {turned}: whether its mask is turned, too, "
+            "can't be seen (save the image upright, or give the mask the orientation that it needs)"
+        )
+    counts = np.bincount(labels.ravel(), minlength=256)
     unknown = np.flatnonzero(counts[num_classes + 1 : IGNORE_INDEX]) + num_classes + 1
     if len(unknown):
         raise DataError(f"{where}: mask: expected labels 0..{num_classes} and 255 (ignore), got {unknown[0]}")
+    check_palette(mask, num_classes + 1, f"{where}, column mask")
+    return set(np.flatnonzero(counts).tolist())

@@ -29,6 +29,7 @@ from ..models.drs import DrsConfig
 from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
+from ..models.pictures import LONGEST
 from ..models.plda import PldaConfig
 from ..models.seam import SeamConfig
 from ..models.vgg import DEPTHS, Vgg16Backbone, Vgg16Config
@@ -134,7 +135,7 @@ def convert_checkpoint(
     with whole_folder(out) as result:
         model.save_pretrained(result, state_dict=weights)
         processor = WsssImageProcessor(
-            size={"shortest_edge": layout.size, "longest_edge": 4 * layout.size},
+            size={"shortest_edge": layout.size, "longest_edge": LONGEST * layout.size},
             image_mean=list(layout.image_mean),
             image_std=list(layout.image_std),
         )

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .maps import add_background
+
 BINS = 100
 THRESHOLDS = tuple(step / 20 for step in range(1, 20))  # 0.05 to 0.95
 _USUAL_AREA = 0.1  # share of an image that its tagged objects cover at least, roughly
@@ -65,6 +67,22 @@ class ThresholdSearch:
             middle = (low + high) // 2
             low, high = (middle, high) if area(THRESHOLDS[middle]) >= wanted else (low, middle)
         return min(THRESHOLDS[low], THRESHOLDS[high], key=lambda threshold: abs(area(threshold) - wanted))
+
+
+def threshold_of_image(
+    maps: Tensor, features: Sequence[Tensor], refine: Callable[[Tensor], Tensor] | None = None
+) -> float:
+    """The threshold for the maps of a single image.
+
+    Args:
+        maps, features: as of [`ThresholdSearch.add`].
+        refine: scores (1, K+1, H, W) → refined ones, where masks are made of these.
+    """
+    search = ThresholdSearch(len(features))
+    search.add(maps, features)
+    if refine is None:
+        return search.threshold()
+    return search.threshold_after(lambda limit: object_share(refine(add_background(maps[None], limit))[0]))
 
 
 def choose_threshold(histogram: Tensor, explained: Tensor) -> float:

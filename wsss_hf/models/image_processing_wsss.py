@@ -16,7 +16,7 @@ class WsssImageProcessor(PilBackend):
 
     do_convert_rgb = True
     do_resize = True
-    size = {"shortest_edge": 224, "longest_edge": 896}
+    size = {"shortest_edge": 224, "longest_edge": 1792}
     default_to_square = False
     resample = PILImageResampling.BILINEAR
     do_rescale = True

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from transformers.image_utils import load_image
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 
@@ -36,6 +40,9 @@ class MaskPipeline(ImageSegmentationPipeline):
             postprocess["tags"] = [tags] if isinstance(tags, str) else list(tags)
         return preprocess, forward, postprocess
 
+    def preprocess(self, image, subtask=None, timeout=None):
+        return super().preprocess(load_picture(image, timeout), subtask)
+
     def postprocess(  # type: ignore[override]
         self, model_outputs, tags: list[str] | None = None, threshold: float | None = None, **kwargs
     ):
@@ -57,8 +64,28 @@ class TagPipeline(ImageClassificationPipeline):
 
     _load_video_processor = False  # type: ignore[assignment]
 
-    def check_model_type(self, supported_models):
-        """As above."""
+    check_model_type = MaskPipeline.check_model_type
+
+    def preprocess(self, image, timeout=None):
+        return super().preprocess(image if hasattr(image, "shape") else load_picture(image, timeout))
+
+
+def load_picture(image, timeout: float | None = None) -> Image.Image:
+    """Path, URL, base64 text, PIL image, or array (H, W) or (H, W, 3) uint8 → upright RGB image, read as in training.
+    Without wsss_hf, 16-bit, floating-point and transparent images are refused."""
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (3,)):
+            raise ValueError(
+                f"image: expected an array (H, W, 3) or (H, W) of uint8, got {image.shape} of {image.dtype}"
+            )
+        image = Image.fromarray(image)
+    try:
+        return importlib.import_module("wsss_hf.models.pictures").load_picture(image, timeout)
+    except ImportError:
+        image = Image.open(image) if isinstance(image, str) and os.path.isfile(image) else image
+        if isinstance(image, Image.Image) and (image.mode[0] in "IF" or image.has_transparency_data):
+            raise ValueError(f"image: expected 8 opaque bits, got mode {image.mode} (wsss_hf reads it)") from None
+        return load_image(image, timeout=timeout)
 
 
 def named_segments(scores: torch.Tensor, names: dict[int, str]) -> list[dict]:
@@ -75,11 +102,7 @@ def named_segments(scores: torch.Tensor, names: dict[int, str]) -> list[dict]:
 
 
 def tags_to_multi_hot(tags: Sequence[str], names: Sequence[str]) -> torch.Tensor:
-    """Names of classes → (1, C) float 0/1.
-
-    Raises:
-        ValueError: a name that is not in `names`.
-    """
+    """Names of classes → (1, C) float 0/1. Raises ValueError for a name that is not in `names`."""
     for tag in tags:
         if tag not in names:
             raise ValueError(f"tags: expected classes of this model ({', '.join(names)}), got {tag!r}")

@@ -8,16 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from transformers.image_utils import load_image
 from transformers.pipelines.base import Pipeline
 from transformers.utils import ModelOutput
 
 from .label_colors import mask_image, overlay
 from .maps import add_background
 from .pamr import refine_pictures
-from .pipeline_image_segmentation import named_segments, tags_to_multi_hot
+from .pipeline_image_segmentation import load_picture, named_segments, tags_to_multi_hot
 from .tta import views
 
 REFINEMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pamr": refine_pictures}
@@ -52,11 +50,8 @@ class WeakSegmentationPipeline(Pipeline):
 
     model: Any
     image_processor: Any
-    _load_processor = False
     _load_image_processor = True
-    _load_video_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    _load_processor = _load_video_processor = _load_feature_extractor = _load_tokenizer = False
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -100,10 +95,9 @@ class WeakSegmentationPipeline(Pipeline):
         given = row if isinstance(row, Mapping) else {"image": row}
         if given.get("image") is None:
             raise ValueError(f"row: expected an image, got {', '.join(given)}")
-        image = load_image(_as_picture(given["image"]), timeout=timeout)
-        own = given.get("tags")
+        image = load_picture(given["image"], timeout)
         names = list(self.model.mask_id2label.values())[1:]
-        wanted = tags if own is None else own
+        wanted = tags if given.get("tags") is None else given["tags"]
         multi_hot = None if wanted is None else tags_to_multi_hot(wanted, names)
         inputs = self.image_processor(images=[image], return_tensors="pt").to(self.dtype)
         # In a list, so that batching hands it through as it is.
@@ -133,14 +127,9 @@ class WeakSegmentationPipeline(Pipeline):
         step = REFINEMENTS[refine] if refine else lambda _pixels, plain: plain
         if threshold == "auto" and len(channels) > 1:
             rule = importlib.import_module("wsss_hf.models.background_threshold")  # not uploaded with models
-            search = rule.ThresholdSearch(len(self.model.backbone.channels))
             stages = [value[0] for name, value in model_outputs.items() if name.startswith("stage_")]
-            search.add(scores[1:], stages)
-
-            def refined_area(limit: float) -> float:
-                return rule.object_share(step(pixels, add_background(scores[None, 1:], limit))[0])
-
-            found = search.threshold() if refine is None else search.threshold_after(refined_area)
+            refined = (lambda plain: step(pixels, plain)) if refine else None
+            found = rule.threshold_of_image(scores[1:], stages, refined)
             scores = add_background(scores[None, 1:], found)[0]
         if len(channels) > 1:
             scores = step(pixels, scores[None])[0]
@@ -173,12 +162,3 @@ def _rows(dataset) -> Iterator[dict]:
         if tags is not None and hasattr(feature, "int2str"):
             tags = feature.int2str(tags)
         yield {"image": row["image"], "tags": tags}
-
-
-def _as_picture(image):
-    """An array as PIL image; everything else is left to `load_image`."""
-    if not isinstance(image, np.ndarray):
-        return image
-    if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
-        raise ValueError(f"image: expected an array (H, W, 3) or (H, W) of uint8, got {image.shape} of {image.dtype}")
-    return Image.fromarray(image)

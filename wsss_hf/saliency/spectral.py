@@ -21,6 +21,7 @@ from ..models.backbone import Backbone
 from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.options import Options, option
 from ..models.pamr import refine_pictures
+from ..models.pictures import LONGEST
 from ..models.pretrained import backbone_normalization, pinned, pretrained_body, resolve_backbone_config
 from ..settings import speed
 from .source import SaliencyError, SaliencySource
@@ -143,7 +144,7 @@ class SpectralSource(SaliencySource):
         is_convolutional = getattr(self._config, "num_attention_heads", None) is None
         self._center = is_convolutional if self.settings.center is None else self.settings.center
         mean, std = backbone_normalization(str(self._repository), self._config, **self._revision)
-        size = {"shortest_edge": self.settings.size, "longest_edge": 4 * self.settings.size}
+        size = {"shortest_edge": self.settings.size, "longest_edge": LONGEST * self.settings.size}
         self._processor = WsssImageProcessor(size=size, image_mean=mean, image_std=std)
 
     @torch.inference_mode()

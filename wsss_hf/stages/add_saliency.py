@@ -26,7 +26,7 @@ from .fingerprint import digest, file_fingerprint, model_fingerprint, row_finger
 from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
 
-VERSION = 1
+VERSION = 2
 _SHARD_SIZE = 128  # images
 _FIRST_ROWS = 8  # that a source may look at before it starts
 

@@ -29,7 +29,7 @@ from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_finge
 from .results import TrainedModel
 from .shards import compute_shards
 
-VERSION = 1
+VERSION = 2
 _COLUMNS = ("image_id", "tags", "image")
 _MAP_STRIDE = 4  # network input / stored map: no CAM is finer than that
 _MAPS_AT_A_TIME = 256

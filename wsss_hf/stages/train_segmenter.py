@@ -26,7 +26,7 @@ from .cache import Record, StageOutput
 from .fingerprint import model_fingerprint, rows_fingerprint
 from .results import TrainedModel
 
-VERSION = 1
+VERSION = 2
 _AREA_IMAGES = 256  # enough to measure the object area
 
 

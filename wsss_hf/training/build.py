@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..models.image_processing_wsss import WsssImageProcessor
+from ..models.pictures import LONGEST
 from ..models.pretrained import backbone_normalization, resolve_backbone_config
 from ..settings import AffinitySettings, CamSettings, ImageSettings, RecipeError, SegmenterSettings
 
@@ -51,5 +52,5 @@ def build_processor(size: int, image_mean: list[float], image_std: list[float]) 
     Args:
         size: side of a training crop in pixels.
     """
-    shape = {"shortest_edge": size, "longest_edge": 4 * size}
+    shape = {"shortest_edge": size, "longest_edge": LONGEST * size}
     return WsssImageProcessor(size=shape, image_mean=image_mean, image_std=image_std)

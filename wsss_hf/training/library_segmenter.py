@@ -20,6 +20,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from ..models.backbone import freeze_idle_parameters
 from ..models.maps import IGNORE_INDEX
 from ..models.mask_classifiers import MASK_CLASSIFIERS, auto_class, load_segmentation_model
+from ..models.pictures import LONGEST
 from ..models.pretrained import pinned
 from ..settings import RecipeError
 
@@ -126,7 +127,7 @@ def _logits(model: nn.Module, height: int, width: int) -> torch.Tensor:
 
 
 def _own_processor(name: str, config, side: int, any_shape: bool, revision: dict[str, str]) -> BaseImageProcessor:
-    size = {"shortest_edge": side, "longest_edge": 4 * side} if any_shape else {"height": side, "width": side}
+    size = {"shortest_edge": side, "longest_edge": LONGEST * side} if any_shape else {"height": side, "width": side}
     try:
         processor = AutoImageProcessor.from_pretrained(name, **revision)
     except (OSError, ValueError):  # published without one

@@ -1,0 +1,124 @@
+"""Image files as upright RGB pictures, read alike in training, labelling and pipelines. Not uploaded with models."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+from typing import Any
+from urllib.request import Request, urlopen
+
+import numpy as np
+from PIL import Image
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+"""What Pillow may open. It goes by content: of other formats, some start programs (EPS starts Ghostscript)."""
+LONGEST = 8
+"""An image is at most so many times as long as it is wide; networks see longer ones far too small."""
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF orientation → what makes the image upright
+_DARK = 4096  # 16-bit images that stay below have 12 bits or fewer, or other units
+
+
+class PictureError(ValueError):
+    """An image that decodes, but has values or a shape that no network here can be shown."""
+
+
+def open_picture(source: Any) -> Image.Image:
+    """A path or binary stream → PIL image whose pixels are not read yet; only of `FORMATS`."""
+    return Image.open(source, formats=FORMATS)
+
+
+def orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation, 1 to 8 (1 is upright); None where there is none, or nothing that is one."""
+    found = image.getexif().get(_ORIENTATION)
+    return found if isinstance(found, int) and 1 <= found <= 8 else None
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says."""
+    turn = _TURNS.get(orientation(image) or 1)
+    return image if turn is None else image.transpose(turn)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of the upright image, without reading its pixels."""
+    width, height = image.size
+    return (height, width) if (orientation(image) or 1) >= 5 else (width, height)
+
+
+def check_shape(image: Image.Image) -> None:
+    """Raises PictureError for an image that is more than `LONGEST` times as long as it is wide."""
+    width, height = image.size
+    if max(width, height) > LONGEST * min(width, height):
+        raise PictureError(
+            f"expected an image at most {LONGEST} times as long as wide, got {width}x{height} (cut it into tiles)"
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode → an upright one of mode "RGB", 8 bits per channel.
+
+    16-bit grey values are scaled from 0..65535, floating-point ones from [0, 1]; transparent pixels become white; of
+    several pages or frames the first one counts.
+
+    Raises:
+        PictureError: it is far too long, or its values have another range.
+    """
+    check_shape(image)
+    image = upright(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    image.info = {}  # else whoever reads its EXIF data turns it again
+    return image
+
+
+def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    lowest, highest = values.min(), values.max()
+    if mode == "F":
+        if lowest >= 0 and highest <= 1:  # nor NaN
+            return (255 * values).round().astype(np.uint8)
+        wanted = "floating-point values in [0, 1]"
+    else:
+        if lowest >= 0 and (_DARK <= highest <= 65535 or highest == 0):
+            return (values // 257).astype(np.uint8)
+        wanted = "16-bit values that use their range, 0..65535"
+    raise PictureError(f"expected {wanted}, got {lowest:g} to {highest:g} (scale them, or save 8 bits)")
+
+
+def load_picture(source: str | os.PathLike | Image.Image, timeout: float | None = None) -> Image.Image:
+    """What pipelines take for an image → an upright PIL image of mode "RGB", see [`to_rgb`].
+
+    Args:
+        source: a path, an http(s) URL, base64 text (also as data:image/…), or a PIL image.
+        timeout: seconds to wait for a URL.
+
+    Raises:
+        ValueError, OSError: it is none of these, or does not decode.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    text = os.fspath(source)
+    if text.startswith(("http://", "https://")):
+        with urlopen(Request(text, headers={"User-Agent": "wsss_hf"}), timeout=timeout) as answer:
+            return to_rgb(open_picture(io.BytesIO(answer.read())))
+    if os.path.isfile(text):
+        return to_rgb(open_picture(text))
+    try:
+        content = base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
+    except ValueError as error:
+        raise ValueError(f"image: expected a file, a URL, base64 text or a PIL image, got {text[:100]!r}") from error
+    return to_rgb(open_picture(io.BytesIO(content)))
