@@ -8,7 +8,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from pycocotools.mask import encode
 
-from wsss_hf.data.coco import load_coco
+from wsss_hf.data.coco import _uncompressed, load_coco
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import DataError, check_dataset, class_names
 from wsss_hf.progress import set_quiet
@@ -248,6 +248,12 @@ def test_data_options_are_those_of_voc(coco):
             {"shapes": [shape(5, 9, 3, [])]},
             "val2017.json, annotation 5: category_id: expected that of a category, got 3",
         ),
+        (
+            {"shapes": [shape(5, 9, CAT, box(0, 0, 4, 6), crowd="no")]},
+            "annotation 5: iscrowd: expected 0 or 1, got 'no'",
+        ),
+        ({"shapes": [shape(True, 9, CAT, [])]}, r"annotations\[0\].id: expected int, got True"),
+        ({"categories": [{"id": 1, "name": "background"}, *CATEGORIES[1:]]}, "expected the categories of train2017"),
         ({"shapes": [shape(5, None, CAT, [])]}, r"annotations\[0\].image_id: expected int, got None"),
         ({"categories": None}, "val2017.json: expected COCO's instance annotations, got no list 'categories'"),
         ({"categories": CATEGORIES[:2]}, "val2017.json: expected the categories of train2017, got others"),
@@ -264,7 +270,28 @@ def test_bad_annotations_are_named(coco, content, message):
     [
         (None, "expected polygons .* or run lengths, got None"),
         ([[0, 0, 1, 0, 1, 1, 0]], "expected polygons .* or run lengths, got .*1, 0"),
-        ([["a"] * 6], "could not convert string to float"),
+        ([["a"] * 6], "expected polygons .* or run lengths, got .'a',"),
+        ([0, 0, 4, 0, 4, 4], "expected polygons .* or run lengths, got 0"),
+        ([[0, 0], [4, 0], [4, 4]] * 2 + [[[0, 0], [4, 0], [4, 4]]], "expected polygons .* or run lengths, got .*"),
+        ([[[0, 0], [4, 0], [4, 4], [0, 4]]], "expected polygons .* or run lengths, got .*"),
+        ([], "expected polygons .* or run lengths, got .."),
+        ([[]], "expected polygons .* or run lengths, got ...."),
+        ("cat", "expected polygons .* or run lengths, got 'cat'"),
+        ([[True, 0, 4, 0, 4, 4]], "expected polygons .* or run lengths, got .True"),
+        ([[float("nan"), 0, 4, 0, 4, 4]], "expected points in an image of 8x6, got .nan, 0.0"),
+        ([[float("inf"), 0, 4, 0, 4, 4]], "expected points in an image of 8x6, got .inf, 0.0"),
+        ([[1e12, 0, 4, 0, 4, 4]], "expected points in an image of 8x6, got .1000000000000.0, 0.0"),
+        ([[0, 0, 4, -7, 4, 4]], "expected points in an image of 8x6, got .4.0, -7.0"),
+        ([[0, 0, 0.5, 0, 0.5, 1]], "expected coordinates in pixels, got numbers up to 1: .0, 0, 0.5"),
+        ([[0, 0, 8, 6] * 500], "expected an outline of an image of 8x6, got one of 8000 pixels"),
+        ({"size": [HEIGHT, WIDTH], "counts": [-1, 49]}, "expected run lengths as counts, got .-1, 49"),
+        ({"size": [HEIGHT, WIDTH], "counts": [48.0]}, "expected run lengths as counts, got .48.0"),
+        ({"size": [HEIGHT, WIDTH], "counts": [10**30]}, "expected run lengths of 48 pixels, got 1000000"),
+        ({"size": [HEIGHT, WIDTH], "counts": "é"}, "expected COCO's compressed run lengths, got 'é'"),
+        ({"size": [HEIGHT, WIDTH], "counts": "P"}, "expected COCO's compressed run lengths, got a cut one, 'P'"),
+        ({"size": [HEIGHT, WIDTH], "counts": "oooooooooo"}, "expected COCO's compressed run lengths, got 'ooo"),
+        ({"size": [HEIGHT, WIDTH], "counts": "1"}, "expected run lengths of 48 pixels, got 1"),
+        ({"size": 3, "counts": [48]}, r"expected the image's size .6, 8., got 3"),
         ({"size": [WIDTH, HEIGHT], "counts": [48]}, r"expected the image's size \[6, 8\], got \[8, 6\]"),
         ({"size": [HEIGHT, WIDTH], "counts": [40]}, "expected run lengths of 48 pixels, got 40"),
         ({"size": [HEIGHT, WIDTH]}, "counts"),
@@ -277,8 +304,59 @@ def test_bad_shapes_are_named_and_leave_no_mask(coco, segmentation, message):
     assert not pngs(coco.parent)
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ({"height": 0}, "image 9: expected a size of 1 to [0-9]+ pixels, got 8x0"),
+        ({"width": -8}, "image 9: expected a size of 1 to [0-9]+ pixels, got -8x6"),
+        ({"height": 10**12}, "image 9: expected a size of 1 to [0-9]+ pixels, got 8x1000000000000"),
+        ({"height": 10**6, "width": 10**6}, "image 9: expected a size of 1 to [0-9]+ pixels, got 1000000x1000000"),
+        ({"height": 10**4, "width": 10**4}, "image 9: expected the size of .*000000000009.jpg, 8x6, got 10000x10000"),
+        ({"height": True}, r"images\[0\].height: expected int, got True"),
+        ({"height": 6.0}, r"images\[0\].height: expected int, got 6.0"),
+    ],
+)
+def test_absurd_sizes_take_no_memory(coco, size, message):
+    image = {"id": 9, "file_name": "000000000009.jpg", "height": HEIGHT, "width": WIDTH} | size
+    path = write_annotations(coco, "val", shapes=[shape(1, 9, CAT, columns(0, 8))])
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"images": [image]}))
+    with pytest.raises(DataError, match=f"instances_val2017.json, {message}"):
+        load_coco(coco)
+    assert not pngs(coco.parent)
+
+
+def test_2014_is_read_where_2017_is_not_there(coco):
+    for path in sorted(coco.rglob("*2017*"), reverse=True):
+        path.rename(path.with_name(path.name.replace("2017", "2014")))
+    dataset = load_coco(coco)
+    check_dataset(dataset)
+    assert dataset["train"]["image_id"][:] == ["000000000001", "000000000002", "000000000004"]
+    assert np.asarray(dataset["val"][0]["mask"]).tolist() == VAL_MASK
+
+
+def test_a_category_called_background_is_refused(coco):
+    categories = [{"id": 0, "name": "background"}, *CATEGORIES]
+    for split in IMAGES:
+        write_annotations(coco, split, categories=categories)
+    with pytest.raises(DataError, match="train2017.json: classes: expected names of objects, got 'background'"):
+        load_coco(coco)
+
+
+def test_compressed_run_lengths_are_those_of_pycocotools():
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        height, width = draw.integers(1, 60, size=2)
+        region = np.asfortranarray(draw.random((height, width)) < draw.random(), dtype=np.uint8)
+        runs = _uncompressed(encode(region)["counts"].decode())
+        wanted = np.repeat(np.arange(len(runs)) % 2, runs).reshape(width, height).T
+        assert np.array_equal(wanted, region)
+
+
 def test_what_is_not_json_is_named(coco):
     (coco / "annotations/instances_val2017.json").write_text("{")
+    with pytest.raises(DataError, match="val2017.json: expected JSON"):
+        load_coco(coco)
+    (coco / "annotations/instances_val2017.json").write_text("[" * 100_000)
     with pytest.raises(DataError, match="val2017.json: expected JSON"):
         load_coco(coco)
 

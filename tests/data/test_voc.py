@@ -85,6 +85,67 @@ def test_missing_files_are_named(devkit, missing, message):
         load_voc(devkit)
 
 
+PSA = "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png\n"
+
+
+@pytest.mark.parametrize("name", ["train_aug", "trainaug"])
+@pytest.mark.parametrize("line", ["{0}\n", "{0}\r\n", "JPEGImages/{0}.jpg\n", PSA, "\t{0} \n\n"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_lists_of_published_programs(devkit, name, line, encoding):
+    folder = devkit / "ImageSets/Segmentation"
+    (folder / "train_aug.txt").unlink()
+    (folder / f"{name}.txt").write_bytes("".join(map(line.format, "abcd")).encode(encoding))
+    (folder / "val.txt").write_bytes(line.format("v").encode(encoding))
+    dataset = load_voc(devkit)
+    assert dataset["train"]["image_id"][:] == ["a", "b", "c", "d"] and dataset["val"]["image_id"][:] == ["v"]
+
+
+def test_two_lists_must_agree(devkit):
+    folder = devkit / "ImageSets/Segmentation"
+    (folder / "trainaug.txt").write_text("d\nc\nb\na\n")
+    assert load_voc(devkit)["train"]["image_id"][:] == ["a", "b", "c", "d"]
+    (folder / "trainaug.txt").write_text("a\nb\n")
+    with pytest.raises(DataError, match="expected one list, got train_aug.txt and another trainaug.txt"):
+        load_voc(devkit)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a\nb -1\n", "line 2: expected an id, or paths of an image and its mask, got 'b -1'"),
+        (b"a  1\n", "line 1: expected an id, or paths of an image and its mask, got 'a  1'"),
+        (b"/JPEGImages/a.jpg /SegmentationClassAug/b.png\n", "line 1: expected an id, or paths of an image and its"),
+        (b"a\nb\na\n", "line 3: expected each image once, got 'a' again"),
+        (b"a\n\xff\x80\n", "line 2: expected text in UTF-8, .* got byte 0xff"),
+        (bytes(range(256)), "train_aug.txt, line [12]: expected text in UTF-8"),
+        (b"a\n../../etc/passwd\n", "Annotations/passwd.xml: no such file"),
+    ],
+)
+def test_bad_lists_are_named(devkit, content, message):
+    (devkit / "ImageSets/Segmentation/train_aug.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_voc(devkit)
+
+
+@pytest.mark.parametrize("classes", [None, ["cat", "dog"]])
+@pytest.mark.parametrize("value", [21, 100, 254])
+def test_values_outside_the_classes_never_become_background(devkit, classes, value):
+    mask = np.full((4, 6), CAT, dtype=np.uint8)
+    mask[1, 1] = value
+    Image.fromarray(mask).save(devkit / "SegmentationClassAug/a.png")
+    with pytest.raises(DataError, match=f"expected labels 0..20 and 255 .ignore., got {value}"):
+        check_dataset(load_voc(devkit, classes=classes))
+
+
+def test_a_renumbered_palette_is_named(devkit):
+    mask = Image.fromarray(np.array([[0, 1, 1, 1, 1, 1]] * 4, dtype=np.uint8))
+    mask.putpalette([0, 0, 0, 64, 0, 0])  # label 8's colour
+    mask.save(devkit / "SegmentationClassAug/a.png")
+    for classes in (None, ["cat", "dog"]):
+        with pytest.raises(DataError, match="got value 1 in the colour of label 8"):
+            check_dataset(load_voc(devkit, classes=classes))
+
+
 def test_missing_folders_are_named(devkit):
     with pytest.raises(DataError, match="JPEGImages: no such folder .root: expected the VOC2012 folder of a devkit"):
         load_voc(devkit.parent)
@@ -111,6 +172,10 @@ def test_bad_options_are_named(devkit, options, message):
     ("text", "message"),
     [
         ("<annotation><object>", "a.xml: expected XML"),
+        ('<?xml version="1.0" encoding="foo-9"?><annotation/>', "a.xml: expected XML, .*foo-9"),
+        ('<?xml version="1.0" encoding="utf-16"?><annotation/>', "a.xml: expected XML"),
+        ("<html><body/></html>", "a.xml: expected an element <annotation>, got <html>"),
+        ("<annotation><object><name/></object></annotation>", "a.xml: expected VOC classes, got ''"),
         ("<annotation><object><name>yak</name></object></annotation>", "a.xml: expected VOC classes, got 'yak'"),
     ],
 )

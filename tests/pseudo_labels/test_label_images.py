@@ -140,7 +140,7 @@ def test_an_image_without_tags_is_background(labeler, settings):
 
 @pytest.mark.parametrize(
     ("mode", "width", "height"),
-    [("RGB", 1, 1), ("RGB", 1, 30), ("RGBA", 33, 20), ("CMYK", 20, 33), ("L", 25, 25), ("RGB", 300, 20)],
+    [("RGB", 1, 1), ("RGB", 1, 8), ("RGBA", 33, 20), ("CMYK", 20, 33), ("L", 25, 25), ("RGB", 160, 20)],
 )
 @pytest.mark.parametrize("steps", [[], ["pamr", "matting"]])
 def test_images_of_any_mode_and_size_are_labelled_at_their_own_size(labeler, settings, mode, width, height, steps):

@@ -1,4 +1,4 @@
-"""COCO 2017, read from its official layout: tags and masks from the instance annotations."""
+"""COCO 2017 or 2014, read from its official layout: tags and masks from the instance annotations."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset, DatasetDict, config
+from PIL import Image
 
 from ..models.maps import IGNORE_INDEX
+from ..models.pictures import upright_size
 from ..progress import Progress
 from .export import require_pycocotools
 from .palette import save_mask_png
-from .tagged import DataError, tagged_features, undecoded
+from .tagged import DataError, check_class_names, open_image, tagged_features, undecoded
+from .text import brief
 
-_FOLDERS = {"train": "train2017", "val": "val2017"}
+_YEARS = (2017, 2014)  # the first whose annotations are there counts
+_MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)  # Pillow refuses larger images
 _ENTRIES: dict[str, dict[str, type]] = {
     "categories": {"id": int, "name": str},
     "images": {"id": int, "file_name": str, "height": int, "width": int},
@@ -32,6 +36,8 @@ def load_coco(
     select: Callable[[Dataset], Dataset] | None = None,
 ) -> DatasetDict:
     """Read a folder that holds annotations/instances_{train,val}2017.json, train2017/*.jpg and val2017/*.jpg.
+
+    Where there are no annotations of 2017, those of 2014 are read, and train2014/*.jpg and val2014/*.jpg.
 
     The classes are those of the annotations, in the order of their category ids. `classes` restricts and orders them:
     images with none of them are dropped, their pixels become background. A crowd tags its image as an instance does.
@@ -54,13 +60,15 @@ def load_coco(
     root = Path(root)
     splits: dict[str, Dataset] = {}
     categories: dict[int, str] | None = None
-    for split, folder in _FOLDERS.items():
-        path = root / "annotations" / f"instances_{folder}.json"
+    year = next((year for year in _YEARS if _annotation_file(root, "train", year).is_file()), _YEARS[0])
+    for split in ("train", "val"):
+        folder = f"{split}{year}"
+        path = _annotation_file(root, split, year)
         has_masks = split == "val" or masks == "all"
         content = _read_annotations(path, with_shapes=has_masks)
         found = {number: category["name"] for number, category in sorted(_by_id(content, "categories", path).items())}
         if categories not in (None, found):
-            raise DataError(f"{path}: expected the categories of {_FOLDERS['train']}, got others")
+            raise DataError(f"{path}: expected the categories of train{year}, got others")
         categories = found
         names = _chosen(tuple(classes or categories.values()), categories, path)
         images = _by_id(content, "images", path)
@@ -75,13 +83,19 @@ def load_coco(
     return DatasetDict(splits)
 
 
+def _annotation_file(root: Path, split: str, year: int) -> Path:
+    return root / "annotations" / f"instances_{split}{year}.json"
+
+
 def _read_annotations(path: Path, with_shapes: bool) -> dict[str, list[dict]]:
     """The lists of an annotation file, their entries checked; without shapes it takes a fraction of the memory."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file (root: expected a folder of annotations/, train2017/ and val2017/)")
+        raise DataError(
+            f"{path}: no such file (root: expected a folder of annotations/, train2017/ and val2017/, or of 2014)"
+        )
     try:
         content = json.loads(path.read_bytes(), object_hook=None if with_shapes else _without_shape)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: expected JSON, got something else ({error})") from error
     for part, kinds in _ENTRIES.items():
         entries = content.get(part) if isinstance(content, dict) else None
@@ -90,9 +104,15 @@ def _read_annotations(path: Path, with_shapes: bool) -> dict[str, list[dict]]:
         for number, entry in enumerate(entries):
             for key, kind in kinds.items():
                 value = entry.get(key) if isinstance(entry, dict) else None
-                if not isinstance(value, kind):
+                if not isinstance(value, kind) or isinstance(value, bool):
                     where = f"{path}, {part}[{number}].{key}"
-                    raise DataError(f"{where}: expected {kind.__name__}, got {value!r}")
+                    raise DataError(f"{where}: expected {kind.__name__}, got {brief(value)}")
+            if part == "images" and not (entry["height"] > 0 < entry["width"] <= _MAX_PIXELS // entry["height"]):
+                where, size = f"{path}, image {entry['id']}", f"{entry['width']}x{entry['height']}"
+                raise DataError(f"{where}: expected a size of 1 to {_MAX_PIXELS} pixels, got {size}")
+            if part == "annotations" and entry.get("iscrowd", 0) not in (0, 1):
+                where = f"{path}, annotation {entry['id']}"
+                raise DataError(f"{where}: iscrowd: expected 0 or 1, got {brief(entry['iscrowd'])}")
     return content
 
 
@@ -117,6 +137,10 @@ def _chosen(names: tuple[str, ...], categories: dict[int, str], path: Path) -> t
         raise DataError(f"classes: expected COCO classes, got {unknown[0]!r} ({path} has {known})")
     if len(set(names)) < len(names):
         raise DataError(f"classes: expected each name once, got {', '.join(names)}")
+    try:
+        check_class_names(names)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     return names
 
 
@@ -179,13 +203,13 @@ def _rows(
 def _paint_missing(
     rows: Dataset,
     images: dict[int, dict],
-    shown: dict[int, list[dict]],
+    annotations: dict[int, list[dict]],
     labels: dict[int, int],
     path: Path,
     title: str,
 ) -> None:
     """Write the masks of these rows that no earlier call has written, one at a time."""
-    files = [Path(mask["path"]) for mask in undecoded(rows)["mask"]]
+    files = {Path(row["mask"]["path"]): Path(row["image"]["path"]) for row in undecoded(rows)}
     missing = [file for file in files if not file.is_file()]
     if not missing:
         return
@@ -193,44 +217,100 @@ def _paint_missing(
     with Progress(title, len(missing), unit="image") as progress:
         for file in missing:
             number = int(file.stem)
-            save_mask_png(file, _paint(images[number], shown[number], labels, path))
+            image = images[number]
+            with open_image(files[file]) as picture:
+                size = upright_size(picture)
+                if size != (image["width"], image["height"]):
+                    got, wanted = f"{image['width']}x{image['height']}", f"{size[0]}x{size[1]}"
+                    raise DataError(f"{path}, image {number}: expected the size of {files[file]}, {wanted}, got {got}")
+            save_mask_png(file, _paint(image, annotations[number], labels, path))
             progress.advance(1)
 
 
 def _paint(image: dict, annotations: list[dict], labels: dict[int, int], path: Path) -> np.ndarray:
     """Label map uint8 (H, W) of an image; `labels` has the label of each category id."""
+    tools = require_pycocotools()
     height, width = image["height"], image["width"]
     regions = []
     for annotation in annotations:
         try:
             region = _region(annotation.get("segmentation"), height, width)
-        except (TypeError, ValueError, OverflowError, KeyError) as error:
-            raise DataError(f"{path}, annotation {annotation['id']}: segmentation: {error}") from error
+        except (TypeError, ValueError, OverflowError, LookupError) as error:
+            where = f"{path}, annotation {annotation['id']}: segmentation"
+            raise DataError(f"{where}: {' '.join(str(error).split())}") from error
         crowd = bool(annotation.get("iscrowd"))
         label = IGNORE_INDEX if crowd else labels[annotation["category_id"]]
-        regions.append((not crowd, -region.sum(), label, region))
+        regions.append((not crowd, -int(tools.area(region)), label, region))
     painted = np.zeros((height, width), dtype=np.uint8)
     for *_, label, region in sorted(regions, key=lambda entry: entry[:2]):  # from the back to the front
-        painted[region] = label
+        painted[tools.decode(region).astype(bool)] = label
     return painted
 
 
-def _region(segmentation: list | dict | None, height: int, width: int) -> np.ndarray:
-    """Polygons [[x0, y0, x1, y1, …], …] or run lengths {"size", "counts"} → bool (H, W)."""
+def _region(segmentation: object, height: int, width: int) -> dict:
+    """Polygons [[x0, y0, x1, y1, …], …] or run lengths {"size", "counts"} → compressed run lengths.
+
+    What pycocotools would take memory without end for, or die of, does not come to it.
+
+    Raises:
+        ValueError: it is neither, or lies far outside the image.
+    """
     tools = require_pycocotools()
     if isinstance(segmentation, dict):
-        counts = segmentation["counts"]
-        if list(segmentation["size"]) != [height, width]:
-            raise ValueError(f"expected the image's size {[height, width]}, got {segmentation['size']}")
-        if not isinstance(counts, list):
-            return tools.decode(segmentation).astype(bool)
-        if sum(counts) != height * width:  # pycocotools would leave the other pixels undefined
-            raise ValueError(f"expected run lengths of {height * width} pixels, got {sum(counts)}")
-        return tools.decode(tools.frPyObjects(segmentation, height, width)).astype(bool)
-    if not isinstance(segmentation, list) or any(len(polygon) % 2 for polygon in segmentation):
-        raise ValueError(f"expected polygons [[x0, y0, x1, y1, …], …] or run lengths, got {segmentation!r}"[:200])
+        counts = segmentation.get("counts")
+        if segmentation.get("size") != [height, width]:
+            raise ValueError(f"expected the image's size {[height, width]}, got {brief(segmentation.get('size'))}")
+        runs = _uncompressed(counts) if isinstance(counts, str) else counts
+        if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
+            raise ValueError(f"expected run lengths as counts, got {brief(counts)}")
+        if sum(runs) != height * width:  # pycocotools would leave the other pixels undefined
+            raise ValueError(f"expected run lengths of {height * width} pixels, got {sum(runs)}")
+        return tools.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+    if not isinstance(segmentation, list) or not any(segmentation):
+        raise ValueError(f"expected polygons [[x0, y0, x1, y1, …], …] or run lengths, got {brief(segmentation)}")
+    for polygon in segmentation:
+        _check_polygon(polygon, height, width)
     # Fewer than three points enclose nothing, and pycocotools takes two for a box.
     polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
     if not polygons:
-        return np.zeros((height, width), dtype=bool)
-    return tools.decode(tools.merge(tools.frPyObjects(polygons, height, width))).astype(bool)
+        return tools.encode(np.zeros((height, width), dtype=np.uint8, order="F"))
+    return tools.merge(tools.frPyObjects(polygons, height, width))
+
+
+def _check_polygon(polygon: object, height: int, width: int) -> None:
+    """Numbers in pairs, in pixels, not farther out than the image is large, and no path without end."""
+    is_list = isinstance(polygon, list) and len(polygon) % 2 == 0
+    if not is_list or any(isinstance(value, bool) or not isinstance(value, int | float) for value in polygon):
+        raise ValueError(f"expected polygons [[x0, y0, x1, y1, …], …] or run lengths, got {brief(polygon)}")
+    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    size = np.array([width, height])
+    outside = ~((points >= -size) & (points <= 2 * size)).all(axis=1)  # NaN is outside
+    if outside.any():
+        raise ValueError(f"expected points in an image of {width}x{height}, got {points[outside][0].tolist()}")
+    if len(points) >= 3 and points.max() <= 1 < min(width, height):
+        raise ValueError(f"expected coordinates in pixels, got numbers up to {points.max():g}: {brief(polygon)}")
+    length = np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1).sum()
+    if length > 10 * (width + 1) * (height + 1):
+        raise ValueError(f"expected an outline of an image of {width}x{height}, got one of {length:.0f} pixels")
+
+
+def _uncompressed(counts: str) -> list[int]:
+    """COCO's string of run lengths: five bits a character, from 48 on, with a sign and a bit that says "more".
+
+    From the fourth on each is the difference to the last but one.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in counts:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 30:
+            raise ValueError(f"expected COCO's compressed run lengths, got {brief(counts)}")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    if shift:
+        raise ValueError(f"expected COCO's compressed run lengths, got a cut one, {brief(counts)}")
+    return runs

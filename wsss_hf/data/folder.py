@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict
 
 from ..progress import say
 from .metadata import IMAGE_SUFFIXES, SEPARATOR, find_file, normal_form, read_metadata, read_tags
-from .tagged import DataError, image_mode, tagged_features
+from .tagged import DataError, open_image, tagged_features
 
 _MAPS = ("mask", "saliency")  # optional columns
 _METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
@@ -202,7 +202,7 @@ def _rows_of_class_folders(folder: Path, skip: str | Path | None) -> Iterator[di
             if child.resolve() != skipped and _holds_images(child):
                 raise DataError(f"{child}: expected images of a class in its own folder, got images in one below it")
         images = _images(class_folder)
-        if class_folder.name.casefold() in _MASKS and images and image_mode(images[0]) in ("1", "L", "P"):
+        if class_folder.name.casefold() in _MASKS and images and open_image(images[0]).mode in ("1", "L", "P"):
             raise DataError(f"{class_folder}: expected a class, got a folder of masks (they are named in metadata)")
         name = normal_form(class_folder.name)
         for file in images:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .text import DataError, read_text, shown
+from .text import DataError, brief, read_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SEPARATOR = ";"
@@ -43,7 +43,7 @@ def read_metadata(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for name in ("file_name", *_OPTIONAL):
             value = row.get(name)
             if value is not None and not isinstance(value, str):
-                raise DataError(f"{where}: {name}: expected the name of a file, got {shown(value)}")
+                raise DataError(f"{where}: {name}: expected the name of a file, got {brief(value)}")
         if not str(row["file_name"]).strip():
             raise DataError(f"{where}: file_name: expected the name of an image, got none")
         yield where, {name: row[name] for name in _NEEDED} | {name: row.get(name) or None for name in _OPTIONAL}
@@ -66,7 +66,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
             if any(cell.strip() for cell in cells[len(names) :]):
                 raise DataError(
                     f"{where}: expected {len(names)} cells, as the header has, got {len(cells)}, the last "
-                    f"{shown(cells[-1])} (quote a cell that holds {delimiter!r})"
+                    f"{brief(cells[-1])} (quote a cell that holds {delimiter!r})"
                 )
             row = dict.fromkeys(names) | dict(zip(names, map(str.strip, cells), strict=False))
             _check_line_breaks(row, delimiter, path.parent, where)
@@ -86,7 +86,7 @@ def _header(line: str, where: str) -> tuple[list[str], str]:
             if twice:
                 raise DataError(f"{where}: expected each column once, got {twice[0]} {names.count(twice[0])} times")
             return names, mark
-    got = ", ".join(map(shown, max(found.values(), key=len)[:10])) or "an empty file"
+    got = ", ".join(map(brief, max(found.values(), key=len)[:10])) or "an empty file"
     raise DataError(f"{where}: expected a header with file_name and tags, got {got}")
 
 
@@ -102,7 +102,7 @@ def _check_line_breaks(row: dict[str, str | None], delimiter: str, folder: Path,
         starts = (line.split(delimiter) for line in others)
         swallowed = any(len(parts) > place and _is_file(folder, parts[place].strip(' "')) for parts in starts)
         if swallowed or (others and name in (*_NEEDED, *_OPTIONAL)):
-            got = shown(cell)
+            got = brief(cell)
             raise DataError(f"{where}: {name}: expected a cell of one row, got {got} (is a quote not closed?)")
 
 
@@ -118,9 +118,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: expected JSON, got {shown(line.strip())}") from error
+            raise DataError(f"{where}: expected JSON, got {brief(line.strip())}") from error
         if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object with file_name and tags, got {shown(row)}")
+            raise DataError(f"{where}: expected an object with file_name and tags, got {brief(row)}")
         yield where, row
 
 
@@ -146,11 +146,11 @@ def read_tags(tags: object, separator: str, classes: Sequence[str], where: str) 
         DataError: begins with `where`.
     """
     if not isinstance(tags, str) and not (isinstance(tags, list) and all(isinstance(tag, str) for tag in tags)):
-        raise DataError(f"{where}: tags: expected a list of class names, or one string of them, got {shown(tags)}")
+        raise DataError(f"{where}: tags: expected a list of class names, or one string of them, got {brief(tags)}")
     parts = tags.split(separator) if isinstance(tags, str) else tags
     names = list(dict.fromkeys(normal_form(part) for part in parts if part.strip()))
     if any(name.casefold() == "background" for name in names):
-        raise DataError(f"{where}: tags: expected names of objects, or none for background alone, got {shown(tags)}")
+        raise DataError(f"{where}: tags: expected names of objects, or none for background alone, got {brief(tags)}")
     for name in names if isinstance(tags, str) else ():
         if name in classes:
             continue
@@ -167,7 +167,7 @@ def read_tags(tags: object, separator: str, classes: Sequence[str], where: str) 
             continue
         cure = f"--separator {other!r}, or lists" if other else "--classes if it is a class, or lists"
         raise DataError(
-            f"{where}: tags: expected names {wanted}, got {shown(tags)} (use {cure} of names in metadata.jsonl)"
+            f"{where}: tags: expected names {wanted}, got {brief(tags)} (use {cure} of names in metadata.jsonl)"
         )
     return names
 

@@ -20,7 +20,7 @@ from PIL import Image
 from ..models.maps import IGNORE_INDEX
 from ..models.pictures import PictureError, check_shape, open_picture, orientation, to_rgb, upright, upright_size
 from .palette import check_palette
-from .text import DataError, shown
+from .text import DataError, brief
 
 _MAX_CLASSES = IGNORE_INDEX - 1
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates, breaks of lines and paragraphs
@@ -73,7 +73,7 @@ def check_class_names(names: Sequence[str]) -> None:
         raise DataError(f"classes: expected 1 to {_MAX_CLASSES} names, got {len(names)}")
     for name in names:
         if not name.strip() or any(unicodedata.category(character) in _UNSEEN for character in name):
-            raise DataError(f"classes: expected names in one line of text, got {shown(name)}")
+            raise DataError(f"classes: expected names in one line of text, got {brief(name)}")
         if name.strip().casefold() == "background":
             raise DataError(
                 f"classes: expected names of objects, got {name!r}, which is label 0 of every mask (an image of "
@@ -162,10 +162,9 @@ def _open(value: dict | Image.Image | None, where: str) -> Image.Image:
         return open_picture(value["path"] if value.get("bytes") is None else io.BytesIO(value["bytes"]))
 
 
-def image_mode(path: Path) -> str:
-    """Pillow's mode of an image file, from its header."""
-    with _open({"path": str(path)}, str(path)) as image:
-        return image.mode
+def open_image(path: Path) -> Image.Image:
+    """An image file, its pixels not read yet. Raises DataError, which begins with its path."""
+    return _open({"path": str(path)}, str(path))
 
 
 def encode_png(image: Image.Image, **options) -> dict:

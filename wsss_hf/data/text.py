@@ -38,7 +38,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def shown(value: object) -> str:
+def brief(value: object) -> str:
     """A value for a message: in one line, and no more than its beginning."""
     text = repr(value)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"

@@ -1,7 +1,7 @@
 """PASCAL VOC 2012, read from its devkit folder: tags from the annotations, masks from SegmentationClass(Aug)."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from xml.etree import ElementTree
 
@@ -10,12 +10,15 @@ from datasets import Dataset, DatasetDict
 
 from ..models.label_colors import mask_image
 from ..models.maps import IGNORE_INDEX
-from .tagged import DataError, decode_mask, encode_png, tagged_features
+from .palette import check_palette
+from .tagged import DataError, decode_mask, encode_png, open_image, tagged_features
+from .text import brief, read_text
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
+_AUGMENTED = ("train_aug", "trainaug")  # names of the list of SBD's and VOC's images
 
 
 def load_voc(
@@ -23,9 +26,11 @@ def load_voc(
 ) -> DatasetDict:
     """Read a folder VOC2012 (JPEGImages, Annotations, ImageSets/Segmentation, SegmentationClassAug or …Class).
 
-    "train" is train_aug.txt or, without one, train.txt; "val" is val.txt. In "train" only the images of train.txt have
-    a mask, to evaluate pseudo masks on; masks="all" gives every mask there is, for the fully supervised upper bound.
-    `classes` restricts and orders the classes: images with none of them are dropped, their pixels become background.
+    "train" is train_aug.txt or trainaug.txt or, without these, train.txt; "val" is val.txt. A line of a list is an id,
+    or the paths of an image and its mask, as published programs have them: the image's stem is the id. In "train" only
+    the images of train.txt have a mask, to evaluate pseudo masks on; masks="all" gives every mask there is, for the
+    fully supervised upper bound. `classes` restricts and orders the classes: images with none of them are dropped,
+    their pixels become background.
     Images stay files where they are. Raises DataError that names the missing folder or file, or the unknown class.
     """
     root = Path(root)
@@ -41,8 +46,12 @@ def load_voc(
             raise DataError(f"{root / folder}: no such folder (root: expected the VOC2012 folder of a devkit)")
 
     evaluated = _read_ids(root, "train")
-    augmented = (root / "ImageSets/Segmentation/train_aug.txt").is_file()
-    train = _read_ids(root, "train_aug") if augmented else evaluated
+    lists = [_read_ids(root, name) for name in _AUGMENTED if (root / f"ImageSets/Segmentation/{name}.txt").is_file()]
+    if any(set(found) != set(lists[0]) for found in lists):
+        raise DataError(
+            f"{root / 'ImageSets/Segmentation'}: expected one list, got train_aug.txt and another trainaug.txt"
+        )
+    train = lists[0] if lists else evaluated
     val = _read_ids(root, "val")
     return DatasetDict(
         {
@@ -60,7 +69,21 @@ def _existing(path: Path) -> Path:
 
 def _read_ids(root: Path, name: str) -> list[str]:
     path = _existing(root / "ImageSets" / "Segmentation" / f"{name}.txt")
-    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+    ids: dict[str, None] = {}
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
+        where, parts = f"{path}, line {number}", line.split()
+        if not parts:
+            continue
+        first = PurePosixPath(parts[0])
+        image_id = first.stem if len(first.parts) > 1 else first.name
+        if len(parts) > 2 or (len(parts) == 2 and PurePosixPath(parts[1]).stem != image_id):
+            raise DataError(
+                f"{path}, line {number}: expected an id, or paths of an image and its mask, got {brief(line)}"
+            )
+        if image_id in ids:
+            raise DataError(f"{path}, line {number}: expected each image once, got {image_id!r} again")
+        ids[image_id] = None
+    return list(ids)
 
 
 def _read_split(
@@ -82,12 +105,15 @@ def _read_split(
 
 def _read_tags(path: Path, classes: tuple[str, ...]) -> list[int]:
     try:
-        objects = {node.text for node in ElementTree.parse(path).iterfind("object/name")}
-    except ElementTree.ParseError as error:
+        annotation = ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, LookupError, ValueError) as error:  # the others: of encodings
         raise DataError(f"{path}: expected XML, got something else ({error})") from error
-    unknown = sorted(str(name) for name in objects.difference(VOC_CLASSES))
+    if annotation.tag != "annotation":
+        raise DataError(f"{path}: expected an element <annotation>, got <{annotation.tag}>")
+    objects = {(node.text or "").strip() for node in annotation.iterfind("object/name")}
+    unknown = sorted(objects.difference(VOC_CLASSES))
     if unknown:
-        raise DataError(f"{path}: expected VOC classes, got {unknown[0]!r} (known are {', '.join(VOC_CLASSES)})")
+        raise DataError(f"{path}: expected VOC classes, got {brief(unknown[0])} (known are {', '.join(VOC_CLASSES)})")
     return [index for index, name in enumerate(classes) if name in objects]
 
 
@@ -105,4 +131,10 @@ def _read_mask(root: Path, image_id: str, classes: tuple[str, ...], needed: bool
     new_labels[IGNORE_INDEX] = IGNORE_INDEX
     for index, name in enumerate(classes):
         new_labels[VOC_CLASSES.index(name) + 1] = index + 1
-    return encode_png(mask_image(new_labels[decode_mask({"path": str(path)}, str(path))]))
+    with open_image(path) as mask:
+        labels = decode_mask(mask, str(path))
+        check_palette(mask, len(VOC_CLASSES) + 1, str(path))
+    unknown_labels = np.setdiff1d(labels, (*range(len(VOC_CLASSES) + 1), IGNORE_INDEX))
+    if unknown_labels.size:
+        raise DataError(f"{path}: expected labels 0..{len(VOC_CLASSES)} and 255 (ignore), got {unknown_labels[0]}")
+    return encode_png(mask_image(new_labels[labels]))
