@@ -39,7 +39,7 @@ def convert(
     names = None if classes is None else [name.strip() for name in classes.split(",")]
     widths = None if extra_channels is None else integers("--extra-channels", extra_channels)
     converted = convert_checkpoint(file, out, names, drs_delta, widths, kind)
-    print(f"{converted}: {AutoConfig.from_pretrained(converted).converted_from}")
+    print(f"{converted}: {AutoConfig.from_pretrained(converted, trust_remote_code=False).converted_from}")
 
 
 def push(

@@ -77,11 +77,9 @@ def _read_ids(root: Path, name: str) -> list[str]:
         first = PurePosixPath(parts[0])
         image_id = first.stem if len(first.parts) > 1 else first.name
         if len(parts) > 2 or (len(parts) == 2 and PurePosixPath(parts[1]).stem != image_id):
-            raise DataError(
-                f"{path}, line {number}: expected an id, or paths of an image and its mask, got {brief(line)}"
-            )
+            raise DataError(f"{where}: expected an id, or paths of an image and its mask, got {brief(line)}")
         if image_id in ids:
-            raise DataError(f"{path}, line {number}: expected each image once, got {image_id!r} again")
+            raise DataError(f"{where}: expected each image once, got {image_id!r} again")
         ids[image_id] = None
     return list(ids)
 

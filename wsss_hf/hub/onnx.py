@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..files import whole_folder
 from ..models.mask_classifiers import load_segmentation_model, square_side
-from ..models.pretrained import pinned
+from ..models.pretrained import NO_CODE, pinned
 
 ONNX_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
 _SMALLEST_SIDE, _LARGEST_SIDE, _LARGEST_BATCH = 64, 4096, 1024
@@ -101,7 +101,7 @@ def export_onnx(
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"--to {out}: expected a folder that does not exist yet, got an existing one")
-    name, revision = pinned(source, {})
+    name, revision = pinned(source, NO_CODE)
     assert name is not None  # as `source` is not
     model = load_segmentation_model(name, **revision).float()
     program, names = export_program(model, size)

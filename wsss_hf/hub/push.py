@@ -343,7 +343,7 @@ def _stage_model(folder: Path, staged: Path) -> PreTrainedModel:
     odd = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if odd:
         raise HubError(f"{folder}: the weights do not fit the configuration ({odd[0]} and {len(odd) - 1} more)")
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(model, PortableModel) and isinstance(processor, WsssImageProcessor):
         processor = _library_processor(processor)
     _forget_paths(model)

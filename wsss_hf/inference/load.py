@@ -11,7 +11,7 @@ from ..models.configuration_cam import CamConfig
 from ..models.mask_classifiers import load_segmentation_model
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
-from ..models.pretrained import pinned
+from ..models.pretrained import NO_CODE, pinned
 from .optimize import for_inference
 
 
@@ -60,7 +60,7 @@ def load_segmenter(
 
 
 def _pinned(name: str | os.PathLike) -> tuple[str, dict]:
-    found, revision = pinned(os.fspath(name), {})
+    found, revision = pinned(os.fspath(name), NO_CODE)
     return str(found), revision
 
 

@@ -71,6 +71,8 @@ def load_segmentation_model(name: str | os.PathLike, options: dict | None = None
         OSError, ValueError: there is none, or its weights are pickled.
     """
 
+    hub_kwargs = {"trust_remote_code": False} | hub_kwargs
+
     def load(name, config=None, **options):
         config = config or AutoConfig.from_pretrained(name, **hub_kwargs)
         return auto_class(config).from_pretrained(name, config=config, **options, **hub_kwargs)

@@ -16,6 +16,9 @@ from transformers.utils import is_timm_available
 from .backbone import body_class, from_safetensors, usable_config
 from .portable_model import PortableModel, processor_for
 
+NO_CODE = {"trust_remote_code": False}
+"""Options of every load: code that a repository brings is not run, and nobody is asked whether to run it."""
+
 
 def pinned(name: Any, hub_kwargs: dict) -> tuple[Any, dict]:
     """A model's name and the options of its download: `owner/name@revision` is the id, at that revision.
@@ -50,7 +53,7 @@ def resolve_backbone_config(
             raise ValueError("backbone: expected a directory or Hub id, or a backbone_config, got neither")
         backbone, hub_kwargs = pinned(backbone, hub_kwargs)
         try:
-            backbone_config = AutoConfig.from_pretrained(backbone, **hub_kwargs)
+            backbone_config = AutoConfig.from_pretrained(backbone, **(NO_CODE | hub_kwargs))
         except ImportError as error:  # which transformers raises for timm alone, in three lines
             raise ImportError(_NEEDS_TIMM.format(backbone)) from error
     elif isinstance(backbone_config, dict):
@@ -103,7 +106,8 @@ def pretrained_body(backbone: str, config: PreTrainedConfig, **hub_kwargs) -> nn
     auto_class, kwargs = body_class(config)
     if auto_class is AutoBackbone:  # whose own from_pretrained takes no directory
         auto_class = MODEL_FOR_BACKBONE_MAPPING[type(config)]
-    return from_safetensors(auto_class.from_pretrained, backbone, config=config, **kwargs, **hub_kwargs)
+    options = NO_CODE | hub_kwargs | kwargs
+    return from_safetensors(auto_class.from_pretrained, backbone, config=config, **options)
 
 
 def backbone_normalization(backbone: str | None, config, **hub_kwargs) -> tuple[list[float], list[float]]:
@@ -116,7 +120,7 @@ def backbone_normalization(backbone: str | None, config, **hub_kwargs) -> tuple[
         given = getattr(config, "pretrained_cfg", {})
         return list(given.get("mean", IMAGENET_DEFAULT_MEAN)), list(given.get("std", IMAGENET_DEFAULT_STD))
     try:
-        known = AutoImageProcessor.from_pretrained(backbone, **hub_kwargs) if backbone else None
+        known = AutoImageProcessor.from_pretrained(backbone, **(NO_CODE | hub_kwargs)) if backbone else None
     except (OSError, ValueError):  # published without a processor
         known = None
     if known is None and type(config) in IMAGE_PROCESSOR_MAPPING:

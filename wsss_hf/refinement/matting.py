@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, VitMatteForImageMatting
 
 from ..models.backbone import from_safetensors
 from ..models.maps import IGNORE_INDEX
-from ..models.pretrained import pinned
+from ..models.pretrained import NO_CODE, pinned
 from .trimap import BACKGROUND, FOREGROUND
 
 _MARGIN = 4  # known pixels kept around the unknown ones: a window of the matting Laplacian reaches 2 pixels
@@ -77,7 +77,7 @@ class VitMatte:
     """
 
     def __init__(self, model: str, device: torch.device | str = "cpu"):
-        name, revision = pinned(model, {})
+        name, revision = pinned(model, NO_CODE)
         self.model = from_safetensors(VitMatteForImageMatting.from_pretrained, name, **revision).to(device).eval()
         self.processor = AutoImageProcessor.from_pretrained(name, **revision)
 

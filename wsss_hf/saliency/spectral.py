@@ -22,7 +22,7 @@ from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.options import Options, option
 from ..models.pamr import refine_pictures
 from ..models.pictures import LONGEST
-from ..models.pretrained import backbone_normalization, pinned, pretrained_body, resolve_backbone_config
+from ..models.pretrained import NO_CODE, backbone_normalization, pinned, pretrained_body, resolve_backbone_config
 from ..settings import speed
 from .source import SaliencyError, SaliencySource
 
@@ -126,7 +126,7 @@ class SpectralSource(SaliencySource):
     def __init__(self, name: str, settings: SpectralSettings):
         self.name, self.settings = name, settings
         self.learnt_from = f"no masks: normalised cut on the features of {name}"
-        self._repository, self._revision = pinned(name, {})
+        self._repository, self._revision = pinned(name, NO_CODE)
         try:
             self._config = resolve_backbone_config(self._repository, None, **self._revision)
         except OSError as error:  # transformers does not name what it looked for in vain offline

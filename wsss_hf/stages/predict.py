@@ -33,7 +33,7 @@ from ..inference.segmenter import score_images
 from ..models.configuration_cam import CamConfig
 from ..models.label_colors import mask_image, overlay
 from ..models.options import OptionError
-from ..models.pretrained import pinned
+from ..models.pretrained import NO_CODE, pinned
 from ..progress import Progress, is_quiet
 from ..refinement.steps import RefinementChain, build_refinement
 from ..settings import EvaluationSettings
@@ -285,7 +285,7 @@ class _Labeler:
     """
 
     def __init__(self, model: str, settings: EvaluationSettings, tags: Sequence[str] | None):
-        found, revision = pinned(model, {})
+        found, revision = pinned(model, NO_CODE)
         config = AutoConfig.from_pretrained(found, **revision)
         names = [config.id2label[label] for label in sorted(config.id2label)]
         self.is_cam = isinstance(config, CamConfig)

@@ -61,7 +61,7 @@ class TrainedModel(StageResult):
     @cached_property
     def processor(self) -> BaseImageProcessor:
         """Its image processor."""
-        return AutoImageProcessor.from_pretrained(self.folder)
+        return AutoImageProcessor.from_pretrained(self.folder, trust_remote_code=False)
 
     @property
     def log(self) -> list[dict[str, Any]]:

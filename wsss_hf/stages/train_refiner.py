@@ -19,7 +19,7 @@ from ..inference.cam_maps import localize
 from ..inference.load import load_labeler
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
-from ..models.pretrained import pinned
+from ..models.pretrained import NO_CODE, pinned
 from ..recipes import Recipe
 from ..settings import RefinerSettings
 from ..training.build import build_on_backbone, build_processor
@@ -102,7 +102,7 @@ def _build(
     }
     if not recipe.refiner.from_cam:
         return build_on_backbone(MapRefiner, recipe.cam, recipe.image, "cam", **options)
-    name, revision = pinned(os.fspath(cam), {})
+    name, revision = pinned(os.fspath(cam), NO_CODE)
     teacher = CamClassifier.from_pretrained(name, **revision)
     mean, std = teacher.config.image_mean, teacher.config.image_std
     options |= {"output_stride": teacher.config.output_stride, "backbone_config": teacher.config.backbone_config}

@@ -13,7 +13,7 @@ from ..data.tagged import class_names, source_of
 from ..models.configuration_segmenter import SegmenterConfig
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_segmenter import Segmenter
-from ..models.pretrained import pinned
+from ..models.pretrained import NO_CODE, pinned
 from ..progress import Progress
 from ..pseudo_labels.area_prior import background_factor, labelled_objects, multiply_background, output_bias
 from ..recipes import Recipe
@@ -115,7 +115,7 @@ def _build(
     if cam is None:
         model, mean, std = build_on_backbone(Segmenter, section, recipe.image, "segmenter", **options)
     else:
-        name, revision = pinned(os.fspath(cam), {})
+        name, revision = pinned(os.fspath(cam), NO_CODE)
         classifier = CamClassifier.from_pretrained(name, **revision)
         model = Segmenter(SegmenterConfig(backbone_config=classifier.config.backbone_config, **options))
         model.backbone.load_state_dict(classifier.backbone.state_dict())

@@ -21,7 +21,7 @@ from ..models.backbone import freeze_idle_parameters
 from ..models.maps import IGNORE_INDEX
 from ..models.mask_classifiers import MASK_CLASSIFIERS, auto_class, load_segmentation_model
 from ..models.pictures import LONGEST
-from ..models.pretrained import pinned
+from ..models.pretrained import NO_CODE, pinned
 from ..settings import RecipeError
 
 # What an image processor may do beside resizing and normalising; none of it suits a label map of the whole image.
@@ -50,7 +50,7 @@ def build_library_segmenter(
         RecipeError: there is no such model, its weights are pickled, it is none for semantic segmentation, or takes no
             images of this size.
     """
-    name, revision = pinned(name, {})
+    name, revision = pinned(name, NO_CODE)
     try:
         config = AutoConfig.from_pretrained(name, **revision)
     except (OSError, ValueError) as error:
@@ -126,7 +126,7 @@ def _logits(model: nn.Module, height: int, width: int) -> torch.Tensor:
     return model.eval()(torch.zeros(1, 3, height, width)).logits
 
 
-def _own_processor(name: str, config, side: int, any_shape: bool, revision: dict[str, str]) -> BaseImageProcessor:
+def _own_processor(name: str, config, side: int, any_shape: bool, revision: dict[str, Any]) -> BaseImageProcessor:
     size = {"shortest_edge": side, "longest_edge": LONGEST * side} if any_shape else {"height": side, "width": side}
     try:
         processor = AutoImageProcessor.from_pretrained(name, **revision)
