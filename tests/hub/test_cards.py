@@ -1,5 +1,6 @@
 """The committed cards are what their results files say."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -77,3 +78,34 @@ def test_a_card_names_files_that_are_there_and_a_recipe_that_loads(made):
     assert (CARDS / "demo.png").is_file()
     recipe = Recipe.load(str(CARDS / "demo.yaml"))
     assert recipe.segmenter.train.epochs == made["recipe"]["segmenter"]["train"]["epochs"]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("traffic light_2", "traffic light_2"),
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("![](http://elsewhere/x.png)", r"!\[\](http://elsewhere/x.png)"),
+        ("a|b `c` *d*\n# e", r"a\|b \`c\` \*d\* # e"),
+    ],
+)
+def test_names_bring_no_markup_into_a_card(made, name, shown):
+    changed = json.loads(json.dumps(made))
+    for row in changed["results"]:
+        if row.get("iou"):
+            values = list(row["iou"].values())
+            row["iou"] = dict(zip(["background", name, *list(row["iou"])[2:]], values, strict=True))
+    for card in recipe_cards("demo", changed, "apache-2.0").values():
+        assert f"classes: {shown}, " in card.text and f"| {shown} |" in card.text
+        assert name in (shown, name.replace("\n", "")) or name not in card.text.partition("```")[0]
+
+
+@pytest.mark.parametrize("name", ['"]);import os#', "it's", "a\\b", "käfer 🐞"])
+def test_the_program_on_a_card_names_the_class_and_does_nothing_else(made, name):
+    changed = json.loads(json.dumps(made))
+    row = next(row for row in changed["results"] if row.get("iou"))
+    row["iou"] = {"background": 0.5, name: 0.5}
+    program = recipe_cards("demo", changed, None)["cam"].text.partition("```python\n")[2].partition("```")[0]
+    call = ast.parse(program).body[-1].value
+    (tags,) = [ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg == "tags"]
+    assert tags == [name] and ast.unparse(call.func) == "segmenter"

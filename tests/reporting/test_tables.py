@@ -34,7 +34,7 @@ def test_markdown():
     assert markdown_table(ROWS) == (
         "| stage | mean IoU | images | 95 % interval |\n"
         "| :--- | ---: | ---: | ---: |\n"
-        "| plain [CAM] | 47.2 | 190 | – |\n"
+        "| plain \\[CAM\\] | 47.2 | 190 | – |\n"
         "| a\\|b | – | – | 44.0–49.0 |\n"
     )
     assert markdown_table(ROWS, ["stage"]).count("\n") == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +15,12 @@ from ..data.saliency import describe_saliency
 from ..models.methods import METHODS
 from ..models.modeling_affinity import AffinityConfig
 from ..pseudo_labels.rules import RULES
-from ..reporting.tables import markdown_table
+from ..reporting.tables import markdown_table, markdown_text
 
 _COLUMNS = ("result", "split", "mean_iou", "mean_iou_interval", "pixel_accuracy", "num_images")
 _TAGS = ["wsss_hf", "weakly-supervised-semantic-segmentation", "semantic-segmentation"]
 # Names and licences of the built-in sources, which are no data sets of the Hub.
-_DATA_NAMES = {"toy": "generated images of invented creatures", "voc": "PASCAL VOC 2012", "coco": "COCO 2017"}
+_DATA_NAMES = {"toy": "generated images of invented creatures", "voc": "PASCAL VOC 2012", "coco": "COCO"}
 _DATA_TERMS = {
     "toy": "The images are drawn by wsss_hf (Apache-2.0).",
     "voc": "The photographs are from Flickr and belong to their owners; Flickr's terms of use apply.",
@@ -226,7 +227,7 @@ def _name(subject: CardSubject) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
+    return ", ".join(map(markdown_text, names))
 
 
 def _data_name(data: dict) -> str:
@@ -325,7 +326,11 @@ def _usage(subject: CardSubject) -> str:
         '    print(found["label"], found["score"], found["mask"].size)',
     ]
     if subject.is_classifier:
-        lines.append('segmenter("photo.jpg", tags=["' + subject.classes[0] + '"])  # where the tags are known')
+        lines.append(
+            'segmenter("photo.jpg", tags=['
+            + json.dumps(subject.classes[0], ensure_ascii=False)
+            + "])  # where the tags are known"
+        )
     program = "\n".join(lines)
     return f"## Use\n\n```python\n{program}\n```\n\n{words}"
 
@@ -415,7 +420,7 @@ def _limits(subject: CardSubject, own: Sequence[dict]) -> str:
     scored = [(value, name) for row in own for name, value in row.get("iou", {}).items() if value is not None]
     if scored:
         value, name = min(scored)
-        limits.append(f"Its weakest class is {name}, with an IoU of {100 * value:.1f} %.")
+        limits.append(f"Its weakest class is {markdown_text(name)}, with an IoU of {100 * value:.1f} %.")
     return (
         "## Intended use and limits\n\nFor research, for annotating images faster, and where a rough mask helps and "
         "errors do no harm. Not for decisions about people, nor where safety depends on it.\n\n"

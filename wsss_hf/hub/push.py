@@ -44,6 +44,7 @@ from ..models.mask_classifiers import MASK_CLASSIFIERS, load_segmentation_model
 from ..models.modeling_affinity import AffinityNetwork
 from ..models.options import unknown_name
 from ..models.portable_model import PortableModel
+from ..reporting.tables import markdown_text
 from .cards import CardSubject, affinity_card, dataset_card, model_card
 from .portable import portable_values
 
@@ -187,7 +188,7 @@ def _short_card(model: Any, repo_id: str, tags: list[str]) -> ModelCard:
 # {repo_id.rpartition("/")[2]}
 
 A `{kind}` of wsss_hf (weakly supervised semantic segmentation) on a `{backbone}` backbone.
-It knows {len(classes)} classes: {", ".join(classes)}; all else is background.
+It knows {len(classes)} classes: {", ".join(map(markdown_text, classes))}; all else is background.
 
 What it was trained on, and how well it does, is not recorded here: try it on images of your own before you rely on it.
 

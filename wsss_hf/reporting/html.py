@@ -118,7 +118,7 @@ def write_gallery(path: str | Path, examples: Sequence[ReportExample], side: int
         for column, picture in row.items():
             sheet.paste(picture, (lefts[column] + (side - picture.width) // 2, top))
         top += height
-        words = f"{example.image_id}: {', '.join(example.tags) or 'no tag'}"
+        words = " ".join(f"{example.image_id}: {', '.join(example.tags) or 'no tag'}".split())
         while draw.textlength(words, font=font) > sheet.width - 2 * gap:
             words = words[:-2] + "…"
         draw.text((gap, top - caption + 11), words, fill="#566072", font=font, anchor="lm")

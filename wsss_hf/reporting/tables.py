@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -62,13 +64,18 @@ def heading(column: str) -> str:
     return _HEADINGS.get(column) or column.removeprefix("num_").replace("_", " ")
 
 
+def markdown_text(text: str) -> str:
+    """A name that people have chosen, as Markdown shows it: no markup, HTML or link of its own, and in one line."""
+    return re.sub(r"([\\`*\[\]|~$])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
 def markdown_table(rows: Sequence[dict], columns: Sequence[str] | None = None) -> str:
     """`rows` as a Markdown table with `columns` (default: all); keys that a row lacks become a dash."""
     columns = column_names(rows) if columns is None else columns
     rules = ["---:" if _right(rows, column) else ":---" for column in columns]
-    cells = [[format_value(row.get(column)) for column in columns] for row in rows]
-    lines = [[heading(column) for column in columns], rules, *cells]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    cells = [[markdown_text(format_value(row.get(column))) for column in columns] for row in rows]
+    lines = [[markdown_text(heading(column)) for column in columns], rules, *cells]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def print_table(
