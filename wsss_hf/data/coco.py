@@ -18,9 +18,10 @@ from ..progress import Progress
 from .export import require_pycocotools
 from .palette import save_mask_png
 from .tagged import DataError, check_class_names, open_image, tagged_features, undecoded
-from .text import brief
+from .text import brief, is_line
 
 _YEARS = (2017, 2014)  # the first whose annotations are there counts
+_LARGEST = 2**63  # of ids and sizes
 _MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 89478485)  # Pillow refuses larger images
 _ENTRIES: dict[str, dict[str, type]] = {
     "categories": {"id": int, "name": str},
@@ -104,7 +105,8 @@ def _read_annotations(path: Path, with_shapes: bool) -> dict[str, list[dict]]:
         for number, entry in enumerate(entries):
             for key, kind in kinds.items():
                 value = entry.get(key) if isinstance(entry, dict) else None
-                if not isinstance(value, kind) or isinstance(value, bool):
+                is_good = isinstance(value, kind) and not isinstance(value, bool)
+                if not is_good or not (is_line(value) if kind is str else abs(value) < _LARGEST):
                     where = f"{path}, {part}[{number}].{key}"
                     raise DataError(f"{where}: expected {kind.__name__}, got {brief(value)}")
             if part == "images" and not (entry["height"] > 0 < entry["width"] <= _MAX_PIXELS // entry["height"]):

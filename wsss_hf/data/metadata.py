@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .text import DataError, brief, read_text
+from .text import DataError, brief, is_line, read_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SEPARATOR = ";"
@@ -42,7 +42,7 @@ def read_metadata(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise DataError(f"{where}: expected file_name and tags, got {got or 'neither'}")
         for name in ("file_name", *_OPTIONAL):
             value = row.get(name)
-            if value is not None and not isinstance(value, str):
+            if value is not None and not (isinstance(value, str) and is_line(value)):
                 raise DataError(f"{where}: {name}: expected the name of a file, got {brief(value)}")
         if not str(row["file_name"]).strip():
             raise DataError(f"{where}: file_name: expected the name of an image, got none")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import struct
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +19,9 @@ from PIL import Image
 from ..models.maps import IGNORE_INDEX
 from ..models.pictures import PictureError, check_shape, open_picture, orientation, to_rgb, upright, upright_size
 from .palette import check_palette
-from .text import DataError, brief
+from .text import DataError, brief, is_line
 
 _MAX_CLASSES = IGNORE_INDEX - 1
-_UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates, breaks of lines and paragraphs
 _UNREADABLE = (
     ArithmeticError,
     EOFError,
@@ -72,7 +70,7 @@ def check_class_names(names: Sequence[str]) -> None:
     if not 1 <= len(names) <= _MAX_CLASSES:
         raise DataError(f"classes: expected 1 to {_MAX_CLASSES} names, got {len(names)}")
     for name in names:
-        if not name.strip() or any(unicodedata.category(character) in _UNSEEN for character in name):
+        if not name.strip() or not is_line(name):
             raise DataError(f"classes: expected names in one line of text, got {brief(name)}")
         if name.strip().casefold() == "background":
             raise DataError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import unicodedata
 from pathlib import Path
 
+_UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's control characters, lone surrogates, breaks of lines and paragraphs
 _SHOWN = 100  # characters of a value in a message
 
 
@@ -36,6 +38,11 @@ def read_text(path: Path) -> str:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise DataError(f"{path}, line {line}: {wanted}, got a zero byte (save it as UTF-8)")
     return text
+
+
+def is_line(text: str) -> bool:
+    """Whether files, pages and terminals can show this as one line: no control characters, breaks, lone surrogates."""
+    return not any(unicodedata.category(character) in _UNSEEN for character in text)
 
 
 def brief(value: object) -> str:

@@ -17,6 +17,7 @@ from ..models.options import OptionError, Options, either, unknown_name
 from ..settings import RecipeError, RecipeSettings
 
 _WIDTH = 119  # of a printed recipe
+_SHOWN = 200  # characters of a text in a message
 _PACKAGED = resources.files(__package__)
 # Mappings whose keys are not settings; what stands in them is checked by the class that it configures.
 _OPEN = {
@@ -111,13 +112,13 @@ def recipe_names() -> list[str]:
 
 def _as_strings(changes: Sequence[str] | Mapping[str, Any]) -> Iterable[str]:
     if isinstance(changes, Mapping):
-        return (f"{name}={yaml.safe_dump(value, default_flow_style=True)}" for name, value in changes.items())
+        return (f"{name}={_in_one_line(value)}" for name, value in changes.items())
     return changes
 
 
 def _change(text: str) -> tuple[str, dict]:
     """ "cam.train.epochs=3" as a source for messages and a nested mapping."""
-    source = f"--set {text.strip()}"
+    source = f"--set {_brief(text)}"
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise RecipeError(f"{source}: expected key=value, for example cam.train.epochs=3")
@@ -135,9 +136,9 @@ def _with_bases(name: str, folder: Path, asked_by: tuple[str, ...] = ()) -> list
     source = f"recipe {name}"
     if str(path) in asked_by:
         raise RecipeError(f"{source}: it is its own base, by way of {', '.join(asked_by)}")
-    changes = _parse(path.read_text(), source)
+    changes = _parse(path.read_bytes(), source)
     if not isinstance(changes, dict):
-        raise RecipeError(f"{source}: expected a mapping of settings, got {changes!r}")
+        raise RecipeError(f"{source}: expected a mapping of settings, got {_brief(repr(changes))}")
     base = changes.pop("base", "default")
     if not isinstance(base, str):
         raise RecipeError(f"{source}: base: expected the name or file of a recipe, got {base!r}")
@@ -155,11 +156,17 @@ def _find(name: str, folder: Path) -> Any:
     raise RecipeError(unknown_name(f"recipe {name} (no such file)", name, recipe_names()))
 
 
-def _parse(text: str, source: str) -> Any:
+def _parse(text: str | bytes, source: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source}: not YAML ({' '.join(str(error).split())})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: of dates and very long numbers
+        raise RecipeError(f"{source}: not YAML ({_brief(str(error))})") from error
+
+
+def _brief(text: str) -> str:
+    """The beginning of a text that may be long, in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
 
 
 def _merge(values: dict, changes: dict, prefix: str = "") -> None:
