@@ -128,6 +128,39 @@ def test_foreign_columns_that_do_not_fit_are_named(hub, columns, message):
         load_data("owner/pets", columns=columns)
 
 
+def test_an_empty_name_among_tags_is_named(hub):
+    hub["answer"] = DatasetDict(train=foreign([["cat", None]], List(Value("string"))))
+    with pytest.raises(DataError, match="'owner/pets', column 'tags': expected lists of class names, got one with an"):
+        load_data("owner/pets", columns={"image": "img", "tags": "label"})
+
+
+def test_a_hub_class_called_background_is_refused(hub):
+    hub["answer"] = DatasetDict(train=foreign([0, 1], ClassLabel(names=["background", "cat"])))
+    with pytest.raises(DataError, match="^classes: expected names of objects, got 'background'"):
+        load_data("owner/pets", columns={"image": "img", "tags": "label"})
+
+
+@pytest.mark.parametrize("file", ["dataset_info.json", "state.json", "data-00000-of-00001.arrow"])
+@pytest.mark.parametrize("content", [b"", b"{", b"half"])
+def test_a_damaged_saved_data_set_is_named(tmp_path, file, content):
+    make_toy(3, 2, image_size=32).save_to_disk(tmp_path / "saved")
+    whole = (tmp_path / "saved/train" / file).read_bytes()
+    (tmp_path / "saved/train" / file).write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
+    with pytest.raises(
+        DataError, match=f"^{tmp_path}/saved: expected a data set saved by save_to_disk, got a damaged"
+    ):
+        load_data(tmp_path / "saved")
+
+
+def test_an_empty_source_is_not_the_folder_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "cat").mkdir()
+    PICTURE.save(tmp_path / "cat/a.png")
+    monkeypatch.chdir(tmp_path)
+    assert class_names(load_data(".")) == ["cat"]
+    with pytest.raises(DataError, match="^source: expected 'toy', .* got ''"):
+        load_data("")
+
+
 def test_a_hub_data_set_needs_a_train_split(hub):
     hub["answer"] = DatasetDict(test=foreign(["a"], Value("string")))
     with pytest.raises(DataError, match="'owner/pets': expected a split 'train', got test"):

@@ -16,6 +16,7 @@ from wsss_hf.models.pictures import (
     upright,
     upright_size,
 )
+from wsss_hf.training.build import build_processor
 
 PIXELS = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10  # 6 wide, 4 high
 # Where a viewer shows the pixel that is stored first: EXIF 2.32, tag Orientation ("the 0th row is at the …").
@@ -132,6 +133,13 @@ def test_strips_are_refused(size, fits):
         return
     with pytest.raises(PictureError, match=f"at most 8 times as long as wide, got {size[0]}x{size[1]} .cut it into"):
         to_rgb(Image.new("L", size))
+
+
+def test_a_panorama_is_shown_at_the_scale_of_training():
+    processor = build_processor(32, [0.5] * 3, [0.5] * 3)
+    for size, shape in (((256, 64), (32, 128)), ((512, 64), (32, 256)), ((64, 512), (256, 32))):
+        pixels = processor(to_rgb(Image.new("L", size)), return_tensors="pt")["pixel_values"]
+        assert tuple(pixels.shape[-2:]) == shape
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 6 4\n%%EndComments\nshowpage\n%%EOF\n"

@@ -97,6 +97,32 @@ def test_methods_steps_rules_and_losses():
         refused_or_fit(lambda name=name, value=value: Recipe.load("default", {name: value}), "")
 
 
+TINY = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+
+
+@pytest.mark.parametrize("section", ["cam", "segmenter"])
+def test_configurations_of_backbones(section):
+    name = f"{section}.backbone_config"
+    assert Recipe.load("default", {name: TINY})
+    for change in (
+        {"layer_type": "abc"},
+        {"hidden_sizes": 5},
+        {"hidden_sizes": []},
+        {"embedding_size": -1},
+        {"model_type": "nope"},
+        {"model_type": None},
+        {"hidden_act": "x"},
+        {"num_channels": 0},
+        {"depths": ["x", 1]},
+    ):
+        wrong = TINY | change
+        assert refused_or_fit(lambda wrong=wrong: Recipe.load("default", {name: wrong}), name) is None, change
+    draw = random.Random(4)
+    for _ in range(60):
+        wrong = TINY | {draw.choice(list(TINY)): draw.choice([v for v in VALUES if not isinstance(v, int) or v < 10])}
+        refused_or_fit(lambda wrong=wrong: Recipe.load("default", {name: wrong}), name)
+
+
 def test_texts_of_set_and_names():
     draw = random.Random(2)
     names = [name for name, _ in settings()]

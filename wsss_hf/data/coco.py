@@ -104,7 +104,7 @@ def _read_annotations(path: Path, with_shapes: bool) -> dict[str, list[dict]]:
             raise DataError(f"{path}: expected COCO's instance annotations, got no list {part!r}")
         for number, entry in enumerate(entries):
             for key, kind in kinds.items():
-                value = entry.get(key) if isinstance(entry, dict) else None
+                value: Any = entry.get(key) if isinstance(entry, dict) else None
                 is_good = isinstance(value, kind) and not isinstance(value, bool)
                 if not is_good or not (is_line(value) if kind is str else abs(value) < _LARGEST):
                     where = f"{path}, {part}[{number}].{key}"
@@ -281,10 +281,10 @@ def _region(segmentation: object, height: int, width: int) -> dict:
 
 def _check_polygon(polygon: object, height: int, width: int) -> None:
     """Numbers in pairs, in pixels, not farther out than the image is large, and no path without end."""
-    is_list = isinstance(polygon, list) and len(polygon) % 2 == 0
-    if not is_list or any(isinstance(value, bool) or not isinstance(value, int | float) for value in polygon):
+    values: Any = polygon if isinstance(polygon, list) and len(polygon) % 2 == 0 else [None]
+    if any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
         raise ValueError(f"expected polygons [[x0, y0, x1, y1, …], …] or run lengths, got {brief(polygon)}")
-    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+    points = np.array(values, dtype=np.float64).reshape(-1, 2)
     size = np.array([width, height])
     outside = ~((points >= -size) & (points <= 2 * size)).all(axis=1)  # NaN is outside
     if outside.any():

@@ -70,6 +70,8 @@ def load_data(
         DataError: one line that names the source, file or row at fault, and what was expected.
     """
     path = Path(source)
+    if not str(source).strip():
+        raise DataError(f"source: expected {_SOURCES}, got {str(source)!r}")
     if limit is not None and limit < 1:
         raise DataError(f"limit: expected at least 1 row, got {limit}")
     is_saved = any((path / mark).is_file() for mark in _SAVED_MARKS)
@@ -91,7 +93,7 @@ def load_data(
             raise DataError("root: expected the folder of annotations, train2017 and val2017 for 'coco', got none")
         dataset = load_coco(root, classes, masks, partial(_limit_rows, limit=limit, seed=seed))
     elif is_saved:
-        dataset = _unify(load_from_disk(name), name, classes, columns or {})
+        dataset = _unify(_load_saved(name), name, classes, columns or {})
     elif is_folder:
         dataset = load_folder(path, classes, separator, skip=None if isinstance(saliency, Mapping) else saliency)
     else:
@@ -141,6 +143,14 @@ def _split_revision(source: str, revision: str | None) -> tuple[str, str | None]
     if found and revision not in (None, found):
         raise DataError(f"revision: expected one, got {found!r} in {source!r} and {revision!r}")
     return name, found or revision
+
+
+def _load_saved(name: str) -> Dataset | DatasetDict:
+    try:
+        return load_from_disk(name)
+    except (OSError, ValueError, LookupError, TypeError) as error:  # what a damaged file leads to
+        reason = " ".join(str(error).split())
+        raise DataError(f"{name}: expected a data set saved by save_to_disk, got a damaged one ({reason})") from error
 
 
 def _load_from_hub(source: str, revision: str | None) -> DatasetDict:
@@ -193,6 +203,8 @@ def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] 
     if isinstance(label, ClassLabel):
         names = label.names
     elif isinstance(label, Value) and label.dtype in ("string", "large_string"):
+        if any(name is None for values in tags.values() for value in values for name in value):
+            raise DataError(f"{source!r}, column 'tags': expected lists of class names, got one with an empty name")
         names = list(classes or sorted({name for values in tags.values() for value in values for name in value}))
         index = {name: number for number, name in enumerate(names)}
         unknown = sorted({name for values in tags.values() for value in values for name in value if name not in index})

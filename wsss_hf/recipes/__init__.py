@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
 import textwrap
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -165,7 +168,7 @@ def _parse(text: str | bytes, source: str) -> Any:
 
 def _brief(text: str) -> str:
     """The beginning of a text that may be long, in one line."""
-    line = " ".join(text.split())
+    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
 
 
@@ -211,8 +214,38 @@ def _check(recipe: Recipe) -> None:
     for section in ("affinity", "masks", "self_training", "evaluation"):
         if steps := getattr(recipe, section).refine:
             build_refinement(steps, f"{section}.refine")
+    for section in ("cam", "segmenter"):
+        options = getattr(recipe, section)
+        if "model_type" in (options.backbone_config or {}):
+            _check_backbone(f"{section}.backbone_config", json.dumps(options.backbone_config, default=str))
     build_rule(recipe.masks.seeds, recipe.masks.seed_options)
     build_loss(recipe.segmenter.loss, recipe.segmenter.loss_options)
+
+
+@functools.cache
+def _check_backbone(name: str, config: str) -> None:
+    """Build the network of a configuration in JSON: without memory for its weights, if it can be built so.
+
+    Raises:
+        OptionError: it has an unfit value; transformers and torch have an exception for each of them.
+    """
+    import torch
+
+    from ..models.backbone import Backbone, usable_config
+
+    failure = None
+    for device in ("meta", "cpu"):
+        try:
+            with torch.device(device), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of layers without weights, which are refused
+                Backbone(usable_config(json.loads(config)))
+            return
+        except Exception as error:
+            failure = error
+    reason = _brief(f"{type(failure).__name__}: {failure}")
+    raise OptionError(
+        f"{name}: expected the configuration of a backbone, got {_brief(config)} ({reason})"
+    ) from failure
 
 
 def _drop_options(values: dict, layer: dict) -> None:
