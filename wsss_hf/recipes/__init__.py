@@ -244,7 +244,7 @@ def _check_backbone(name: str, config: str) -> None:
             failure = error
     reason = _brief(f"{type(failure).__name__}: {failure}")
     raise OptionError(
-        f"{name}: expected the configuration of a backbone, got {_brief(config)} ({reason})"
+        f"{name}: expected a backbone's configuration, got {_brief(config)} ({reason})"
     ) from failure
 
 
