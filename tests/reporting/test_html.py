@@ -1,6 +1,7 @@
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -162,3 +163,8 @@ def test_gallery_is_one_sheet_with_a_column_per_kind(tmp_path, examples):
     assert sheet.height > 2 * 60
     with pytest.raises(ValueError, match="expected at least one, got none"):
         write_gallery(tmp_path / "i.png", [])
+
+
+def test_gallery_shows_names_with_line_breaks_in_one_line(tmp_path):
+    named = replace(example(1), image_id="two\nlines.jpg", tags=["a\r\nb"])
+    assert Image.open(write_gallery(tmp_path / "g.png", [named], side=80)).size

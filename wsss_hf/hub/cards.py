@@ -326,11 +326,8 @@ def _usage(subject: CardSubject) -> str:
         '    print(found["label"], found["score"], found["mask"].size)',
     ]
     if subject.is_classifier:
-        lines.append(
-            'segmenter("photo.jpg", tags=['
-            + json.dumps(subject.classes[0], ensure_ascii=False)
-            + "])  # where the tags are known"
-        )
+        known = json.dumps(list(subject.classes[:1]), ensure_ascii=False)
+        lines.append(f'segmenter("photo.jpg", tags={known})  # where the tags are known')
     program = "\n".join(lines)
     return f"## Use\n\n```python\n{program}\n```\n\n{words}"
 

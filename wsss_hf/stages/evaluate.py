@@ -12,7 +12,6 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
-from PIL import Image
 
 from ..data.export import file_stem
 from ..data.palette import check_palette
@@ -23,6 +22,7 @@ from ..data.tagged import (
     class_names,
     decode_mask,
     has_value,
+    open_image,
     source_of,
     tags_to_multi_hot,
     undecoded,
@@ -302,7 +302,7 @@ def evaluate_files(folder: str | os.PathLike, rows: Dataset) -> dict[str, Any]:
         for row in undecoded(mine.select_columns(["image_id", "mask"])):
             file = files[row["image_id"]]
             prediction = decode_mask({"path": str(file)}, str(file))
-            with Image.open(file) as picture:
+            with open_image(file) as picture:
                 check_palette(picture, len(metric.names), str(file))
             metric.add(prediction, _truth(row), str(file))
             progress.advance(1)

@@ -33,6 +33,7 @@ from ..inference.segmenter import score_images
 from ..models.configuration_cam import CamConfig
 from ..models.label_colors import mask_image, overlay
 from ..models.options import OptionError
+from ..models.pictures import open_picture
 from ..models.pretrained import NO_CODE, pinned
 from ..progress import Progress, is_quiet
 from ..refinement.steps import RefinementChain, build_refinement
@@ -341,7 +342,7 @@ class _Labeler:
         pixels = [1]
         for target in targets:
             try:
-                with Image.open(target.image) as image:
+                with open_picture(target.image) as image:
                     pixels.append(image.width * image.height)
             except _UNREADABLE:  # whoever decodes it will say so
                 continue
@@ -395,7 +396,7 @@ def _fingerprint(target: Prediction, record: Record) -> str:
 
 def _held_fingerprint(target: Prediction) -> str | None:
     try:
-        with Image.open(target.mask) as mask:
+        with open_picture(target.mask) as mask:
             return mask.info.get(_FINGERPRINT)
     except _UNREADABLE:
         return None
