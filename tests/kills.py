@@ -1,0 +1,99 @@
+"""Kills before each single file operation, without a process for each: what dies at one can do none after it.
+
+Operations are what Python tells its audit hooks (files opened for writing, folders made, names changed or removed)
+and `os.fsync`. Files that libraries write in C++ or Rust are not seen; tests of damaged files stand for those.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink"}
+
+
+class Killed(BaseException):
+    """The process has ended here."""
+
+
+class Process:
+    """File operations below `root` count from 1; the one numbered `dies_at`, and all after it, do not happen."""
+
+    def __init__(self, root: Path, dies_at: int = 0):
+        self.root, self.dies_at = f"{root}{os.sep}", dies_at
+        self.operations: list[str] = []
+
+    @property
+    def is_dead(self) -> bool:
+        return bool(self.dies_at) and len(self.operations) >= self.dies_at
+
+    def enter(self, event: str, path: object) -> None:
+        if self.is_dead:
+            raise Killed(self.operations[-1])
+        self.operations.append(f"{event} {str(path).removeprefix(self.root)}")
+        if self.is_dead:
+            raise Killed(self.operations[-1])
+
+    def hear(self, event: str, arguments: tuple) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if writes and isinstance(path, str) and path.startswith(self.root):
+                self.enter(event, path)
+        elif event in _CHANGES:
+            path = os.fspath(arguments[0])
+            # `shutil.rmtree` names what is in a folder relative to the folder
+            if path.startswith(self.root) or not os.path.isabs(path):
+                self.enter(event, path)
+
+
+_running: list[Process] = []
+
+
+def _hook(event: str, arguments: tuple) -> None:
+    if _running and (event == "open" or event in _CHANGES):
+        _running[-1].hear(event, arguments)
+
+
+sys.addaudithook(_hook)  # for good: Python has no way to take one back
+
+
+@contextmanager
+def process(root: Path, dies_at: int = 0) -> Iterator[Process]:
+    """Whatever is done inside is done by a process that dies before its file operation number `dies_at`; 0: never."""
+    found, fsync = Process(root, dies_at), os.fsync
+
+    def mortal_fsync(descriptor: int) -> None:
+        found.enter("os.fsync", os.readlink(f"/proc/self/fd/{descriptor}") if sys.platform == "linux" else "")
+        fsync(descriptor)
+
+    with mock.patch("os.fsync", mortal_fsync):
+        _running.append(found)
+        try:
+            yield found
+        except Killed:
+            pass
+        finally:
+            _running.pop()
+
+
+def every_kill(root: Path, work: Callable[[Path], object]) -> Iterator[tuple[str, Path]]:
+    """Kill `work(folder)` before its first file operation, in the next folder before its second, and so on.
+
+    Yields:
+        the operation that did not happen, and the folder as it was left, until one `work` lives on.
+    """
+    at = 0
+    while True:
+        at += 1
+        folder = root / f"{at:04d}"
+        folder.mkdir()
+        with process(folder, at) as found:
+            work(folder)
+        if not found.is_dead:
+            return
+        yield found.operations[-1], folder

@@ -1,0 +1,198 @@
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from kills import every_kill
+from torch import nn
+
+from wsss_hf.training import checkpoints
+from wsss_hf.training.checkpoints import CheckpointError, newest, resume, save
+
+
+class Training:
+    """A few steps of Adam whose random numbers come from torch; `slope` says where it stands."""
+
+    def __init__(self, width=3, optimizer=torch.optim.AdamW):
+        AcceleratorState._reset_state()
+        torch.manual_seed(0)
+        self.accelerator = Accelerator(cpu=True)
+        model = nn.Linear(width, 1)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer(model.parameters(), lr=0.1))
+        self.steps = 0
+
+    def step(self):
+        self.optimizer.zero_grad()
+        self.accelerator.backward(self.model(torch.randn(4, self.model.in_features)).square().mean())
+        self.optimizer.step()
+        self.steps += 1
+
+    def go_on(self, folder, until, keep=2):
+        saved = resume(self.accelerator, folder)
+        self.steps = saved["steps"] if saved else 0
+        first = self.steps
+        while self.steps < until:
+            self.step()
+            save(self.accelerator, folder, self.steps, {"steps": self.steps, "lr": 0.1}, keep)
+        return first
+
+    @property
+    def weights(self):
+        return self.model.weight.tolist()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Checkpoints after steps 2 and 3."""
+    Training().go_on(tmp_path / "checkpoints", 3)
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def unbroken(tmp_path):
+    training = Training()
+    training.go_on(tmp_path / "unbroken", 5)
+    return training.weights
+
+
+def test_a_training_goes_on_where_it_was(folder, unbroken):
+    training = Training()
+    torch.manual_seed(123)  # the random state is the checkpoint's
+    assert training.go_on(folder, 5) == 3
+    assert training.weights == unbroken
+
+
+def test_nothing_to_go_on_from_is_no_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "missing"):
+        assert newest(tmp_path / name) is None and resume(Training().accelerator, tmp_path / name) is None
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [3]), (2, [2, 3]), (9, [1, 2, 3])])
+def test_the_newest_stay(tmp_path, keep, left):
+    Training().go_on(tmp_path, 3, keep)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in left]
+    assert newest(tmp_path).name == "step-00000003"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_kill_before_any_file_operation_loses_one_step_at_most(tmp_path, unbroken, keep):
+    reached = []
+
+    def work(folder):
+        reached.append(0)
+        training = Training()
+        while training.steps < 3:
+            training.step()
+            save(training.accelerator, folder / "checkpoints", training.steps, {"steps": training.steps}, keep)
+            reached[-1] = training.steps
+
+    kills = 0
+    for operation, killed in every_kill(tmp_path, work):
+        kills += 1
+        training = Training()
+        assert training.go_on(killed / "checkpoints", 5, keep) >= reached[-1], operation
+        assert training.weights == unbroken, operation
+        assert names(killed / "checkpoints") == ["step-00000004", "step-00000005"][-keep:], operation
+    assert kills > 30
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace(path):
+    path.write_bytes(b"something else")
+
+
+FILES = ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json", "files.json"]
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [truncate, empty, flip, replace, Path.unlink])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(folder, unbroken, capsys, file, damage):
+    assert names(folder / "step-00000003") == sorted(FILES)
+    damage(folder / "step-00000003" / file)
+    training = Training()
+    capsys.readouterr()
+    assert training.go_on(folder, 5) == 2
+    said = capsys.readouterr().err
+    assert "step-00000003 is damaged (" in said and file in said and said.count("\n") == 1
+    assert training.weights == unbroken and names(folder) == ["step-00000004", "step-00000005"]
+
+
+def test_a_training_without_a_whole_checkpoint_begins_anew(folder, unbroken, capsys):
+    for checkpoint in folder.iterdir():
+        empty(checkpoint / "model.safetensors")
+    training = Training()
+    assert training.go_on(folder, 5) == 0 and training.weights == unbroken
+    assert capsys.readouterr().err.count("is damaged") == 2
+
+
+def test_what_is_no_checkpoint_is_never_taken_and_swept(folder):
+    shutil.copytree(folder / "step-00000003", folder / "step-00000009.new")
+    (folder / "step-00000008").write_text("a file")
+    assert Training().go_on(folder, 4) == 3
+    assert names(folder) == ["step-00000003", "step-00000004"]
+
+
+class Poison:
+    """Makes the file OWNED where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "scheduler.bin"])
+def test_no_code_of_a_checkpoint_is_run(folder, tmp_path, file, listed):
+    for checkpoint in folder.iterdir():
+        torch.save({"state": Poison(tmp_path / "OWNED")}, checkpoint / file)
+        if listed:  # by somebody who knows the format
+            (checkpoint / "files.json").write_text(json.dumps(checkpoints._contents(checkpoint)))
+    training = Training()
+    try:
+        training.go_on(folder, 4)
+    except CheckpointError as error:
+        assert listed and str(error).startswith(f"{folder}/step-00000003: expected a checkpoint of this training")
+    assert not (tmp_path / "OWNED").exists()
+
+
+def test_an_object_whose_state_would_be_a_pickle_is_refused(tmp_path):
+    training = Training()
+    training.accelerator.register_for_checkpointing(torch.optim.lr_scheduler.ConstantLR(training.optimizer.optimizer))
+    with pytest.raises(
+        ValueError, match="register_for_checkpointing: expected no object, its state would be a pickle"
+    ):
+        save(training.accelerator, tmp_path / "checkpoints", 1, {})
+    assert newest(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize("other", [{"width": 5}, {"optimizer": lambda p, lr: torch.optim.SGD(list(p)[:1], lr)}])
+def test_a_checkpoint_of_another_training_is_one_line(folder, other):
+    with pytest.raises(CheckpointError) as caught:
+        resume(Training(**other).accelerator, folder)
+    message = str(caught.value)
+    assert message.startswith(f"{folder}/step-00000003: expected a checkpoint of this training, got another (")
+    assert message.endswith(f"; remove {folder} to begin anew") and "\n" not in message

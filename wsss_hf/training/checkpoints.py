@@ -1,0 +1,134 @@
+"""Checkpoints of a training: numbered folders, of which the newest whole one is found again after any kill.
+
+    checkpoints/step-00000400/   what `Accelerator.save_state` writes, progress.json, files.json
+    checkpoints/step-00000600/
+
+A checkpoint is written under another name, forced to disk and renamed; the one before stays beside it. `files.json`
+holds the size and digest of every file, so that a damaged checkpoint is recognised before anything of it is loaded.
+No pickle is opened that could run code: Accelerate reads what it wrote with `weights_only`, except for objects of
+`register_for_checkpointing`, which are refused here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+
+from ..files import file_digest, sync, sync_tree
+from ..progress import say
+
+_PROGRESS_FILE, _MANIFEST_FILE = "progress.json", "files.json"
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, pickle.PickleError, SafetensorError)
+
+
+class CheckpointError(ValueError):
+    """A training can't go on from its checkpoint; the message names it."""
+
+
+def save(accelerator: Accelerator, folder: Path, step: int, progress: dict[str, Any], keep: int = 2) -> None:
+    """Write a checkpoint of all that `accelerator` has prepared; call it in all processes.
+
+    Args:
+        folder: holds the checkpoints of one training, and nothing else. It gets `step-<step>`.
+        step: optimiser steps that are done.
+        progress: whatever else [`resume`] is to give back, as JSON has it: the schedule's state, the log …
+        keep: newest checkpoints that stay.
+
+    Raises:
+        ValueError: an object was registered for checkpointing, which would be read as a pickle.
+    """
+    checkpoint = folder / f"step-{step:08d}"
+    fresh = folder / f"{checkpoint.name}.new"
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in set(folder.iterdir()) - set(_checkpoints(folder)):  # of a run that was killed here
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(fresh))
+    accelerator.wait_for_everyone()
+    if any(fresh.glob("custom_checkpoint_*")):
+        raise ValueError("register_for_checkpointing: expected no object, its state would be a pickle")
+    if accelerator.is_main_process:
+        (fresh / _PROGRESS_FILE).write_text(json.dumps(progress))
+        (fresh / _MANIFEST_FILE).write_text(json.dumps(_contents(fresh)))
+        sync_tree(fresh)
+        if checkpoint.exists():  # damaged: the training went on from the one before
+            shutil.rmtree(checkpoint)
+        os.replace(fresh, checkpoint)
+        sync(folder)
+        before = [path for path in _checkpoints(folder) if path.name < checkpoint.name][: keep - 1]
+        for old in set(_checkpoints(folder)) - {checkpoint, *before}:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def resume(accelerator: Accelerator, folder: Path) -> dict[str, Any] | None:
+    """Load the newest whole checkpoint into all that `accelerator` has prepared; call it in all processes.
+
+    Returns:
+        the `progress` that was saved with it; None where `folder` holds no whole checkpoint.
+
+    Raises:
+        CheckpointError: it is whole, but of another network or optimiser.
+    """
+    found: list[Path | None] = [newest(folder) if accelerator.is_main_process else None]
+    broadcast_object_list(found)
+    checkpoint = found[0]
+    if checkpoint is None:
+        return None
+    try:
+        progress = json.loads((checkpoint / _PROGRESS_FILE).read_text())
+        accelerator.load_state(str(checkpoint))
+    except _UNREADABLE as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(
+            f"{checkpoint}: expected a checkpoint of this training, got another ({reason}); "
+            f"remove {folder} to begin anew"
+        ) from error
+    return progress
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest whole checkpoint in `folder`, or None; says which ones are damaged."""
+    for checkpoint in _checkpoints(folder):
+        damage = _damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        say(f"{checkpoint} is damaged ({damage}), going on from what was before it")
+    return None
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The newest first."""
+    numbered = folder.glob("step-" + 8 * "[0-9]") if folder.is_dir() else ()
+    return sorted((path for path in numbered if path.is_dir()), reverse=True)
+
+
+def _contents(checkpoint: Path) -> dict[str, list]:
+    """Path → size and digest of all files but the list of files itself."""
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != _MANIFEST_FILE)
+    return {str(path.relative_to(checkpoint)): [path.stat().st_size, file_digest(path)] for path in files}
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or None."""
+    try:
+        listed, held = json.loads((checkpoint / _MANIFEST_FILE).read_text()), _contents(checkpoint)
+    except (OSError, ValueError) as error:
+        return f"{_MANIFEST_FILE} can't be read: {error}"
+    if not isinstance(listed, dict):
+        return f"{_MANIFEST_FILE} lists no files"
+    for name in sorted({*listed, *held}):
+        if name not in held:
+            return f"{name} is missing"
+        if held[name] != listed.get(name):
+            return f"{name} is not as it was written"
+    return None
