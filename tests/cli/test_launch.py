@@ -77,7 +77,7 @@ def test_nothing_runs_on_when_the_launcher_has_ended(tmp_path, number):
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     launcher = psutil.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, **quiet)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "cam.partial" / "checkpoint").is_dir() and time.monotonic() < deadline:
+    while not (tmp_path / "cam.partial" / "checkpoints").is_dir() and time.monotonic() < deadline:
         time.sleep(0.2)
     processes = launcher.children(recursive=True)
     assert len(processes) >= 3  # torchrun and its two workers, in training
@@ -95,7 +95,7 @@ def test_an_interrupted_command_is_one_line(tmp_path):
     command += ["--quiet", "--set", "toy.num_train=16", "--set", "toy.num_val=1", "--set", "cam.train.epochs=10000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
-    while not (tmp_path / "cam.partial" / "checkpoint").is_dir() and time.monotonic() < deadline:
+    while not (tmp_path / "cam.partial" / "checkpoints").is_dir() and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

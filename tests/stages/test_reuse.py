@@ -331,7 +331,7 @@ def test_a_training_of_changed_data_is_that_of_a_fresh_run(load, recipe, tmp_pat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(CamClassifier, "forward", mortal)
         train_cam(load(ROWS), recipe, tmp_path / "cam")
-    assert (tmp_path / "cam.partial" / "checkpoint").is_dir()
+    assert (tmp_path / "cam.partial" / "checkpoints").is_dir()
     data = load(CHANGED[change])
     found = load_file(train_cam(data, recipe, tmp_path / "cam") / "model.safetensors")
     wanted = load_file(train_cam(data, recipe, tmp_path / "fresh") / "model.safetensors")

@@ -13,7 +13,6 @@ from wsss_hf.data.transforms import TrainTransform
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.options import OptionError
 from wsss_hf.settings import RecipeError, TrainSettings
-from wsss_hf.training import loop
 from wsss_hf.training.loop import TrainingError, build_accelerator, fit
 
 
@@ -173,49 +172,6 @@ def test_a_resumed_run_equals_the_unbroken_one(classifier, toy_data, tmp_path):
     assert again.epochs == [1, 2]
     assert figures(resumed) == figures(unbroken)
     assert_same_weights(start, classifier)
-
-
-def kill_renaming(monkeypatch):
-    def killed(*_paths):
-        raise Killed
-
-    monkeypatch.setattr(loop.os, "replace", killed)
-
-
-def kill_saving(monkeypatch):
-    def killed(_accelerator, folder):
-        (tmp := loop.Path(folder)).mkdir(parents=True)
-        (tmp / "model.safetensors").write_bytes(b"half")
-        raise Killed
-
-    monkeypatch.setattr(loop.Accelerator, "save_state", killed)
-
-
-@pytest.mark.parametrize(("kill", "first_epoch"), [(kill_renaming, 1), (kill_saving, 0)])
-def test_a_run_killed_while_it_writes_the_first_checkpoint_goes_on(tmp_path, monkeypatch, kill, first_epoch):
-    unbroken, resumed = Line(), Line()
-    wanted = train(unbroken, Points(), tmp_path / "unbroken")
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill(patch)
-        train(Line(), Points(), tmp_path / "broken")
-    assert [path.name for path in (tmp_path / "broken").iterdir()] == ["checkpoint.new"]
-    again = Mortal(Points())
-    assert figures(train(resumed, again, tmp_path / "broken")) == figures(wanted)
-    assert again.epochs == [0, 1, 2][first_epoch:]
-    assert_same_weights(unbroken, resumed)
-
-
-def test_one_checkpoint_is_whole_at_any_time(tmp_path, monkeypatch):
-    unbroken, resumed = Line(), Line()
-    wanted = train(unbroken, Points(), tmp_path / "unbroken")
-    for kill in (kill_renaming, kill_saving):
-        with monkeypatch.context() as patch, pytest.raises(Killed):
-            kill(patch)
-            train(Line(), Points(), tmp_path / "broken")
-    again = Mortal(Points())
-    assert figures(train(resumed, again, tmp_path / "broken")) == figures(wanted)
-    assert again.epochs == [1, 2]
-    assert_same_weights(unbroken, resumed)
 
 
 def test_a_loss_that_is_no_number_is_named(tmp_path):

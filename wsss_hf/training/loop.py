@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from ..progress import Progress
 from ..settings import RecipeError, TrainSettings
+from . import checkpoints
 
 
 class TrainingError(RuntimeError):
@@ -46,7 +44,7 @@ def fit(
         model: `model(**example_batch)` gives an output with `loss` and, if it has several, a dict `losses`.
         examples: items are the model's keyword arguments; `set_epoch` is called where it exists.
         settings: a recipe's `train` section.
-        folder: keeps the checkpoint; a killed run that is started again gives what the unbroken run gives.
+        folder: keeps `checkpoints/`; a killed run that is started again gives what the unbroken run gives.
 
     Returns:
         One record per epoch: mean losses, learning rate, images per second.
@@ -79,10 +77,12 @@ def fit(
     total_steps = settings.steps or settings.epochs * steps_per_epoch
     epochs = math.ceil(total_steps / steps_per_epoch)
     scheduler = build_scheduler(optimizer.optimizer, settings, total_steps)
-    accelerator.register_for_checkpointing(scheduler)
 
-    checkpoint = folder / "checkpoint"
-    history = _resume(accelerator, checkpoint)
+    history: list[dict] = []
+    saved = checkpoints.resume(accelerator, folder / "checkpoints")
+    if saved is not None:
+        history = saved["history"]
+        scheduler.load_state_dict(saved["schedule"])
     with Progress(title, total_steps) as progress:
         progress.advance(len(history) * steps_per_epoch)
         for epoch in range(len(history), epochs):
@@ -124,7 +124,8 @@ def fit(
             history.append(record)
             progress.log(record)
             if epoch + 1 < epochs:
-                _save(accelerator, checkpoint, history)
+                state = {"history": history, "schedule": scheduler.state_dict()}
+                checkpoints.save(accelerator, folder / "checkpoints", (epoch + 1) * steps_per_epoch, state)
     return history
 
 
@@ -135,33 +136,6 @@ def _check_finite(means: dict[str, float], epoch: int, step: int) -> None:
                 f"the loss {name!r} became {value} in epoch {epoch + 1}, step {step + 1}; "
                 "a smaller learning rate, clip_gradient=1 or mixed_precision=no may help"
             )
-
-
-def _save(accelerator: Accelerator, checkpoint: Path, history: list[dict]) -> None:
-    """Written beside the old checkpoint and swapped in, so that one of them is whole at any time."""
-    fresh = checkpoint.with_name("checkpoint.new")
-    if accelerator.is_main_process:
-        shutil.rmtree(fresh, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(fresh))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (fresh / "history.json").write_text(json.dumps(history))
-        shutil.rmtree(checkpoint, ignore_errors=True)
-        os.replace(fresh, checkpoint)
-    accelerator.wait_for_everyone()
-
-
-def _resume(accelerator: Accelerator, checkpoint: Path) -> list[dict]:
-    fresh = checkpoint.with_name("checkpoint.new")
-    # Killed between the removal of the old checkpoint and the renaming of the new one.
-    if accelerator.is_main_process and not checkpoint.exists() and (fresh / "history.json").exists():
-        os.replace(fresh, checkpoint)
-    accelerator.wait_for_everyone()
-    if not (checkpoint / "history.json").exists():
-        return []
-    accelerator.load_state(str(checkpoint))
-    return json.loads((checkpoint / "history.json").read_text())
 
 
 # Optimiser and learning-rate schedule

@@ -54,7 +54,7 @@ def train_model(
         model: gives a loss in training, and has `save_pretrained`.
         settings: a recipe's `train` section.
         size: side of a training crop in pixels.
-        folder: keeps the checkpoint, and gets `result/`.
+        folder: keeps the checkpoints, and gets `result/`.
         title: of the progress bar.
         mask_column: label maps to learn from; None learns from tags, or
         targets: from the localisation maps of the rows.
