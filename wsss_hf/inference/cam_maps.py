@@ -40,7 +40,7 @@ def localize(
         (B, C), averaged over the views.
 
     Raises:
-        ValueError: `fusion` is unknown.
+        ValueError: `fusion` is unknown, or the maps or logits are not finite.
     """
     logits: list[Tensor] = []
     shown: list[Any] = []  # (h, w) of what the network saw
@@ -58,7 +58,10 @@ def localize(
         fused = sum_maps(maps(), tags, size)
     else:
         fused = fuse_maps((view for view, _ in maps()), tags, size, fusion)
-    return fused, torch.stack(logits).mean(dim=0)
+    mean_logits = torch.stack(logits).mean(dim=0)
+    if not (fused.isfinite().all() and mean_logits.isfinite().all()):
+        raise ValueError("maps: expected finite ones, the classifier gives NaN or inf: its training has diverged")
+    return fused, mean_logits
 
 
 def sum_maps(views: Iterable[tuple[Tensor, tuple[int, int]]], tags: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,6 +13,7 @@ from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
 from ..models.pretrained import NO_CODE, pinned
 from .optimize import for_inference
+from .weights import check_weights
 
 
 def load_labeler(
@@ -26,14 +27,14 @@ def load_labeler(
             environment variable WSSS_OPTIMIZE=0, gives the model as `from_pretrained` does.
 
     Raises:
-        ValueError: it is another kind of model.
+        ValueError: it is another kind of model, or its training has diverged.
     """
     found, revision = _pinned(name)
     config = AutoConfig.from_pretrained(found, **revision)
     if not isinstance(config, CamConfig):
         raise ValueError(f"{name}: expected a CAM classifier or map refiner, got a {config.model_type}")
     model_class = MapRefiner if isinstance(config, MapRefinerConfig) else CamClassifier
-    model = _ready(model_class.from_pretrained(found, **revision), device, optimize)
+    model = _ready(model_class.from_pretrained(found, **revision), name, device, optimize)
     return model, AutoImageProcessor.from_pretrained(found, **revision)
 
 
@@ -49,10 +50,10 @@ def load_segmenter(
         the model, and a processor that keeps images whole.
 
     Raises:
-        OSError, ValueError: there is none, or its weights are pickled.
+        OSError, ValueError: there is none, its weights are pickled, or its training has diverged.
     """
     found, revision = _pinned(name)
-    model = _ready(load_segmentation_model(found, **revision), device, optimize)
+    model = _ready(load_segmentation_model(found, **revision), name, device, optimize)
     processor = AutoImageProcessor.from_pretrained(found, **revision)
     if getattr(processor, "do_split_image", False):  # EoMT's; here `predict_scores` cuts images
         processor.do_split_image = False
@@ -64,7 +65,8 @@ def _pinned(name: str | os.PathLike) -> tuple[str, dict]:
     return str(found), revision
 
 
-def _ready(model, device: torch.device | str, optimize: bool):
+def _ready(model, name: str | os.PathLike, device: torch.device | str, optimize: bool):
+    check_weights(model, name)
     if optimize and os.environ.get("WSSS_OPTIMIZE") != "0":
         return for_inference(model, device)
     return model.to(device).eval()

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
@@ -32,7 +33,7 @@ def usable_config(backbone_config: PreTrainedConfig | dict) -> PreTrainedConfig:
 
 
 def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kwargs):
-    """`load(name, …)`, some `from_pretrained`, but a ValueError for all but safetensors: a pickle can run anything."""
+    """`load(name, …)`, some `from_pretrained`, but a ValueError for all but whole safetensors: pickles run anything."""
     refusal = (
         f"{name}: no weights in safetensors; pickled ones (.bin, .pth, .pt) are never opened here, "
         "`wsss convert` makes safetensors of the published checkpoints that it knows"
@@ -48,6 +49,8 @@ def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kw
         if str(name) not in str(error):  # transformers does not name what it looked for in vain offline
             raise OSError(f"{name}: {error}") from error
         raise
+    except SafetensorError as error:
+        raise ValueError(f"{name}: expected weights in safetensors, got a damaged file ({error})") from error
 
 
 def body_class(config: PreTrainedConfig) -> tuple[Any, dict]:

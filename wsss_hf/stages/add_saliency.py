@@ -17,12 +17,13 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from ..data.tagged import encode_png, source_of
+from ..files import file_digest
 from ..models.options import Options
 from ..progress import is_quiet
 from ..saliency.load import load_source
 from ..saliency.source import SaliencySource
 from .cache import Record, StageOutput, write_atomically
-from .fingerprint import digest, file_fingerprint, model_fingerprint, row_fingerprints, rows_fingerprint
+from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
 from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
 
@@ -114,7 +115,7 @@ def _data_fingerprint(rows: Dataset) -> str:
 
 
 def _source_fingerprint(source: SaliencySource) -> str:
-    files = [file_fingerprint(file) for file in source.files]
+    files = [file_digest(file) for file in source.files]
     return digest([type(source).__name__, files or model_fingerprint(source.name), source.content])
 
 

@@ -1,7 +1,8 @@
 """Where a stage writes, and what it wrote there from: a result is used again only while that has not changed.
 
 `recipe.yaml` in the folder of a result is its [`Record`]. Where today's record differs the stage runs again; the old
-result stays until the new one is whole.
+result stays until the new one is whole. A kill at any moment leaves what the same command goes on from: of the working
+folder `recipe.yaml` is the first file and the last.
 """
 
 from __future__ import annotations
@@ -12,24 +13,22 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
 
-from ..files import whole_file
+from ..files import remove_unfinished, sync, sync_tree, whole_file
 from ..models.options import Options
 from ..progress import is_quiet
+from .lock import LOCK_FILE, OutputError, locked, only_run
 
 SETTINGS_FILE = "recipe.yaml"
 _MINUTES_FILE = ".minutes"
-
-
-class OutputError(ValueError):
-    """`--out` can't be used; the message names it and says what was expected."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,8 @@ class Record:
             found = _first_difference(_comparable(held.get(name), section), _comparable(section, section), name)
             if found:
                 return found
-        known = held.get("inputs") or {}
+        known = held.get("inputs")
+        known = known if isinstance(known, dict) else {}
         changed = [name for name in {**known, **self.inputs} if known.get(name) != self.inputs.get(name)]
         return f"{' and '.join(changed)} changed" if changed else None
 
@@ -96,16 +96,18 @@ class StageOutput:
     def __init__(self, out: str | os.PathLike, record: Record, force: bool = False):
         self.path = Path(out)
         self.partial = self.path.with_name(f"{self.path.name}.partial")
-        self.record = record
-        finished, begun = self._held(self.path), self._held(self.partial)
+        self.record, self.force = record, force
+        finished = self._held(self.path)
         changed = None if finished is None else record.difference(finished)
         self.done = finished is not None and not changed and not force
-        self._is_stale = begun is not None and (force or record.difference(begun) is not None)
         if self.done:
             self._say("done before")
-        elif finished is not None:
+            self._sweep_after_a_kill()
+            return
+        begun = self._held(self.partial)
+        if finished is not None:
             self._say(f"made again, because {changed or '--force asks for it'}")
-        elif begun is not None and self._is_stale:
+        elif begun is not None and self._is_stale(begun):
             damaged = None if begun else f"{SETTINGS_FILE} of {self.partial} can't be read"
             self._say(f"begun anew, because {damaged or record.difference(begun) or '--force asks for it'}")
 
@@ -120,34 +122,77 @@ class StageOutput:
             return {}  # damaged: nothing of it can be trusted
         if held.get("stage") != self.record.stage:
             expected = f"expected a new folder or a result of {self.record.stage}"
-            raise OutputError(f"--out {self.path}: {expected}, got {folder}, which holds something else")
+            raise OutputError(f"--out {self.path}: {expected}, got {folder}, which holds something else; remove it")
         return held
+
+    def _is_stale(self, begun: dict[str, Any]) -> bool:
+        return self.force or self.record.difference(begun) is not None
 
     @contextmanager
     def working(self) -> Iterator[Path]:
         """The folder to work in, the same for all processes; what an interrupted run left there is still in it.
 
         Work that fails before its first result takes its folder along; what can be resumed stays.
+
+        Raises:
+            OutputError: another run works there, or has just finished.
         """
-        state, started = PartialState(), time.monotonic()
-        state.wait_for_everyone()  # all have looked at the folder before one writes to it
-        if state.is_main_process:
-            if self._is_stale:
-                shutil.rmtree(self.partial)
-            self.partial.mkdir(parents=True, exist_ok=True)
-            self._write_record(self.partial)
-        state.wait_for_everyone()
-        self._started = started
+        state = PartialState()
+        self._started = time.monotonic()
+        with only_run(self.partial, self._prepare):
+            try:
+                yield self.partial
+            except BaseException:
+                if state.is_main_process:
+                    self._leave()
+                raise
+            state.wait_for_everyone()
+
+    def _prepare(self) -> None:
+        """Now that no other run can change them, look at the folders and make the one to work in ready."""
+        finished, begun = self._held(self.path), self._held(self.partial)
+        self._before = _minutes_of(self.partial)
         try:
-            yield self.partial
+            if finished is not None and not self.force and self.record.difference(finished) is None:
+                raise OutputError(f"--out {self.path}: another run has just finished it; the same command uses it")
+            if begun is not None and self._is_stale(begun):
+                self._sweep()
+                self._before, begun = 0.0, None
+            for left in (self.partial / "result", self.partial / "old"):
+                if left.exists():
+                    shutil.rmtree(left)
+            remove_unfinished(self.partial)
+            self._computed_with = self._all_machines(begun or {})
+            write_atomically(self.partial / _MINUTES_FILE, str(self._before))
+            self._write_record(self.partial)
         except BaseException:
-            if state.is_main_process and self.partial.is_dir():
-                if _holds_work(self.partial):
-                    (self.partial / _MINUTES_FILE).write_text(str(self._minutes()))
-                else:
-                    shutil.rmtree(self.partial, ignore_errors=True)
+            self._leave()
             raise
-        state.wait_for_everyone()
+
+    def _all_machines(self, begun: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What has computed here, in order; says where that is now another than before."""
+        state = PartialState()
+        machine = {"device": state.device.type, "processes": state.num_processes, "threads": torch.get_num_threads()}
+        machine["torch"] = str(torch.__version__)
+        before = begun.get("computed_with")
+        if not isinstance(before, list) or not all(isinstance(other, dict) for other in before):
+            before = []
+        if before and before[-1] != machine:
+            changes = (
+                f"{name} was {before[-1].get(name)} and is {value}"
+                for name, value in machine.items()
+                if before[-1].get(name) != value
+            )
+            self._say(f"the result may differ in its last digits from that of an unbroken run: {', '.join(changes)}")
+        return before if before and before[-1] == machine else [*before, machine]
+
+    def _leave(self) -> None:
+        """Of what has failed or was interrupted, keep what can be gone on from, and how long it took."""
+        if not _holds_work(self.partial):
+            shutil.rmtree(self.partial, ignore_errors=True)
+        else:
+            with suppress(OSError):  # a full disk is said already
+                write_atomically(self.partial / _MINUTES_FILE, str(self._minutes()))
 
     def finish(self, result: Path) -> None:
         """Move `result`, a folder inside the working folder, to its final name and drop the rest.
@@ -157,24 +202,56 @@ class StageOutput:
         if not PartialState().is_main_process:
             return
         self._write_record(result, minutes=round(self._minutes(), 2))
+        sync_tree(result)
         if self.path.exists():
             os.replace(self.path, self.partial / "old")
         os.replace(result, self.path)
-        shutil.rmtree(self.partial)
+        sync(self.path.parent)
+        self._sweep()
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Empty the working folder, but for the lock; the record, which says whose it is, goes last."""
+        kept = (LOCK_FILE, SETTINGS_FILE)
+        for path in [path for path in self.partial.iterdir() if path.name not in kept] + [
+            self.partial / SETTINGS_FILE
+        ]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _sweep_after_a_kill(self) -> None:
+        """Remove the working folder of a run that was killed after its result stood under its name."""
+        begun = read_record(self.partial) if PartialState().is_main_process else {}
+        if begun.get("stage") != self.record.stage or self.record.difference(begun) is not None:
+            return
+        with suppress(OutputError, OSError), locked(self.partial):
+            self._sweep()
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def _write_record(self, folder: Path, **more: Any) -> None:
-        values = self.record.to_dict() | more
+        values = self.record.to_dict() | {"computed_with": self._computed_with} | more
         write_atomically(folder / SETTINGS_FILE, yaml.safe_dump(values, sort_keys=False))
 
     def _minutes(self) -> float:
-        """Of this attempt and of those before it that came to an end of their own."""
-        file = self.partial / _MINUTES_FILE
-        before = float(file.read_text()) if file.is_file() else 0.0
-        return before + (time.monotonic() - self._started) / 60
+        """Of this attempt and of those before it."""
+        return self._before + (time.monotonic() - self._started) / 60
 
     def _say(self, what: str) -> None:
         if PartialState().is_main_process and not is_quiet():
             print(f"{self.path.name}: {what}", file=sys.stderr)
+
+
+def _minutes_of(partial: Path) -> float:
+    """That runs have worked in a folder: what the last one wrote down, and from then to its last sign of life."""
+    file = partial / _MINUTES_FILE
+    try:
+        before, begun = float(file.read_text()), file.stat().st_mtime
+        written = [path.stat().st_mtime for path in partial.rglob("*") if path.is_file() and path.name != LOCK_FILE]
+    except (OSError, ValueError):
+        return 0.0
+    return before + (max(written) - begun) / 60
 
 
 def _plain(section: Any) -> Any:

@@ -23,6 +23,7 @@ from rich.console import Console
 from ..data.palette import save_mask_png
 from ..data.sources import load_data
 from ..data.tagged import class_names, decode_image, decode_mask, has_value, undecoded
+from ..files import remove_unfinished, sync, sync_tree
 from ..inference.load import load_labeler, load_segmenter
 from ..inference.segmenter import segment_images
 from ..progress import is_quiet, set_quiet
@@ -34,8 +35,9 @@ from ..reporting.comparison import comparison_markdown, summarize, write_compari
 from ..reporting.html import ReportExample
 from ..settings import MasksSettings, RecipeError, TrainSettings
 from . import evaluate, make_masks, relabel, train_affinity, train_cam, train_refiner, train_segmenter
-from .cache import SETTINGS_FILE, OutputError, Record, read_record, write_atomically
+from .cache import SETTINGS_FILE, Record, read_record, write_atomically
 from .fingerprint import model_fingerprint, rows_fingerprint
+from .lock import LOCK_FILE, OutputError, only_run
 from .plan import Cell, plan_cells
 from .results import LOG_FILE
 from .run import run
@@ -88,13 +90,14 @@ def compare(
 
     Raises:
         RecipeError: see [`plan_cells`]; several processes were launched; or one of `cams` holds no CAM classifier.
-        OutputError: `out` holds something else.
+        OutputError: `out` holds something else, or another comparison works there.
         CompareError: cells failed; all others are in the results.
     """
     out = Path(out)
     _load.cache_clear()  # the data may have changed since the last comparison of this process
     cells = plan_cells(plan, out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "cells").is_dir()):
+    held = {path.name for path in out.iterdir()} - {LOCK_FILE} if out.is_dir() else set()
+    if out.is_file() or (held and "cells" not in held):
         raise OutputError(f"--out {out}: expected a new folder or a comparison, got something else")
     if jobs is not None and jobs < 1:
         raise RecipeError(f"--jobs: expected a whole number >= 1, got {jobs}")
@@ -105,6 +108,13 @@ def compare(
         if next(_held(folder, "cam"), None) is None:
             raise RecipeError(f"--cams: expected a comparison or a run with a CAM classifier, got {folder}")
     jobs = min(jobs or max(1, torch.cuda.device_count()), len(cells))
+    with only_run(out):
+        return _compare(cells, out, jobs, folders, force)
+
+
+def _compare(cells: Sequence[Cell], out: Path, jobs: int, folders: Sequence[Path], force: bool) -> Comparison:
+    (out / "cells").mkdir(exist_ok=True)  # by which the next start knows the folder
+    remove_unfinished(out)
     console = Console(stderr=True, quiet=is_quiet())
     started, failures = time.monotonic(), []
     todo = [cell for cell in cells if force or not _finished(cell)]
@@ -200,6 +210,7 @@ def run_cell(cell: Cell, cams: Sequence[Path] = (), force: bool = False) -> dict
     record: dict[str, Any] = {"settings": _settings(cell), "made_from": _made_from(cell).to_dict()}
     record |= {"maps": maps, "results": results, "cost": cost, "device": _device_name()}
     record["class_names"] = ["background", *class_names(data)]
+    remove_unfinished(folder)
     write_atomically(folder / _CELL_FILE, json.dumps(record, indent=1))
     return record
 
@@ -223,7 +234,9 @@ def _borrow(own: Path, record: Record, comparisons: Sequence[Path]) -> None:
     fresh = own.with_name(f"{own.name}.copied")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(finished, fresh)
+    sync_tree(fresh)
     os.replace(fresh, own)
+    sync(own.parent)
 
 
 def _made_before(own: Path, record: Record, comparisons: Sequence[Path]) -> Path | None:
@@ -324,6 +337,7 @@ def _save_examples(cell: Cell, data: DatasetDict, labeler: Path, settings: Masks
     rows = _example_rows(data, cell.recipe.evaluation.examples)
     folder, device = cell.folder / "examples", PartialState().device
     folder.mkdir(exist_ok=True)
+    remove_unfinished(folder)
     if not cell.segmenter:
         classifier, processor = load_labeler(os.fspath(labeler), device, optimize=settings.optimize)
         settings = with_threshold(classifier, processor, data["train"], settings)

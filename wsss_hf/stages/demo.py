@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from datasets import DatasetDict
 
 from ..data.tagged import decode_image, undecoded
 from ..recipes import Recipe
 from .evaluate import maps_row, masks_row, segmenter_row
+from .lock import only_run
 from .make_masks import make_masks
 from .results import RunResult
 from .run import check_run_folder, self_train, write_results
@@ -39,6 +41,11 @@ def demo(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: bo
     Writes what [`run`] writes, and `supervised/`; `plain_cam/` too, where the recipe has methods to compare with.
     """
     out = check_run_folder(out)
+    with only_run(out):
+        return _demo(data, recipe, out, force)
+
+
+def _demo(data: DatasetDict, recipe: Recipe, out: Path, force: bool) -> RunResult:
     plain = recipe.changed("cam.maps=cam", *(f"cam.methods.{name}=null" for name in recipe.cam.methods))
     plain = plain.changed("masks.refine=[]")
     cam = train_cam(data, recipe, out / "cam", force=force)
@@ -62,7 +69,8 @@ def demo(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: bo
     supervised = train_segmenter(data, recipe, out / "supervised", mask_column="mask", cam=cam, force=force)
     last = segmenter_row("segmenter trained on true masks", supervised, data, protocol)
     result = dataclasses.replace(result, results=[*result.results, last])
-    write_results(result, data, recipe, command="demo")
+    beside = ("supervised", *(["plain_cam"] if recipe.cam.methods else []))
+    write_results(result, data, recipe, command="demo", beside=beside)
 
     picture = out / "example.png"
     decode_image(undecoded(data["val"])[0]["image"], "first image of split 'val'").save(picture)

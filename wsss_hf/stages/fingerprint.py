@@ -14,6 +14,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..data.tagged import class_names, undecoded
+from ..files import file_digest
 from ..models.pretrained import pinned
 
 _CONFIGURATIONS = ("config.json", "preprocessor_config.json")
@@ -74,17 +75,8 @@ def folder_fingerprint(folder: Path) -> str:
     parts = []
     for path in sorted(folder.iterdir()):
         if path.suffix == ".safetensors" or path.name in _CONFIGURATIONS:
-            parts += [path.name, file_fingerprint(path)]
+            parts += [path.name, file_digest(path)]
     return digest(parts)
-
-
-def file_fingerprint(path: Path) -> str:
-    """Of the contents of a file."""
-    content = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
 
 
 def digest(parts: Iterable) -> str:

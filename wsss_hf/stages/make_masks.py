@@ -21,6 +21,7 @@ from PIL import Image
 from ..data.export import check_free, export_coco, export_voc, require_pycocotools
 from ..data.saliency import describe_saliency
 from ..data.tagged import check_names, class_names, decode_mask, encode_png, source_of, undecoded
+from ..files import whole_file
 from ..inference.load import load_labeler
 from ..models.label_colors import mask_image
 from ..models.modeling_cam import CamClassifier
@@ -106,7 +107,6 @@ def make_masks(
             rows = rows.remove_columns([name for name in _COLUMNS if name in rows.column_names])
             labelled = concatenate_datasets([rows, made.remove_columns("fallbacks")], axis=1)
             result = folder / "result"
-            shutil.rmtree(result, ignore_errors=True)  # of a run that was killed after it
             DatasetDict({**data, "train": labelled}).save_to_disk(result)
             if steps.is_dir():
                 shutil.copytree(steps, result / "steps")
@@ -201,4 +201,5 @@ def _keep_steps(folder: Path, row: int, labelled: Labelled) -> None:
     pictures = {"map": (255 * labelled.maps).round().astype(np.uint8)} | labelled.note.pictures
     for step, planes in pictures.items():
         for label, plane in zip(labelled.classes, planes, strict=True):
-            Image.fromarray(plane).save(folder / f"{row:06d}_{label:03d}_{step}.png")
+            with whole_file(folder / f"{row:06d}_{label:03d}_{step}.png") as unfinished:
+                Image.fromarray(plane).save(unfinished, format="PNG")

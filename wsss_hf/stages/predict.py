@@ -26,7 +26,7 @@ from transformers import AutoConfig
 from ..data.export import export_coco, file_stem, require_pycocotools
 from ..data.folder import IMAGE_SUFFIXES
 from ..data.tagged import DataError, decode_image, decode_mask, tagged_features
-from ..files import whole_file
+from ..files import remove_unfinished, whole_file
 from ..inference.cam_scores import score_by_maps
 from ..inference.load import load_labeler, load_segmenter
 from ..inference.segmenter import score_images
@@ -157,6 +157,8 @@ def predict(
     state.wait_for_everyone()  # all have looked at the folder before one writes to it
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
+        for folder in {out, *(file.parent for target in targets for file in (target.mask, target.overlay))}:
+            remove_unfinished(folder)
         (out / COCO_FILE).unlink(missing_ok=True)
         write_atomically(out / SETTINGS_FILE, yaml.safe_dump(record.to_dict(), sort_keys=False))
         write_atomically(out / LABELS_FILE, json.dumps(dict(enumerate(labeler.names)), indent=1, ensure_ascii=False))

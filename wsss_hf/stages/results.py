@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from datasets import DatasetDict, load_from_disk
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
@@ -38,7 +39,8 @@ class StageResult(os.PathLike):
     @property
     def minutes(self) -> float:
         """How long the stage took."""
-        return self.record.get("minutes", 0.0)
+        minutes = self.record.get("minutes")
+        return float(minutes) if isinstance(minutes, int | float) else 0.0
 
     def __fspath__(self) -> str:
         return str(self.folder)
@@ -74,8 +76,17 @@ class LabelledData(StageResult):
 
     @cached_property
     def data(self) -> DatasetDict:
-        """The data set; split "train" has the column `pseudo_mask`."""
-        return TaggedData(load_from_disk(str(self.folder)), source=self.record.get("data") or {})
+        """The data set; split "train" has the column `pseudo_mask`.
+
+        Raises:
+            ValueError: a file of it is damaged.
+        """
+        try:
+            held = load_from_disk(str(self.folder))
+        except (OSError, ValueError, pa.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{self.folder}: damaged ({reason}); remove it to have it made again") from error
+        return TaggedData(held, source=self.record.get("data") or {})
 
     @property
     def summary(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from accelerate import PartialState
 from datasets import DatasetDict
 
 from ..data.tagged import class_names, decode_image, decode_mask, source_of, undecoded
+from ..files import remove_unfinished
 from ..inference.load import load_labeler, load_segmenter
 from ..inference.segmenter import segment_images
 from ..progress import is_quiet
@@ -28,8 +29,9 @@ from ..refinement.steps import build_refinement
 from ..reporting.html import ReportExample, write_gallery, write_report
 from ..reporting.tables import RESULT_COLUMNS, print_table
 from ..version import __version__
-from .cache import SETTINGS_FILE, OutputError, write_atomically
+from .cache import write_atomically
 from .evaluate import masks_row, segmenter_row
+from .lock import LOCK_FILE, OutputError, only_run
 from .make_masks import make_masks
 from .relabel import relabel
 from .results import LabelledData, RunResult, StageResult, TrainedModel
@@ -39,6 +41,7 @@ from .train_refiner import train_refiner
 from .train_segmenter import train_segmenter
 
 RESULTS_FILE = "results.json"
+_ROUND = ("masks", "segmenter")
 
 
 def run(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: bool = False) -> RunResult:
@@ -53,25 +56,26 @@ def run(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: boo
         force: run all stages again.
 
     Raises:
-        OutputError: `out` holds something else.
+        OutputError: `out` holds something else, or another run works there.
         RefinementError: the library of a refinement step is missing.
     """
     out = check_run_folder(out)
     check_masks(recipe)  # what is missing is said before hours of training
     for section in ("self_training", "evaluation"):
         build_refinement(getattr(recipe, section).refine, f"{section}.refine").prepare()
-    cam = train_cam(data, recipe, out / "cam", force=force)
-    refiner = train_refiner(data, cam, recipe, out / "refiner", force=force) if recipe.refiner.use else None
-    affinity = affinity_of_run(data, refiner or cam, recipe, out / "affinity", force=force)
-    masks = make_masks(data, refiner or cam, recipe, out / "masks", affinity=affinity, force=force)
-    segmenter = train_segmenter(masks.data, recipe, out / "segmenter", cam=cam, force=force)
-    rows = [
-        masks_row("pseudo masks", masks.data),
-        segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe.evaluation),
-    ]
-    result = RunResult(out, cam, refiner, affinity, masks, segmenter, rows)
-    result = self_train(data, result, recipe, force=force)
-    write_results(result, data, recipe)
+    with only_run(out):
+        cam = train_cam(data, recipe, out / "cam", force=force)
+        refiner = train_refiner(data, cam, recipe, out / "refiner", force=force) if recipe.refiner.use else None
+        affinity = affinity_of_run(data, refiner or cam, recipe, out / "affinity", force=force)
+        masks = make_masks(data, refiner or cam, recipe, out / "masks", affinity=affinity, force=force)
+        segmenter = train_segmenter(masks.data, recipe, out / "segmenter", cam=cam, force=force)
+        rows = [
+            masks_row("pseudo masks", masks.data),
+            segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe.evaluation),
+        ]
+        result = RunResult(out, cam, refiner, affinity, masks, segmenter, rows)
+        result = self_train(data, result, recipe, force=force)
+        write_results(result, data, recipe)
     return result
 
 
@@ -103,18 +107,26 @@ def check_run_folder(out: str | os.PathLike) -> Path:
         OutputError: it holds files, and they are not those of a run.
     """
     out = Path(out)
-    held = {path.name.removesuffix(".partial") for path in out.iterdir()} if out.is_dir() else set()
+    files = (path.name for path in out.iterdir()) if out.is_dir() else ()
+    held = {name.removesuffix(".partial") for name in files if name != LOCK_FILE}
     if out.is_file() or (held and "cam" not in held):
         raise OutputError(f"--out {out}: expected a new folder or a run, got something else")
     return out
 
 
-def write_results(result: RunResult, data: DatasetDict, recipe: Recipe, command: str = "run") -> None:
-    """Print the table; write it with the settings as JSON, with a dozen examples as HTML page and as picture."""
+def write_results(
+    result: RunResult, data: DatasetDict, recipe: Recipe, command: str = "run", beside: Sequence[str] = ()
+) -> None:
+    """Print the table; write it with the settings as JSON, with a dozen examples as HTML page and as picture.
+
+    Args:
+        beside: folders of stages that a run does not have.
+    """
     if not PartialState().is_main_process:
         return
     out, rows, source = result.folder, result.results, source_of(data)
-    minutes = sum(StageResult(file.parent).minutes for file in out.glob(f"*/{SETTINGS_FILE}"))
+    remove_unfinished(out)
+    minutes = sum(StageResult(out / name).minutes for name in (*_stages(recipe), *beside))
     summary = LabelledData(out / "masks").summary
     thresholds = {name: value for name, value in summary.items() if name.endswith("_threshold")}
     record: dict[str, Any] = {"command": command, "data": source, "recipe": recipe.to_dict(), "results": rows}
@@ -139,6 +151,12 @@ def write_results(result: RunResult, data: DatasetDict, recipe: Recipe, command:
     print_table(rows, "Results (percent)", columns=RESULT_COLUMNS)
     if not is_quiet():
         print(f"report: {out / 'report.html'}")
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    """The folders of a run's stages."""
+    rounds = [f"{name}-{number}" for number in range(2, recipe.self_training.rounds + 1) for name in _ROUND]
+    return ["cam", *(["refiner"] if recipe.refiner.use else []), *_ROUND, *rounds]
 
 
 def report_examples(
@@ -181,9 +199,9 @@ def report_examples(
     return examples
 
 
-def _environment() -> dict[str, str]:
-    """What the minutes were spent on, and the versions that the figures belong to."""
+def _environment() -> dict[str, Any]:
+    """What the minutes were spent on, and what the last digits of the figures depend on."""
     gpus = torch.cuda.device_count()
     device = f"{gpus} x {torch.cuda.get_device_name()}" if gpus else f"{os.cpu_count()} CPU cores"
     versions = {"wsss_hf": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {"device": device} | versions
+    return {"device": device, "processes": PartialState().num_processes, "threads": torch.get_num_threads()} | versions

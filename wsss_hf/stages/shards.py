@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from accelerate import PartialState
 from datasets import Dataset, Features
 
-from ..progress import Progress
+from ..files import sync
+from ..progress import Progress, say
 from .fingerprint import digest
 
 
@@ -26,7 +30,7 @@ def compute_shards(
     """One row of `features` for each of `rows`, in their order, kept in `folder` as parquet files.
 
     The shards are split over the processes of `accelerate launch`. A finished one is used again for the very rows that
-    it was computed for: its name holds their fingerprint.
+    it was computed for: its name holds their fingerprint. One that was damaged since is computed again.
 
     Args:
         compute: gives (index, values of `features`) for each row of a shard, in any order.
@@ -42,7 +46,7 @@ def compute_shards(
         part = range(start, min(start + size, len(rows)))
         shards[folder / f"{start:08d}-{digest([settings, *fingerprints[part.start : part.stop]])}.parquet"] = part
     mine = list(shards)[state.process_index :: state.num_processes]
-    finished = {path for path in mine if path.exists()}
+    finished = {path for path in mine if path.exists() and _is_whole(path, features, len(shards[path]))}
     total = sum(len(shards[path]) for path in mine)
     with Progress(title, total, unit="image") as progress:
         progress.advance(sum(len(shards[path]) for path in finished))
@@ -55,9 +59,28 @@ def compute_shards(
                 values[index] = row_values
                 progress.advance(1)
             fresh = path.with_suffix(".new")
-            Dataset.from_list(values, features=features).to_parquet(fresh)
+            Dataset.from_list(values, features=features).to_parquet(fresh, write_page_checksum=True)
+            sync(fresh)
             os.replace(fresh, path)
+            sync(folder)
+    cache = folder / "cache"
+    if state.is_main_process and cache.exists():  # of a run that was killed: it may be short
+        shutil.rmtree(cache)
     state.wait_for_everyone()
-    found = Dataset.from_parquet([str(path) for path in shards], features=features, cache_dir=str(folder / "cache"))
+    found = Dataset.from_parquet([str(path) for path in shards], features=features, cache_dir=str(cache))
     state.wait_for_everyone()  # all have read the files before one may remove them
     return found
+
+
+def _is_whole(path: Path, features: Features, count: int) -> bool:
+    """Whether a file of a finished shard reads as it was written; says where not."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            if file.schema_arrow.names == list(features) and file.metadata.num_rows == count:
+                for _ in file.iter_batches():
+                    pass
+                return True
+    except (OSError, pa.ArrowException):
+        pass
+    say(f"{path} is damaged and made again")
+    return False

@@ -18,6 +18,8 @@ from ..progress import Progress
 from ..settings import RecipeError, TrainSettings
 from . import checkpoints
 
+DIVERGED_ADVICE = "a smaller learning rate, clip_gradient=1 or mixed_precision=no may help"
+
 
 class TrainingError(RuntimeError):
     """Training can't go on; the message says at which step and why."""
@@ -133,8 +135,7 @@ def _check_finite(means: dict[str, float], epoch: int, step: int) -> None:
     for name, value in means.items():
         if not math.isfinite(value):
             raise TrainingError(
-                f"the loss {name!r} became {value} in epoch {epoch + 1}, step {step + 1}; "
-                "a smaller learning rate, clip_gradient=1 or mixed_precision=no may help"
+                f"the loss {name!r} became {value} in epoch {epoch + 1}, step {step + 1}; {DIVERGED_ADVICE}"
             )
 
 

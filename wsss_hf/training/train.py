@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
@@ -17,9 +18,11 @@ from transformers import BaseImageProcessor
 from ..data.examples import TaggedExamples
 from ..data.superpixels import superpixel_column
 from ..data.transforms import TrainTransform
-from ..progress import Progress
+from ..files import sync
+from ..inference.weights import diverged
+from ..progress import Progress, say
 from ..settings import FelzenszwalbSettings, TrainSettings
-from .loop import build_accelerator, enable_checkpointing, fit
+from .loop import DIVERGED_ADVICE, TrainingError, build_accelerator, enable_checkpointing, fit
 
 LOG_FILE = "training_log.json"
 
@@ -64,6 +67,9 @@ def train_model(
 
     Returns:
         `folder/result`: the model, its processor and `training_log.json`, written by the main process.
+
+    Raises:
+        TrainingError: a loss or, at the end, a weight is no number that one can compute with.
     """
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
@@ -79,6 +85,8 @@ def train_model(
     wanted = dict.fromkeys(columns, True)
     examples = TaggedExamples(rows, transform, mask_column=mask_column, seed=seed, targets=targets, **wanted)
     history = fit(model, examples, settings, accelerator, folder, seed, title)
+    if (found := diverged(model)) is not None:
+        raise TrainingError(f"the training of {title} has diverged: {found} after the last step; {DIVERGED_ADVICE}")
     result = folder / "result"
     if accelerator.is_main_process:
         if finish is not None:
@@ -117,8 +125,21 @@ def with_superpixels(
     ]
     compute = partial(superpixel_column, size=size, options=vars(options))
     mine, file = parts[accelerator.process_index]
+    if file.exists() and not _is_whole(file, len(mine)):
+        say(f"{file} is damaged and made again")
+        file.unlink()
     with Progress("superpixels", len(mine), unit="image") as progress:
         compute(mine, cache_file=file, advance=progress.advance)
+    sync(file)
+    sync(folder)
     accelerator.wait_for_everyone()
     column = concatenate_datasets([compute(part, cache_file=file) for part, file in parts])
     return concatenate_datasets([rows, column], axis=1)
+
+
+def _is_whole(file: Path, count: int) -> bool:
+    """Whether an Arrow file has `count` rows to its end."""
+    try:
+        return len(Dataset.from_file(str(file))) == count
+    except (OSError, pa.ArrowException):
+        return False
