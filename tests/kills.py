@@ -1,7 +1,7 @@
 """Kills before each single file operation, without a process for each: what dies at one can do none after it.
 
 Operations are what Python tells its audit hooks (files opened for writing, folders made, names changed or removed)
-and `os.fsync`. Files that libraries write in C++ or Rust are not seen; tests of damaged files stand for those.
+and `os.fsync`, which does nothing here but count: that is no power cut. Files that libraries write in C++ or Rust are not seen; tests of damaged files stand for those.
 """
 
 from __future__ import annotations
@@ -45,10 +45,16 @@ class Process:
             if writes and isinstance(path, str) and path.startswith(self.root):
                 self.enter(event, path)
         elif event in _CHANGES:
-            path = os.fspath(arguments[0])
+            path = name_of(arguments[0])
             # `shutil.rmtree` names what is in a folder relative to the folder
             if path.startswith(self.root) or not os.path.isabs(path):
                 self.enter(event, path)
+
+
+def name_of(path: str | os.PathLike | int) -> str:
+    if isinstance(path, int):  # of an open file
+        return os.readlink(f"/proc/self/fd/{path}") if sys.platform == "linux" else "an open file"
+    return os.fspath(path)
 
 
 _running: list[Process] = []
@@ -65,13 +71,8 @@ sys.addaudithook(_hook)  # for good: Python has no way to take one back
 @contextmanager
 def process(root: Path, dies_at: int = 0) -> Iterator[Process]:
     """Whatever is done inside is done by a process that dies before its file operation number `dies_at`; 0: never."""
-    found, fsync = Process(root, dies_at), os.fsync
-
-    def mortal_fsync(descriptor: int) -> None:
-        found.enter("os.fsync", os.readlink(f"/proc/self/fd/{descriptor}") if sys.platform == "linux" else "")
-        fsync(descriptor)
-
-    with mock.patch("os.fsync", mortal_fsync):
+    found = Process(root, dies_at)
+    with mock.patch("os.fsync", lambda descriptor: found.enter("os.fsync", name_of(descriptor))):
         _running.append(found)
         try:
             yield found
@@ -81,8 +82,13 @@ def process(root: Path, dies_at: int = 0) -> Iterator[Process]:
             _running.pop()
 
 
-def every_kill(root: Path, work: Callable[[Path], object]) -> Iterator[tuple[str, Path]]:
+def every_kill(
+    root: Path, work: Callable[[Path], object], prepare: Callable[[Path], object] = lambda folder: None
+) -> Iterator[tuple[str, Path]]:
     """Kill `work(folder)` before its first file operation, in the next folder before its second, and so on.
+
+    Args:
+        prepare: called before with each folder, and not killed.
 
     Yields:
         the operation that did not happen, and the folder as it was left, until one `work` lives on.
@@ -92,6 +98,7 @@ def every_kill(root: Path, work: Callable[[Path], object]) -> Iterator[tuple[str
         at += 1
         folder = root / f"{at:04d}"
         folder.mkdir()
+        prepare(folder)
         with process(folder, at) as found:
             work(folder)
         if not found.is_dead:

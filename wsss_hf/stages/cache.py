@@ -122,7 +122,8 @@ class StageOutput:
             return {}  # damaged: nothing of it can be trusted
         if held.get("stage") != self.record.stage:
             expected = f"expected a new folder or a result of {self.record.stage}"
-            raise OutputError(f"--out {self.path}: {expected}, got {folder}, which holds something else; remove it")
+            advice = "; move it away to begin anew" if folder == self.partial else ""
+            raise OutputError(f"--out {self.path}: {expected}, got {folder}, which holds something else{advice}")
         return held
 
     def _is_stale(self, begun: dict[str, Any]) -> bool:
@@ -223,8 +224,11 @@ class StageOutput:
 
     def _sweep_after_a_kill(self) -> None:
         """Remove the working folder of a run that was killed after its result stood under its name."""
-        begun = read_record(self.partial) if PartialState().is_main_process else {}
-        if begun.get("stage") != self.record.stage or self.record.difference(begun) is not None:
+        if not PartialState().is_main_process or not self.partial.is_dir():
+            return
+        begun = read_record(self.partial)
+        is_same = begun.get("stage") == self.record.stage and self.record.difference(begun) is None
+        if not is_same and {path.name for path in self.partial.iterdir()} - {LOCK_FILE}:
             return
         with suppress(OutputError, OSError), locked(self.partial):
             self._sweep()
