@@ -51,7 +51,7 @@ TINY_SETTINGS = [
 @pytest.fixture(autouse=True)
 def own_process():
     """No test leaves environment variables (quietness, tokens) or signal handlers to the next one."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     with mock.patch.dict(os.environ):
         yield
     for number, handler in handlers.items():

@@ -10,6 +10,8 @@ import psutil
 import pytest
 import torch
 
+from wsss_hf.cli.launch import run_app
+
 PAGES_OF_TEN_STEPS = """
 import resource, sys, torch
 from wsss_hf.cli.launch import keep_freed_memory
@@ -69,7 +71,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the system ends processes with their launcher on Linux only")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
 def test_nothing_runs_on_when_the_launcher_has_ended(tmp_path, number):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
     command += [str(SCRIPTS / "train_cam.py"), "--data", "toy", "--out", str(tmp_path / "cam"), "--quiet"]
@@ -90,14 +92,25 @@ def test_nothing_runs_on_when_the_launcher_has_ended(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_an_interrupted_command_is_one_line(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_command_is_one_line(tmp_path, number):
     command = [sys.executable, "-m", "wsss_hf.cli.main", "train-cam", "--data", "toy", "--out", str(tmp_path / "cam")]
     command += ["--quiet", "--set", "toy.num_train=16", "--set", "toy.num_val=1", "--set", "cam.train.epochs=10000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
     while not (tmp_path / "cam.partial" / "checkpoints").is_dir() and time.monotonic() < deadline:
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err == "interrupted by SIGINT; the same command goes on where it was\n"
+    assert process.returncode == 128 + number
+    assert err == f"interrupted by {number.name}; the same command goes on where it was\n"
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+    """`nohup wsss …` outlives its terminal."""
+    set_to = {}
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN if number == signal.SIGHUP else None)
+    monkeypatch.setattr(signal, "signal", set_to.__setitem__)
+    with pytest.raises(SystemExit):
+        run_app(lambda args: sys.exit(0))
+    assert set(set_to) == {signal.SIGINT, signal.SIGTERM}

@@ -1,5 +1,7 @@
 import dataclasses
 import os
+import shutil
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -8,6 +10,7 @@ import yaml
 from wsss_hf.models.options import Options, option
 from wsss_hf.settings import speed
 from wsss_hf.stages.cache import OutputError, Record, StageOutput, read_record, write_atomically
+from wsss_hf.stages.lock import only_run
 
 
 @dataclass
@@ -224,42 +227,130 @@ def test_minutes_of_interrupted_work_count(tmp_path, monkeypatch):
     assert read_record(tmp_path / "cam")["minutes"] == 3
 
 
-def kill(monkeypatch, at):
-    """The call number `at` of os.replace is not reached."""
-    replace, calls = os.replace, []
+def test_minutes_of_killed_work_count_up_to_its_last_file(tmp_path):
+    begin(tmp_path / "cam")
+    partial = tmp_path / "cam.partial"
+    began = time.time() - 10_000
+    (partial / ".minutes").write_text("5.0")  # of the attempts before
+    os.utime(partial / ".minutes", (began, began))
+    os.utime(partial / "recipe.yaml", (began, began))
+    os.utime(partial / "checkpoint", (began + 120, began + 120))
+    finish(tmp_path / "cam")
+    assert read_record(tmp_path / "cam")["minutes"] == pytest.approx(7, abs=0.05)
 
-    def mortal(*paths):
-        calls.append(paths)
-        if len(calls) == at:
-            raise KeyboardInterrupt
-        replace(*paths)
 
-    monkeypatch.setattr(os, "replace", mortal)
+@pytest.mark.parametrize("text", ["", "many", "\0"])
+def test_damaged_minutes_are_none(tmp_path, text):
+    begin(tmp_path / "cam")
+    (tmp_path / "cam.partial" / ".minutes").write_text(text)
+    assert finish(tmp_path / "cam")[1] == "half of it"
+    assert read_record(tmp_path / "cam")["minutes"] == pytest.approx(0, abs=0.05)
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 4])
-@pytest.mark.parametrize("again", [record(), record(data="a3")], ids=["same", "changed"])
-def test_a_kill_while_files_are_renamed_leaves_a_state_that_goes_on(tmp_path, monkeypatch, at, again):
-    """Of the record, of that of the result, of the old result, of the new one."""
-    finish(tmp_path / "cam", record(data="old"), weights="old")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        kill(patch, at)
-        finish(tmp_path / "cam")
-    finish(tmp_path / "cam", again, weights="new")
-    assert (tmp_path / "cam" / "model.bin").read_text() == "new" and StageOutput(tmp_path / "cam", again).done
+def test_minutes_do_not_grow_when_a_result_is_used_again(tmp_path):
+    finish(tmp_path / "cam")
+    before = (tmp_path / "cam" / "recipe.yaml").read_bytes()
+    assert StageOutput(tmp_path / "cam", record()).done
+    assert (tmp_path / "cam" / "recipe.yaml").read_bytes() == before
+
+
+def test_other_threads_are_recorded_and_said(tmp_path, capsys, monkeypatch):
+    threads = [1]
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads[0])
+    begin(tmp_path / "cam")
+    begin(tmp_path / "cam")
+    assert "digits" not in capsys.readouterr().err
+    threads[0] = 8
+    assert finish(tmp_path / "cam")[1] == "half of it"
+    assert capsys.readouterr().err == (
+        "cam: the result may differ in its last digits from that of an unbroken run: threads was 1 and is 8\n"
+    )
+    machines = read_record(tmp_path / "cam")["computed_with"]
+    assert [machine["threads"] for machine in machines] == [1, 8]
+    assert machines[0].keys() == {"device", "processes", "threads", "torch"}
+    finish(tmp_path / "new")
+    assert [machine["threads"] for machine in read_record(tmp_path / "new")["computed_with"]] == [8]
+    assert StageOutput(tmp_path / "cam", record()).done  # the numbers of threads make no other result
+
+
+@pytest.mark.parametrize("held", ["fast", ["fast"], {"threads": 1}, None])
+def test_damaged_machines_are_none(tmp_path, held):
+    begin(tmp_path / "cam")
+    file = tmp_path / "cam.partial" / "recipe.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"computed_with": held}))
+    finish(tmp_path / "cam")
+    assert len(read_record(tmp_path / "cam")["computed_with"]) == 1
+
+
+@pytest.mark.parametrize("change", [{"inputs": 5}, {"inputs": ["data"]}, {"cam": 3}, {"cam": {"train": "fast"}}])
+def test_work_with_a_record_of_other_types_is_begun_anew(tmp_path, change):
+    begin(tmp_path / "cam")
+    file = tmp_path / "cam.partial" / "recipe.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
+    assert finish(tmp_path / "cam")[1] is None
+
+
+def test_work_without_its_record_is_said_with_what_to_do(tmp_path):
+    begin(tmp_path / "cam")
+    (tmp_path / "cam.partial" / "recipe.yaml").unlink()
+    with pytest.raises(OutputError, match="got .*cam.partial, which holds something else; move it away to begin anew"):
+        StageOutput(tmp_path / "cam", record())
+
+
+def test_two_runs_at_once_are_noticed(tmp_path):
+    with StageOutput(tmp_path / "cam", record()).working() as folder:
+        (folder / "checkpoint").write_text("some")
+        for other in (record(), record(data="a2")):
+            for force in (False, True):
+                with pytest.raises(OutputError, match=f"expected no other run in it, got process {os.getpid()} on "):
+                    with StageOutput(tmp_path / "cam", other, force).working():
+                        raise AssertionError("two runs at once")
+        assert (folder / "checkpoint").read_text() == "some"
+    assert finish(tmp_path / "cam")[1] == "some"
+
+
+def test_a_run_that_another_has_overtaken_says_so_and_leaves_its_result(tmp_path):
+    late = StageOutput(tmp_path / "cam", record())
+    finish(tmp_path / "cam")
+    with pytest.raises(OutputError, match="cam: another run has just finished it; the same command uses it"):
+        with late.working():
+            raise AssertionError("the work is done")
     assert tree(tmp_path) == ["cam", "cam/model.bin", "cam/recipe.yaml"]
 
 
-def test_a_kill_while_the_rest_is_removed_leaves_a_finished_result(tmp_path, monkeypatch):
-    def killed(*_arguments, **_options):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("wsss_hf.stages.cache.shutil.rmtree", killed)
-        finish(tmp_path / "cam")
+def test_work_on_something_else_beside_a_result_stays(tmp_path):
+    finish(tmp_path / "cam")
+    begin(tmp_path / "cam", record(data="a2"))
     assert StageOutput(tmp_path / "cam", record()).done
-    finish(tmp_path / "cam", record(data="a3"), weights="new")
-    assert (tmp_path / "cam" / "model.bin").read_text() == "new" and not (tmp_path / "cam.partial").exists()
+    assert finish(tmp_path / "cam", record(data="a2"))[1] == "half of it"
+
+
+def test_left_overs_beside_a_result_are_swept_unless_a_run_works_there(tmp_path):
+    finish(tmp_path / "cam")
+    shutil.copytree(tmp_path / "cam", tmp_path / "cam.partial")
+    with only_run(tmp_path / "cam.partial"):
+        assert StageOutput(tmp_path / "cam", record()).done
+        assert (tmp_path / "cam.partial" / "model.bin").exists()
+    assert StageOutput(tmp_path / "cam", record()).done
+    assert tree(tmp_path) == ["cam", "cam/model.bin", "cam/recipe.yaml"]
+
+
+def test_what_stands_under_its_name_is_on_disk(tmp_path, monkeypatch):
+    """Every file and folder of a result is forced to disk before the renaming, and the renaming after it."""
+    events, replace = [], os.replace
+
+    def noted_replace(old, new):
+        events.append(("replace", str(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", noted_replace)
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(("fsync", os.readlink(f"/proc/self/fd/{file}"))))
+    finish(tmp_path / "cam")
+    renamed = events.index(("replace", str(tmp_path / "cam")))
+    before, after = events[:renamed], events[renamed + 1 :]
+    for name in ("result/model.bin", "result/recipe.yaml", "result"):
+        assert ("fsync", str(tmp_path / "cam.partial" / name)) in before
+    assert after[0] == ("fsync", str(tmp_path))
 
 
 def test_a_text_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

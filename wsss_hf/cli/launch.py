@@ -29,6 +29,8 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
     """Run a command; what the user can mend is one line on standard error and exit status 1."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, _interrupt)
     end_with_launcher()
     start_missing_processes()
     keep_freed_memory()

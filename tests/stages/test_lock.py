@@ -1,0 +1,158 @@
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import psutil
+import pytest
+
+from wsss_hf.stages import lock
+from wsss_hf.stages.lock import LOCK_FILE, OutputError, only_run
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def start():
+    """Starts a process that runs a function; it is ended at the end of the test."""
+    started = []
+
+    def start(function, *arguments):
+        started.append(FORK.Process(target=function, args=arguments))
+        started[-1].start()
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def hold(folder, ready):
+    with only_run(folder):
+        ready.set()
+        time.sleep(60)
+
+
+def hold_with_a_worker(folder, ready, worker):
+    with only_run(folder):
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        worker.value = child
+        ready.set()
+        time.sleep(60)
+
+
+def test_another_run_is_named(tmp_path, start):
+    ready = FORK.Event()
+    process = start(hold, tmp_path / "cam.partial", ready)
+    assert ready.wait(30)
+    with pytest.raises(OutputError) as caught:
+        with only_run(tmp_path / "cam.partial"):
+            raise AssertionError("two runs in one folder")
+    message = str(caught.value)
+    assert f"process {process.pid} on {os.uname().nodename}, running since 20" in message and "\n" not in message
+    assert message.startswith(f"--out {tmp_path}/cam.partial: expected no other run in it, got process")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_lock_ends_with_its_process_whose_children_live_on(tmp_path, start, number):
+    ready, worker = FORK.Event(), FORK.Value("i")
+    process = start(hold_with_a_worker, tmp_path, ready, worker)
+    assert ready.wait(30)
+    with pytest.raises(OutputError):
+        with only_run(tmp_path):
+            pass
+    os.kill(process.pid, number)
+    process.join()
+    try:
+        assert psutil.pid_exists(worker.value) and (tmp_path / LOCK_FILE).exists()
+        with only_run(tmp_path):
+            assert json.loads((tmp_path / LOCK_FILE).read_text())["process"] == os.getpid()
+    finally:
+        os.kill(worker.value, signal.SIGKILL)
+
+
+def test_a_lock_leaves_nothing_behind(tmp_path):
+    for _ in range(2):
+        with only_run(tmp_path / "new" / "folder"):
+            assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [LOCK_FILE]
+        assert not list((tmp_path / "new" / "folder").iterdir())
+    with pytest.raises(ZeroDivisionError):
+        with only_run(tmp_path):
+            1 / 0
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+def test_what_fails_while_the_folder_is_made_ready_releases_it(tmp_path):
+    def refuse():
+        raise OutputError("not today")
+
+    with pytest.raises(OutputError, match="not today"):
+        with only_run(tmp_path, refuse):
+            pass
+    with only_run(tmp_path):
+        pass
+
+
+def test_a_file_that_its_holder_has_removed_holds_nothing(tmp_path, monkeypatch):
+    """It is removed between the moments at which the next run opens and locks it."""
+    take, taken = lock._lock, []
+
+    def late(descriptor):
+        taken.append(descriptor)
+        if len(taken) == 1:
+            (tmp_path / LOCK_FILE).unlink()
+        return take(descriptor)
+
+    monkeypatch.setattr(lock, "_lock", late)
+    with only_run(tmp_path):
+        assert len(taken) == 2 and (tmp_path / LOCK_FILE).exists()
+
+
+class Elsewhere:
+    """A file system without locks."""
+
+    LOCK_EX = LOCK_NB = 0
+
+    def flock(self, *_arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize(
+    ("host", "process", "started", "locked"),
+    [
+        ("here", "own", 0.0, True),
+        ("here", "own", -1.0, False),  # the number was given to another process since
+        ("here", 2**22 + 1, 0.0, False),  # no number of a process
+        ("another", 1, 0.0, True),
+    ],
+)
+def test_without_locks_of_the_file_system_the_process_decides(
+    tmp_path, monkeypatch, host, process, started, locked
+):
+    monkeypatch.setattr(lock, "fcntl", Elsewhere())
+    process = os.getpid() if process == "own" else process
+    holder = {"host": os.uname().nodename if host == "here" else host, "process": process}
+    holder["started"] = psutil.Process().create_time() + started
+    (tmp_path / LOCK_FILE).write_text(json.dumps(holder))
+    if not locked:
+        with only_run(tmp_path):
+            return
+    with pytest.raises(OutputError) as caught:
+        with only_run(tmp_path):
+            pass
+    assert ("if it has ended, remove" in str(caught.value)) == (host == "another")
+    assert json.loads((tmp_path / LOCK_FILE).read_text()) == holder
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"host": 1}', "\x00"])
+def test_a_lock_without_a_name_is_that_of_a_run_that_died_at_once(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(lock, "fcntl", Elsewhere())
+    (tmp_path / LOCK_FILE).write_text(text)
+    with only_run(tmp_path):
+        pass
