@@ -1,7 +1,8 @@
 """Kills before each single file operation, without a process for each: what dies at one can do none after it.
 
 Operations are what Python tells its audit hooks (files opened for writing, folders made, names changed or removed)
-and `os.fsync`, which does nothing here but count: that is no power cut. Files that libraries write in C++ or Rust are not seen; tests of damaged files stand for those.
+and `os.fsync`, which does nothing here but count: that is no power cut. Files that libraries write in C++ or Rust are
+not seen; tests of damaged files stand for those.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ class Process:
     def is_dead(self) -> bool:
         return bool(self.dies_at) and len(self.operations) >= self.dies_at
 
+    def end(self) -> None:
+        raise Killed(self.operations[-1])
+
     def enter(self, event: str, path: object) -> None:
+        if not self.is_dead:
+            self.operations.append(f"{event} {str(path).removeprefix(self.root)}")
         if self.is_dead:
-            raise Killed(self.operations[-1])
-        self.operations.append(f"{event} {str(path).removeprefix(self.root)}")
-        if self.is_dead:
-            raise Killed(self.operations[-1])
+            self.end()
 
     def hear(self, event: str, arguments: tuple) -> None:
         if event == "open":
@@ -57,12 +60,12 @@ def name_of(path: str | os.PathLike | int) -> str:
     return os.fspath(path)
 
 
-_running: list[Process] = []
+running: list[Process] = []
 
 
 def _hook(event: str, arguments: tuple) -> None:
-    if _running and (event == "open" or event in _CHANGES):
-        _running[-1].hear(event, arguments)
+    if running and (event == "open" or event in _CHANGES):
+        running[-1].hear(event, arguments)
 
 
 sys.addaudithook(_hook)  # for good: Python has no way to take one back
@@ -73,13 +76,13 @@ def process(root: Path, dies_at: int = 0) -> Iterator[Process]:
     """Whatever is done inside is done by a process that dies before its file operation number `dies_at`; 0: never."""
     found = Process(root, dies_at)
     with mock.patch("os.fsync", lambda descriptor: found.enter("os.fsync", name_of(descriptor))):
-        _running.append(found)
+        running.append(found)
         try:
             yield found
         except Killed:
             pass
         finally:
-            _running.pop()
+            running.pop()
 
 
 def every_kill(

@@ -1,25 +1,23 @@
 """Every stage, killed before each single file operation and started again, gives what the unbroken one gives."""
 
 import json
+import multiprocessing
 import os
 import shutil
-import signal
-import time
 from functools import partial
-from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.state import AcceleratorState
 from datasets import Dataset, Features, Value, load_from_disk
-from kills import every_kill
+from kills import Process, every_kill, running
 from safetensors.torch import load_file
 
 from wsss_hf.data.tagged import undecoded
 from wsss_hf.data.toy import make_toy
 from wsss_hf.recipes import Recipe
 from wsss_hf.stages.cache import Record, StageOutput, write_atomically
-from wsss_hf.stages.compare import compare
 from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.relabel import relabel
 from wsss_hf.stages.run import run
@@ -130,7 +128,13 @@ def test_a_stage_that_is_killed_takes_other_data_the_next_time(tmp_path):
 # The stages
 
 
-BACKBONE = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 4, "hidden_sizes": [4, 6], "depths": [1, 1]}
+BACKBONE = {
+    "model_type": "resnet",
+    "layer_type": "basic",
+    "embedding_size": 4,
+    "hidden_sizes": [4, 6],
+    "depths": [1, 1],
+}
 SETTINGS = [
     "image.size=32",
     f"cam.backbone_config={BACKBONE}",
@@ -190,12 +194,14 @@ STAGES = {
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_goes_on_after_any_kill(tmp_path, data, recipe, finished, stage):
     assert all_resume(tmp_path, lambda out: STAGES[stage](data, recipe, finished, out)) > 30
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_report_is_written_after_any_kill(tmp_path, data, recipe, finished):
     def stages_are_done(out):
         shutil.copytree(finished.folder, out / "run")
@@ -203,3 +209,34 @@ def test_the_report_is_written_after_any_kill(tmp_path, data, recipe, finished):
             (out / "run" / name).unlink()
 
     assert all_resume(tmp_path, lambda out: run(data, recipe, out / "run"), stages_are_done) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_comparison_goes_on_after_any_kill(tmp_path):
+    """Of two rows that share a classifier."""
+    changes = [*SETTINGS, "toy.num_train=4", "toy.num_val=2", "toy.image_size=32", "cam.train.epochs=1"]
+    plan = {"recipe": "default", "set": [*changes, "refiner.use=false"], "seeds": [0], "data": {"source": "toy"}}
+    plan["rows"] = {"plain": None, "strict": {"masks.background_threshold": 0.6}}
+    assert all_resume(tmp_path, lambda out: compare(plan, out / "compared", jobs=1)) > 60
+
+
+def die_for_real(folder, at, data, recipe):
+    process = Process(folder, at)
+    process.end = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    running.append(process)
+    train_cam(data, recipe, folder / "cam")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [3, 12, 24, 36, 48, 60])
+def test_a_process_that_is_killed_goes_on(tmp_path, data, recipe, finished, at):
+    killed = multiprocessing.get_context("fork").Process(target=die_for_real, args=(tmp_path, at, data, recipe))
+    killed.start()
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL and not (tmp_path / "cam" / "model.safetensors").exists()
+    train_cam(data, recipe, tmp_path / "cam")
+    assert [path.name for path in tmp_path.iterdir()] == ["cam"]
+    wanted = load_file(finished.cam / "model.safetensors")
+    found = load_file(tmp_path / "cam" / "model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from datasets import Dataset, Features, Value
 
@@ -72,3 +74,47 @@ def test_a_shard_of_other_settings_or_size_is_not_used(tmp_path):
     again = Mortal(0)
     compute(again, NUMBERS, tmp_path, 2, "threshold 0.3")
     assert not again.seen
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path):
+    os.truncate(path, 0)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\x24")] ^= 1  # a value of the shard that holds 36
+    path.write_bytes(content)
+
+
+def foreign(path):
+    Dataset.from_dict({"square": [1, 2]}, features=FEATURES).to_parquet(path)
+
+
+def other_column(path):
+    Dataset.from_dict({"cube": [1]}).to_parquet(path)
+
+
+def text(path):
+    path.write_text("something else")
+
+
+@pytest.mark.parametrize("damage", [truncate, empty, flip, foreign, other_column, text])
+def test_a_damaged_shard_is_said_and_made_again(tmp_path, capsys, damage):
+    compute(squares, NUMBERS, tmp_path, 2)
+    last = sorted(tmp_path.glob("*.parquet"))[-1]
+    damage(last)
+    capsys.readouterr()
+    again = Mortal(0)
+    assert compute(again, NUMBERS, tmp_path, 2) == [number**2 for number in NUMBERS]
+    assert again.seen == [36] and f"{last} is damaged and made again\n" in capsys.readouterr().err
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    compute(squares, NUMBERS, tmp_path, 2)
+    for file in (tmp_path / "cache").rglob("*.arrow"):
+        empty(file)
+    assert compute(Mortal(0), NUMBERS, tmp_path, 2) == [number**2 for number in NUMBERS]

@@ -135,7 +135,8 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_taken(folder, unbroken,
     capsys.readouterr()
     assert training.go_on(folder, 5) == 2
     said = capsys.readouterr().err
-    assert "step-00000003 is damaged (" in said and file in said and said.count("\n") == 1
+    assert "step-00000003 is damaged (" in said and said.count("\n") == 1
+    assert file in said or (damage, file) == (flip, "files.json")  # which then tells of another file
     assert training.weights == unbroken and names(folder) == ["step-00000004", "step-00000005"]
 
 
@@ -170,7 +171,8 @@ def test_no_code_of_a_checkpoint_is_run(folder, tmp_path, file, listed):
     for checkpoint in folder.iterdir():
         torch.save({"state": Poison(tmp_path / "OWNED")}, checkpoint / file)
         if listed:  # by somebody who knows the format
-            (checkpoint / "files.json").write_text(json.dumps(checkpoints._contents(checkpoint)))
+            manifest = {"run": "", "files": checkpoints._contents(checkpoint)}
+            (checkpoint / "files.json").write_text(json.dumps(manifest))
     training = Training()
     try:
         training.go_on(folder, 4)
@@ -196,3 +198,11 @@ def test_a_checkpoint_of_another_training_is_one_line(folder, other):
     message = str(caught.value)
     assert message.startswith(f"{folder}/step-00000003: expected a checkpoint of this training, got another (")
     assert message.endswith(f"; remove {folder} to begin anew") and "\n" not in message
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(folder, capsys):
+    accelerator = Training().accelerator
+    assert newest(folder, "seed 1") is None and resume(accelerator, folder, "seed 1") is None
+    assert capsys.readouterr().err.count("is damaged (it is of another training)") == 4
+    save(accelerator, folder, 4, {}, run="seed 1")
+    assert newest(folder, "seed 1").name == "step-00000004" and newest(folder).name == "step-00000003"

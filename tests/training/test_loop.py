@@ -174,6 +174,16 @@ def test_a_resumed_run_equals_the_unbroken_one(classifier, toy_data, tmp_path):
     assert_same_weights(start, classifier)
 
 
+def test_checkpoints_of_another_training_are_not_taken(tmp_path):
+    """Of the same network and length, but of another seed, rate or number of examples."""
+    for name, points, changes in (("seed", 12, {"seed": 1}), ("rate", 12, {"lr": 0.2}), ("examples", 13, {})):
+        with pytest.raises(Killed):
+            train(Line(), Mortal(Points(points), dies_in=2), tmp_path / name, **changes)
+        again = Mortal(Points())
+        train(Line(), again, tmp_path / name)
+        assert again.epochs == [0, 1, 2], name
+
+
 def test_a_loss_that_is_no_number_is_named(tmp_path):
     class Broken(Line):
         def forward(self, x, y):

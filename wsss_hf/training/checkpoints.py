@@ -33,7 +33,9 @@ class CheckpointError(ValueError):
     """A training can't go on from its checkpoint; the message names it."""
 
 
-def save(accelerator: Accelerator, folder: Path, step: int, progress: dict[str, Any], keep: int = 2) -> None:
+def save(
+    accelerator: Accelerator, folder: Path, step: int, progress: dict[str, Any], keep: int = 2, run: str = ""
+) -> None:
     """Write a checkpoint of all that `accelerator` has prepared; call it in all processes.
 
     Args:
@@ -41,6 +43,7 @@ def save(accelerator: Accelerator, folder: Path, step: int, progress: dict[str, 
         step: optimiser steps that are done.
         progress: whatever else [`resume`] is to give back, as JSON has it: the schedule's state, the log …
         keep: newest checkpoints that stay.
+        run: what tells this training from others; [`resume`] takes no checkpoint of another one.
 
     Raises:
         ValueError: an object was registered for checkpointing, which would be read as a pickle.
@@ -58,7 +61,7 @@ def save(accelerator: Accelerator, folder: Path, step: int, progress: dict[str, 
         raise ValueError("register_for_checkpointing: expected no object, its state would be a pickle")
     if accelerator.is_main_process:
         (fresh / _PROGRESS_FILE).write_text(json.dumps(progress))
-        (fresh / _MANIFEST_FILE).write_text(json.dumps(_contents(fresh)))
+        (fresh / _MANIFEST_FILE).write_text(json.dumps({"run": run, "files": _contents(fresh)}))
         sync_tree(fresh)
         if checkpoint.exists():  # damaged: the training went on from the one before
             shutil.rmtree(checkpoint)
@@ -70,8 +73,8 @@ def save(accelerator: Accelerator, folder: Path, step: int, progress: dict[str, 
     accelerator.wait_for_everyone()
 
 
-def resume(accelerator: Accelerator, folder: Path) -> dict[str, Any] | None:
-    """Load the newest whole checkpoint into all that `accelerator` has prepared; call it in all processes.
+def resume(accelerator: Accelerator, folder: Path, run: str = "") -> dict[str, Any] | None:
+    """Load the newest whole checkpoint of `run` into all that `accelerator` has prepared; call it in all processes.
 
     Returns:
         the `progress` that was saved with it; None where `folder` holds no whole checkpoint.
@@ -79,7 +82,7 @@ def resume(accelerator: Accelerator, folder: Path) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it is whole, but of another network or optimiser.
     """
-    found: list[Path | None] = [newest(folder) if accelerator.is_main_process else None]
+    found: list[Path | None] = [newest(folder, run) if accelerator.is_main_process else None]
     broadcast_object_list(found)
     checkpoint = found[0]
     if checkpoint is None:
@@ -96,10 +99,10 @@ def resume(accelerator: Accelerator, folder: Path) -> dict[str, Any] | None:
     return progress
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, or None; says which ones are damaged."""
+def newest(folder: Path, run: str = "") -> Path | None:
+    """The newest whole checkpoint of `run` in `folder`, or None; says what is wrong with newer ones."""
     for checkpoint in _checkpoints(folder):
-        damage = _damage(checkpoint)
+        damage = _damage(checkpoint, run)
         if damage is None:
             return checkpoint
         say(f"{checkpoint} is damaged ({damage}), going on from what was before it")
@@ -118,14 +121,17 @@ def _contents(checkpoint: Path) -> dict[str, list]:
     return {str(path.relative_to(checkpoint)): [path.stat().st_size, file_digest(path)] for path in files}
 
 
-def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None."""
+def _damage(checkpoint: Path, run: str) -> str | None:
+    """What is wrong with a checkpoint, or None."""
     try:
-        listed, held = json.loads((checkpoint / _MANIFEST_FILE).read_text()), _contents(checkpoint)
+        manifest, held = json.loads((checkpoint / _MANIFEST_FILE).read_text()), _contents(checkpoint)
     except (OSError, ValueError) as error:
         return f"{_MANIFEST_FILE} can't be read: {error}"
+    listed = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(listed, dict):
         return f"{_MANIFEST_FILE} lists no files"
+    if manifest.get("run") != run:
+        return "it is of another training"
     for name in sorted({*listed, *held}):
         if name not in held:
             return f"{name} is missing"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import time
 from pathlib import Path
@@ -67,6 +70,7 @@ def fit(
         num_workers=settings.workers,
         persistent_workers=settings.workers > 0,
     )
+    run = _identity(model, len(examples), settings, seed)
     # Identical on all processes, whatever was drawn before.
     set_seed(seed)
     _freeze(model, settings)
@@ -81,7 +85,7 @@ def fit(
     scheduler = build_scheduler(optimizer.optimizer, settings, total_steps)
 
     history: list[dict] = []
-    saved = checkpoints.resume(accelerator, folder / "checkpoints")
+    saved = checkpoints.resume(accelerator, folder / "checkpoints", run)
     if saved is not None:
         history = saved["history"]
         scheduler.load_state_dict(saved["schedule"])
@@ -127,8 +131,16 @@ def fit(
             progress.log(record)
             if epoch + 1 < epochs:
                 state = {"history": history, "schedule": scheduler.state_dict()}
-                checkpoints.save(accelerator, folder / "checkpoints", (epoch + 1) * steps_per_epoch, state)
+                checkpoints.save(accelerator, folder / "checkpoints", (epoch + 1) * steps_per_epoch, state, run=run)
     return history
+
+
+def _identity(model: nn.Module, count: int, settings: TrainSettings, seed: int) -> str:
+    """What tells a training from others, whose checkpoints somebody may have put into its folder."""
+    slow = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("speed")]
+    parts = [count, seed, {name: getattr(settings, name) for name in slow}]
+    parts += [[name, list(parameter.shape)] for name, parameter in model.named_parameters()]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _check_finite(means: dict[str, float], epoch: int, step: int) -> None:
