@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from functools import partial
 
 import pytest
@@ -18,6 +19,7 @@ from wsss_hf.data.tagged import undecoded
 from wsss_hf.data.toy import make_toy
 from wsss_hf.recipes import Recipe
 from wsss_hf.stages.cache import Record, StageOutput, write_atomically
+from wsss_hf.stages.compare import compare
 from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.relabel import relabel
 from wsss_hf.stages.run import run
