@@ -70,6 +70,8 @@ def run_folder(tmp_path, cam_folder):
     root = tmp_path / "run"
     save_segmenter(root / "segmenter")
     shutil.copytree(cam_folder, root / "cam")
+    (root / "cam" / "recipe.yaml").write_text("stage: train-cam")
+    (root / "segmenter" / "recipe.yaml").write_text("{stage: train-segmenter, mask_column: pseudo_mask}")
     (root / "results.json").write_text(json.dumps(RESULTS))
     Image.new("RGB", (8, 8), "teal").save(root / "gallery.png")
     for unwanted in ("training_log.json", "notes.txt"):
@@ -370,6 +372,34 @@ def test_the_upper_bound_does_not_pass_for_weakly_supervised(hub, run_folder):
     push_model(run_folder, "tester/pets")
     text = hub.files("tester/pets")["README.md"].decode()
     assert "trained on **true masks**" in text and "image tags only" not in text
+
+
+CLAIM, NO_CLAIM = "It was trained with **image tags only**", "Nothing is recorded of the labels that it was trained"
+
+
+@pytest.mark.parametrize(
+    ("part", "record", "in_run", "claims"),
+    [
+        ("segmenter", {"stage": "train-segmenter", "mask_column": "pseudo_mask"}, True, True),
+        ("segmenter", {"stage": "train-segmenter", "mask_column": "pseudo_mask"}, False, False),  # of whatever masks
+        ("segmenter", None, True, False),  # a model that somebody put there
+        ("segmenter", None, False, False),
+        ("segmenter", {"stage": "wsss convert"}, False, False),
+        ("cam", {"stage": "train-cam"}, True, True),
+        ("cam", {"stage": "train-cam"}, False, True),  # which never reads a mask
+        ("cam", {"stage": "train-refiner"}, False, False),
+        ("cam", None, False, False),
+    ],
+)
+def test_a_card_claims_tags_only_where_the_record_shows_it(hub, run_folder, part, record, in_run, claims):
+    file = run_folder / part / "recipe.yaml"
+    file.unlink() if record is None else file.write_text(yaml.safe_dump(record))
+    if not in_run:
+        (run_folder / "results.json").unlink()
+    push_model(run_folder / part, "tester/pets")
+    text = hub.files("tester/pets")["README.md"].decode()
+    assert (CLAIM in text, NO_CLAIM in text) == (claims, not claims)
+    assert ("Tags do not say where a class is" in text) == claims
 
 
 def test_a_model_without_figures_claims_none(hub, run_folder):

@@ -80,6 +80,26 @@ def test_the_card_feeds_the_viewer_and_names_its_limits(hub, run_folder, toy_dat
     assert "wsss train-segmenter --data tester/masks" in card.text
 
 
+@pytest.mark.parametrize(
+    ("record", "in_run", "claims"),
+    [
+        ("stage: make-masks", True, True),
+        ("stage: make-masks", False, False),
+        (None, True, False),
+        (None, False, False),
+    ],
+)
+def test_a_card_claims_tags_only_where_the_record_shows_it(hub, run_folder, record, in_run, claims):
+    if record:
+        (run_folder / "masks" / "recipe.yaml").write_text(f"stage: {record}")
+    if not in_run:
+        (run_folder / "results.json").unlink()
+    push_dataset(run_folder / "masks", "tester/masks")
+    text = hub.files("tester/masks", kind="dataset")["README.md"].decode()
+    assert ("made from image tags only by wsss_hf" in text) == ("all the supervision there was" in text) == claims
+    assert ("made by wsss_hf" in text) != claims
+
+
 def test_a_second_push_sends_nothing(hub, run_folder, capsys):
     push_dataset(run_folder / "masks", "tester/masks", licence="mit")
     sent = len(hub.uploads)

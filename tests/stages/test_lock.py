@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+from accelerate import PartialState
 
 from wsss_hf.stages import lock
 from wsss_hf.stages.lock import LOCK_FILE, OutputError, only_run
@@ -154,3 +155,19 @@ def test_a_lock_without_a_name_is_that_of_a_run_that_died_at_once(tmp_path, monk
     (tmp_path / LOCK_FILE).write_text(text)
     with only_run(tmp_path):
         pass
+
+
+def test_all_processes_of_a_run_are_refused_together(tmp_path, in_two_processes):
+    def work(rank):
+        PartialState._reset_state()
+        with only_run(tmp_path / "free"):
+            pass
+        try:
+            with only_run(tmp_path / "taken"):
+                return rank, "let in"
+        except OutputError as error:
+            return rank, str(error)
+
+    with only_run(tmp_path / "taken"):
+        (_, first), (_, second) = sorted(in_two_processes(work))
+    assert first == second and f"got process {os.getpid()} on" in first

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from kills import every_kill
+from safetensors import SafetensorError
 from torch import nn
 
 from wsss_hf.training import checkpoints
@@ -206,3 +207,36 @@ def test_a_checkpoint_of_another_run_is_not_taken(folder, capsys):
     assert capsys.readouterr().err.count("is damaged (it is of another training)") == 4
     save(accelerator, folder, 4, {}, run="seed 1")
     assert newest(folder, "seed 1").name == "step-00000004" and newest(folder).name == "step-00000003"
+
+
+@pytest.mark.parametrize("error", [SafetensorError("No space left on device"), RuntimeError("enforce fail at inline")])
+def test_a_full_disk_is_an_error_of_the_system(folder, monkeypatch, error):
+    training = Training()
+
+    def full(*_arguments, **_options):
+        raise error
+
+    monkeypatch.setattr(training.accelerator, "save_state", full)
+    with pytest.raises(OSError, match=rf"{folder}/step-00000004.new: can't be written \({error}\)"):
+        save(training.accelerator, folder, 4, {})
+    assert newest(folder).name == "step-00000003"
+
+
+def test_processes_save_and_resume_together(tmp_path, in_two_processes):
+    """Each has random numbers of its own, and one checkpoint holds both."""
+
+    def work(rank):
+        PartialState._reset_state()
+        training = Training()
+        torch.manual_seed(rank)
+        training.step()
+        save(training.accelerator, tmp_path / "checkpoints", 1, {"steps": 1})
+        wanted = torch.rand(3).tolist()
+        torch.manual_seed(99)
+        again = Training()
+        saved = resume(again.accelerator, tmp_path / "checkpoints")
+        return rank, saved, torch.rand(3).tolist() == wanted, wanted
+
+    (_, *first), (_, *second) = sorted(in_two_processes(work))
+    assert first[:2] == second[:2] == [{"steps": 1}, True] and first[2] != second[2]
+    assert names(tmp_path / "checkpoints") == ["step-00000001"]

@@ -44,7 +44,8 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("WSSS_TRACEBACK") or not _is_for_users(error):
             raise
-        message = " ".join(str(error).split()) or type(error).__name__
+        reason = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+        message = " ".join(str(reason).split()) or type(reason).__name__
         print(f"error: {message}", file=sys.stderr)
     finally:
         _leave_process_group()
@@ -58,7 +59,8 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 def _is_for_users(error: Exception) -> bool:
     if isinstance(error, ValueError | OSError | ImportError):  # a library that is missing, too
         return True
-    return type(error).__name__ in ("TrainingError", "CompareError")
+    # The last two: damaged weights and rows, and full disks, as their libraries say it.
+    return type(error).__name__ in ("TrainingError", "CompareError", "SafetensorError", "DatasetGenerationError")
 
 
 def _leave_process_group() -> None:

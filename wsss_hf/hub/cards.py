@@ -17,6 +17,9 @@ from ..models.modeling_affinity import AffinityConfig
 from ..pseudo_labels.rules import RULES
 from ..reporting.tables import markdown_table, markdown_text
 
+RUNS = ("run", "demo")
+"""Commands whose results rest on image tags from end to end."""
+
 _COLUMNS = ("result", "split", "mean_iou", "mean_iou_interval", "pixel_accuracy", "num_images")
 _TAGS = ["wsss_hf", "weakly-supervised-semantic-segmentation", "semantic-segmentation"]
 # Names and licences of the built-in sources, which are no data sets of the Hub.
@@ -58,6 +61,7 @@ class CardSubject:
         classifies_masks: a mask classification model: its pipeline needs `subtask="semantic"` to label pixels.
         needs_code: it is loaded with `trust_remote_code=True`.
         on_true_masks: trained on true masks: the upper bound, not a weakly supervised model.
+        on_tags: what is recorded shows that it rests on image tags and, where the recipe says so, saliency alone.
         architecture: model type, as transformers calls it.
         licence: the Hub's identifier of it.
         picture: file name of the examples in the repository.
@@ -71,6 +75,7 @@ class CardSubject:
     classifies_masks: bool = False
     needs_code: bool = True
     on_true_masks: bool = False
+    on_tags: bool = False
     architecture: str = ""
     licence: str | None = None
     picture: str | None = None
@@ -125,6 +130,7 @@ def recipe_cards(name: str, made: dict, licence: str | None) -> dict[str, ModelC
                 folder=folder,
                 classes=names[1:],
                 is_classifier=folder == "cam",
+                on_tags=made.get("command") in RUNS,
                 licence=licence,
                 picture=f"{name}.png" if made["data"]["source"] == "toy" else None,
                 recipe_file=f"{name}.yaml",
@@ -193,18 +199,18 @@ def dataset_card(subject: CardSubject, rows: DatasetDict, made: dict) -> Dataset
     columns = {
         "image_id": "name of the image, unique in its split",
         "image": "the image",
-        "tags": "its classes, without background: all the supervision there was",
+        "tags": "its classes, without background" + (": all the supervision there was" if subject.on_tags else ""),
         "pseudo_mask": "machine-made label map (split train): 0 = background, c + 1 = class c, 255 = no label",
         "confidence": "how sure the pseudo mask is of each pixel: 0 = worthless, 255 = certain",
         "mask": "true label map where there is one, for evaluation only; empty elsewhere",
         "saliency": "saliency map, 0 to 255",
     }
     present = {name: text for split in rows.values() for name, text in columns.items() if name in split.features}
-    supervision = "image tags and saliency maps" if saliency else "image tags only"
+    supervision = "made from image tags and saliency maps" if saliency else "made from image tags only"
     sections = [
         f"# {_name(subject)}",
         f"{len(rows['train'])} training images with **pseudo masks** for {len(subject.classes)} classes "
-        f"({_listed(subject.classes)}), made from {supervision} by wsss_hf, "
+        f"({_listed(subject.classes)}), {supervision if subject.on_tags else 'made'} by wsss_hf, "
         f"from {_data_name(data)}. The masks were made by a machine: they are wrong in places, mostly at borders and "
         f"where classes always occur together; do not measure a model on them."
         + (f" They rest on {saliency}." if saliency else ""),
@@ -294,6 +300,8 @@ def _what_it_is(subject: CardSubject, made: dict) -> str:
     saliency = _saliency(made)
     if subject.on_true_masks:
         training = "It was trained on **true masks**, as the upper bound of weakly supervised models."
+    elif not subject.on_tags:
+        training = "Nothing is recorded of the labels that it was trained with."
     elif saliency:
         training = (
             "It was trained with **image tags and saliency maps**: no true mask of these images was used for "
@@ -374,7 +382,8 @@ def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
         where = (made.get("environment") or {}).get("device")
         facts.append(f"**Cost**: {made['minutes']:.0f} minutes for the whole run" + (f" on {where}" if where else ""))
     if made.get("environment"):
-        versions = {key: value for key, value in made["environment"].items() if key != "device"}
+        machine = ("device", "processes", "threads")
+        versions = {key: value for key, value in made["environment"].items() if key not in machine}
         facts.append("**Versions**: " + ", ".join(f"{key} {value}" for key, value in versions.items()))
     text = "## How it was made\n\n" + "".join(f"- {fact}\n" for fact in facts)
     if made.get("command") and recipe:
@@ -408,7 +417,7 @@ def _limits(subject: CardSubject, own: Sequence[dict]) -> str:
         "It knows only the classes above; anything else becomes background or the most similar class.",
         "The figures hold for images like those it was measured on; it has not been tested on others.",
     ]
-    if not subject.on_true_masks:
+    if subject.on_tags and not subject.on_true_masks:
         limits.insert(
             0,
             "Tags do not say where a class is: masks may cover what always occurs together with a class (rails with "

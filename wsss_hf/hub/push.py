@@ -45,7 +45,7 @@ from ..models.modeling_affinity import AffinityNetwork
 from ..models.options import unknown_name
 from ..models.portable_model import PortableModel
 from ..reporting.tables import markdown_text
-from .cards import CardSubject, affinity_card, dataset_card, model_card
+from .cards import RUNS, CardSubject, affinity_card, dataset_card, model_card
 from .portable import portable_values
 
 SEGMENTER_FOLDER, MASKS_FOLDER = "segmenter", "masks"  # inside a run's folder
@@ -122,6 +122,7 @@ def push_model(
             classifies_masks=model.config.model_type in MASK_CLASSIFIERS,
             needs_code=isinstance(model, PortableModel),
             on_true_masks=settings.get("mask_column") == "mask",
+            on_tags=_rests_on_tags(settings, made),
             architecture=getattr(model.config, "backbone_config", model.config).model_type,
             licence=licence or _licence_there(repo_id, "model", token),
             picture=GALLERY_FILE if (staged / GALLERY_FILE).is_file() else None,
@@ -228,7 +229,7 @@ def push_dataset(
     rows = load_from_disk(str(folder))
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging)
-        made, _ = _stage_results(folder, staged, pictures=False)
+        made, settings = _stage_results(folder, staged, pictures=False)
         (staged / "data").mkdir()
         for split, part in rows.items():
             shards = max(1, -(-part.with_format("arrow")[:].nbytes // SHARD_BYTES))
@@ -236,7 +237,13 @@ def push_dataset(
                 name = f"{split}-{index:05d}-of-{shards:05d}.parquet"
                 part.shard(shards, index, contiguous=True).to_parquet(staged / "data" / name)
         licence = licence or _licence_there(repo_id, "dataset", token)
-        subject = CardSubject(repo_id=repo_id, folder=folder.name, classes=class_names(rows), licence=licence)
+        subject = CardSubject(
+            repo_id=repo_id,
+            folder=folder.name,
+            classes=class_names(rows),
+            on_tags=_rests_on_tags(settings, made),
+            licence=licence,
+        )
         dataset_card(subject, rows, made).save(staged / "README.md")
         return push_folder(staged, repo_id, "dataset", "Push pseudo masks", private, revision, token)
 
@@ -336,6 +343,17 @@ def _stage_results(folder: Path, staged: Path, pictures: bool) -> tuple[dict, di
     if made["recipe"]:
         (staged / SETTINGS_FILE).write_text(yaml.safe_dump(made["recipe"], sort_keys=False))
     return made, settings
+
+
+def _rests_on_tags(settings: dict, made: dict) -> bool:
+    """Whether the record of a stage, or of the run that it is part of, shows that no mask was learnt from.
+
+    Alone, the later stages do not say what the models and masks that they were given had learnt from.
+    """
+    stage = settings.get("stage")
+    later = ("train-refiner", "make-masks", "train-segmenter", "relabel")
+    in_run = made.get("command") in RUNS and stage in later and settings.get("mask_column") != "mask"
+    return stage == "train-cam" or in_run
 
 
 def _stage_model(folder: Path, staged: Path) -> PreTrainedModel:

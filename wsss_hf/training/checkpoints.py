@@ -46,6 +46,7 @@ def save(
         run: what tells this training from others; [`resume`] takes no checkpoint of another one.
 
     Raises:
+        OSError: the disk is full, or refuses.
         ValueError: an object was registered for checkpointing, which would be read as a pickle.
     """
     checkpoint = folder / f"step-{step:08d}"
@@ -55,7 +56,10 @@ def save(
         for left in set(folder.iterdir()) - set(_checkpoints(folder)):  # of a run that was killed here
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(fresh))
+    try:
+        accelerator.save_state(str(fresh))
+    except (RuntimeError, SafetensorError) as error:  # a full disk, as libraries in C++ and Rust say it
+        raise OSError(f"{fresh}: can't be written ({_words(error)})") from error
     accelerator.wait_for_everyone()
     if any(fresh.glob("custom_checkpoint_*")):
         raise ValueError("register_for_checkpointing: expected no object, its state would be a pickle")
@@ -91,12 +95,15 @@ def resume(accelerator: Accelerator, folder: Path, run: str = "") -> dict[str, A
         progress = json.loads((checkpoint / _PROGRESS_FILE).read_text())
         accelerator.load_state(str(checkpoint))
     except _UNREADABLE as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise CheckpointError(
-            f"{checkpoint}: expected a checkpoint of this training, got another ({reason}); "
+            f"{checkpoint}: expected a checkpoint of this training, got another ({_words(error)}); "
             f"remove {folder} to begin anew"
         ) from error
     return progress
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def newest(folder: Path, run: str = "") -> Path | None:
