@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from datasets import DatasetDict, Image
 from transformers import ResNetConfig
 
@@ -142,8 +142,12 @@ def in_two_processes(tmp_path):
     queue = fork.Queue()
 
     def work(function, rank):
+        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
+        os.environ.update({"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29511"})
         rendezvous = Path(tmp_path, "meet")
         torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+        PartialState._reset_state()
+        PartialState(cpu=True)
         queue.put(function(rank))
         torch.distributed.destroy_process_group()
 

@@ -159,7 +159,7 @@ def test_a_lock_without_a_name_is_that_of_a_run_that_died_at_once(tmp_path, monk
 
 def test_all_processes_of_a_run_are_refused_together(tmp_path, in_two_processes):
     def work(rank):
-        PartialState._reset_state()
+        assert PartialState().process_index == rank
         with only_run(tmp_path / "free"):
             pass
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import AcceleratorState
 from kills import every_kill
 from safetensors import SafetensorError
 from torch import nn
@@ -22,13 +22,13 @@ class Training:
         AcceleratorState._reset_state()
         torch.manual_seed(0)
         self.accelerator = Accelerator(cpu=True)
-        model = nn.Linear(width, 1)
+        self.width, model = width, nn.Linear(width, 1)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer(model.parameters(), lr=0.1))
         self.steps = 0
 
     def step(self):
         self.optimizer.zero_grad()
-        self.accelerator.backward(self.model(torch.randn(4, self.model.in_features)).square().mean())
+        self.accelerator.backward(self.model(torch.randn(4, self.width)).square().mean())
         self.optimizer.step()
         self.steps += 1
 
@@ -226,8 +226,8 @@ def test_processes_save_and_resume_together(tmp_path, in_two_processes):
     """Each has random numbers of its own, and one checkpoint holds both."""
 
     def work(rank):
-        PartialState._reset_state()
         training = Training()
+        assert training.accelerator.process_index == rank
         torch.manual_seed(rank)
         training.step()
         save(training.accelerator, tmp_path / "checkpoints", 1, {"steps": 1})
