@@ -9,6 +9,7 @@ import psutil
 import pytest
 from accelerate import PartialState
 
+from wsss_hf.cli.main import main
 from wsss_hf.stages import lock
 from wsss_hf.stages.lock import LOCK_FILE, OutputError, only_run
 
@@ -171,3 +172,16 @@ def test_all_processes_of_a_run_are_refused_together(tmp_path, in_two_processes)
     with only_run(tmp_path / "taken"):
         (_, first), (_, second) = sorted(in_two_processes(work))
     assert first == second and f"got process {os.getpid()} on" in first
+
+
+@pytest.mark.parametrize("command", [["train-cam"], ["run"], ["compare", "--recipes", "default"]])
+def test_a_second_command_is_one_line(tmp_path, capsys, monkeypatch, tiny_settings, command):
+    monkeypatch.delenv("WSSS_TRACEBACK", raising=False)
+    out = tmp_path / ("cam.partial" if command == ["train-cam"] else "cam")
+    settings = [part for setting in tiny_settings for part in ("--set", setting)]
+    with only_run(out), pytest.raises(SystemExit) as stopped:
+        main([*command, "--data", "toy", "--out", str(tmp_path / "cam"), "--quiet", *settings])
+    assert stopped.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: --out {out}: expected no other run in it, got process {os.getpid()} on ")
+    assert err.count("\n") == 1

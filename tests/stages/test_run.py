@@ -1,8 +1,11 @@
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import DatasetDict, load_from_disk
 from PIL import Image
 from safetensors.torch import load_file
@@ -15,7 +18,8 @@ from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.recipes import load_recipe
 from wsss_hf.stages.cache import OutputError
 from wsss_hf.stages.evaluate import evaluate_masks, evaluate_segmenter
-from wsss_hf.stages.run import report_examples, run
+from wsss_hf.stages.lock import LOCK_FILE, only_run
+from wsss_hf.stages.run import check_run_folder, report_examples, run
 from wsss_hf.stages.train_segmenter import train_segmenter
 
 
@@ -67,6 +71,32 @@ def test_a_second_call_makes_nothing_again_and_shows_the_table(toy_data, tiny_re
     assert before and stamps(*stages) == before
     printed = capsys.readouterr().out
     assert f"{100 * rows[1]['mean_iou']:.1f}" in printed and "report.html" in printed
+
+
+def test_minutes_are_those_of_the_stages_however_often(toy_data, tiny_recipe, finished, no_training, tmp_path):
+    out = shutil.copytree(finished.folder, tmp_path / "run")
+    for minutes, name in ((1.5, "cam"), (2.25, "masks"), (4.0, "segmenter"), (100.0, "segmenter-2")):
+        if name == "segmenter-2":  # of a recipe with more rounds
+            shutil.copytree(out / "segmenter", out / name)
+        record = yaml.safe_load((out / name / "recipe.yaml").read_text()) | {"minutes": minutes}
+        (out / name / "recipe.yaml").write_text(yaml.safe_dump(record))
+    for _ in range(2):
+        run(toy_data, tiny_recipe, out)
+        results = json.loads((out / "results.json").read_text())
+        assert results["minutes"] == 7.75 and results["environment"]["threads"] == torch.get_num_threads()
+
+
+def test_two_runs_at_once_are_noticed_and_a_lock_left_behind_is_not(toy_data, tiny_recipe, finished, tmp_path):
+    with only_run(tmp_path / "run"):
+        with pytest.raises(OutputError, match=f"run: expected no other run in it, got process {os.getpid()} on"):
+            run(toy_data, tiny_recipe, tmp_path / "run")
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+    (tmp_path / "run" / LOCK_FILE).write_text("")  # of a run that was killed at once
+    assert check_run_folder(tmp_path / "run") == tmp_path / "run"
+    out = shutil.copytree(finished.folder, tmp_path / "again")
+    (out / LOCK_FILE).write_text("")
+    run(toy_data, tiny_recipe, out)
+    assert not (out / LOCK_FILE).exists()
 
 
 def test_a_foreign_folder_is_refused(toy_data, tiny_recipe, tmp_path):
