@@ -50,7 +50,8 @@ class TrainSettings(Options):
 
     epochs: int = option(4, "Passes over the images.", at_least=1)
     steps: int = option(0, "Optimiser steps; if not 0, they count instead of the epochs.", at_least=0)
-    batch_size: int = option(16, "Images of a step, over all processes.", at_least=1)
+    batch_size: int = option(16, "Images of a step, over all processes and micro-batches.", at_least=1)
+    accumulate: int = speed(1, "Micro-batches whose gradients make a step: the same batch in less memory.", at_least=1)
     optimizer: Literal["adamw", "sgd"] = option("adamw", "adamw | sgd")
     lr: float = option(2e-4, "Learning rate of pretrained layers.", above=0)
     backbone_lr_factor: float = option(
@@ -73,14 +74,29 @@ class TrainSettings(Options):
     warmup: float = option(0.0, "Fraction of the training in which the rate rises from 0.", at_least=0, at_most=1)
     clip_gradient: float = option(0.0, "Largest gradient norm; 0 does not clip.", at_least=0)
     freeze_batch_norm: bool = option(True, "Keep statistics and weights of pretrained batch norms.")
+    sync_batch_norm: bool = option(False, "On several GPUs, the batch norms that learn see the images of all.")
+    ema: float = option(
+        0.0,
+        "Decay per step of an average of the weights, which is saved in their place; 0: none.",
+        at_least=0,
+        below=1,
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "no | bf16 | fp16")
     gradient_checkpointing: bool = speed(False, "Less memory, about a third more time.")
+    compile: bool = speed(False, "Let torch.compile build the network: minutes at the start, faster steps after.")
+    fused: bool = speed(False, "The optimiser's fused kernels.")
+    channels_last: bool = speed(True, "Memory order of convolutions that suits CPUs, and GPUs in half precision.")
     scale: list[float] = option([0.7, 1.4], "Random scale: lowest, highest.", above=0, length=2, ascending=True)
     scaled_side: Literal["short", "long"] = option("short", "short | long: side that is image.size at scale 1.")
     flip: float = option(0.5, "Probability of the mirror image.", at_least=0, at_most=1)
     color_jitter: float = option(0.2, "Brightness, contrast and saturation by 1 ± this.", at_least=0, below=1)
     hue_jitter: float = option(0.0, "Hue by ± this, in turns of the colour circle.", at_least=0, at_most=0.5)
     workers: int = speed(0, "Processes that load images, for each training process.", at_least=0)
+    save_steps: int = speed(0, "Steps between checkpoints, beside those after each epoch; 0: none.", at_least=0)
+    save_minutes: float = speed(10.0, "Minutes between checkpoints, likewise.", at_least=0)
+    keep: int = speed(2, "Newest checkpoints that stay on disk.", at_least=1)
+    track: Literal["tensorboard", "trackio", "wandb"] | None = speed(None, "tensorboard | trackio | wandb, or null.")
+    track_steps: int = speed(500, "Steps between the pictures of maps that it shows; 0: none.", at_least=0)
 
 
 @dataclass

@@ -1,6 +1,5 @@
 import copy
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from wsss_hf.data.examples import TaggedExamples
 from wsss_hf.data.transforms import TrainTransform
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.options import OptionError
-from wsss_hf.settings import RecipeError, TrainSettings
-from wsss_hf.training.loop import TrainingError, build_accelerator, fit
+from wsss_hf.settings import TrainSettings
+from wsss_hf.training.launcher import build_accelerator
+from wsss_hf.training.loop import TrainingError, fit
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ class Points(torch.utils.data.Dataset):
 
 def train(model, examples, folder, seed=0, **changes):
     wanted = settings(**changes)
-    return fit(model, examples, wanted, build_accelerator(wanted, seed), folder, seed)
+    return fit(model, examples, wanted, build_accelerator(wanted), folder, seed)
 
 
 def test_the_loss_goes_down_and_the_history_tells(tmp_path):
@@ -201,11 +201,6 @@ def test_a_diverging_training_stops_before_the_epoch_ends(tmp_path):
     with pytest.raises(TrainingError, match="the loss 'square' became (inf|nan) in epoch 1, step"):
         train(model, Points(400), tmp_path, lr=1e3, epochs=1)
     assert len(model.seen) < 100
-
-
-def test_a_batch_that_the_processes_can_not_share_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match="batch_size: expected a multiple of the 3 processes, got 4"):
-        fit(Line(), Points(), settings(), SimpleNamespace(num_processes=3), tmp_path)
 
 
 def test_fewer_examples_than_a_batch_are_one_batch(tmp_path):

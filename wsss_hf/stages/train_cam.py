@@ -12,6 +12,7 @@ from ..models.modeling_cam import CamClassifier
 from ..pseudo_labels.rules import check_columns
 from ..recipes import Recipe
 from ..training.build import build_on_backbone, build_processor
+from ..training.launcher import with_launcher
 from ..training.train import begin_training, train_model, with_superpixels
 from .cache import Record, StageOutput
 from .fingerprint import model_fingerprint, rows_fingerprint
@@ -38,14 +39,14 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
         DataError: a column that the recipe wants, here or for its masks, is missing.
         OutputError: `out` holds something else.
     """
-    section, rows = recipe.cam, data["train"]
+    section, rows = with_launcher(recipe.cam), data["train"]
     if section.saliency:
         check_saliency(rows, "cam.saliency")
     check_columns(recipe.masks, rows)  # which come later, but nobody should train for them in vain
     output = StageOutput(out, cam_record(data, recipe), force)
     if not output.done:
         with output.working() as folder:
-            accelerator = begin_training(section.train, recipe.seed)
+            accelerator = begin_training(section.train, recipe.seed, folder)
             model, mean, std = build_on_backbone(
                 CamClassifier,
                 section,
@@ -82,7 +83,7 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
 
 def cam_record(data: DatasetDict, recipe: Recipe) -> Record:
     """What a classifier of this recipe and data is made from."""
-    section = recipe.cam
+    section = with_launcher(recipe.cam)
     inputs = {"data": rows_fingerprint(data["train"], ["image_id", "tags", "image", *_columns(recipe)])}
     if section.backbone is not None:
         inputs["backbone"] = model_fingerprint(section.backbone)

@@ -23,6 +23,7 @@ from ..models.pretrained import NO_CODE, pinned
 from ..recipes import Recipe
 from ..settings import RefinerSettings
 from ..training.build import build_on_backbone, build_processor
+from ..training.launcher import with_launcher
 from ..training.train import begin_training, train_model
 from .cache import Record, StageOutput
 from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
@@ -56,7 +57,7 @@ def train_refiner(
     Returns:
         the model, loadable by `MapRefiner.from_pretrained(out)`; [`make_masks`] takes it in place of the classifier.
     """
-    section, rows = recipe.refiner, data["train"]
+    section, rows = with_launcher(recipe.refiner), data["train"]
     fingerprints = row_fingerprints(rows, _COLUMNS)
     inputs = {"data": rows_fingerprint(rows, _COLUMNS, fingerprints), "cam": model_fingerprint(cam)}
     if recipe.cam.backbone is not None and not section.from_cam:
@@ -71,7 +72,7 @@ def train_refiner(
             maps = compute_shards(
                 compute, rows, fingerprints, _FEATURES, folder / "maps", _MAPS_AT_A_TIME, "maps", digest(inputs)
             )
-            accelerator = begin_training(section.train, recipe.seed)
+            accelerator = begin_training(section.train, recipe.seed, folder)
             model, mean, std = _build(cam, recipe, class_names(rows))
             size = recipe.image.size
             result = train_model(

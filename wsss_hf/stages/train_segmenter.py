@@ -19,6 +19,7 @@ from ..pseudo_labels.area_prior import background_factor, labelled_objects, mult
 from ..recipes import Recipe
 from ..settings import SelfTrainingSettings
 from ..training.build import build_on_backbone, build_processor
+from ..training.launcher import with_launcher
 from ..training.library_segmenter import build_library_segmenter
 from ..training.losses import CrossEntropy, SegmentationObjective, build_loss
 from ..training.train import begin_training, train_model
@@ -57,7 +58,7 @@ def train_segmenter(
     Raises:
         RecipeError: the recipe names no backbone or model, or one that can't be used.
     """
-    section, rows = recipe.segmenter, data["train"]
+    section, rows = with_launcher(recipe.segmenter), data["train"]
     supervised = mask_column == "mask"
     by_confidence = not supervised and bool(section.confidence or section.min_confidence)
     from_cam = cam if section.from_cam and section.model is None else None
@@ -71,7 +72,7 @@ def train_segmenter(
     output = StageOutput(out, Record("train-segmenter", VERSION, settings, inputs, source_of(data)), force)
     if not output.done:
         with output.working() as folder:
-            accelerator = begin_training(section.train, recipe.seed)
+            accelerator = begin_training(section.train, recipe.seed, folder)
             model, processor, new_parameters = _build(from_cam, recipe, ["background", *class_names(rows)])
             objective = SegmentationObjective(
                 model,

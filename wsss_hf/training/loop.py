@@ -2,36 +2,308 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate import Accelerator, skip_first_batches
+from accelerate.data_loader import SeedableRandomSampler
+from accelerate.utils import find_batch_size, set_seed
+from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
 from torch import nn, optim
-from torch.utils.data import DataLoader
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from ..progress import Progress
 from ..settings import RecipeError, TrainSettings
 from . import checkpoints
+from .failures import TrainingError, ending_together
+from .launcher import is_sharded
+from .preemption import Preemption
+from .tracking import TrainingLog
 
-DIVERGED_ADVICE = "a smaller learning rate, clip_gradient=1 or mixed_precision=no may help"
+_LOOK_AT_LOSSES = 10  # steps: every look lets a GPU run empty
 
 
-class TrainingError(RuntimeError):
-    """Training can't go on; the message says at which step and why."""
+class MicroBatches(BatchSampler):
+    """Batches of `batch_size` indices, each cut into `parts` whose sizes differ by one at most.
+
+    Accelerate deals them out: of P processes the p-th gets parts p, p + P, p + 2P … of a batch.
+    """
+
+    def __init__(self, sampler: RandomSampler, batch_size: int, parts: int):
+        self.sampler: Any = sampler
+        self.images, self.parts = batch_size, parts
+        self.drop_last = True
+
+    def __len__(self) -> int:
+        return self.sampler.num_samples // self.images * self.parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in BatchSampler(self.sampler, self.images, drop_last=True):
+            yield from (part.tolist() for part in np.array_split(batch, self.parts))
 
 
-def build_accelerator(settings: TrainSettings, seed: int) -> Accelerator:
-    """The Accelerator of a `train` section; the order of the examples depends on `seed` and the epoch alone."""
-    loading = DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed)
-    return Accelerator(mixed_precision=settings.mixed_precision, dataloader_config=loading)
+class Training:
+    """One training; it goes on from the newest checkpoint where `folder` holds one.
+
+    Random numbers depend on the seed, the step and the micro-batch alone, and the data on the seed and the epoch: a
+    training that was broken off anywhere ends with what the unbroken one gives, as does one with N processes and one
+    with N micro-batches, but for rounding.
+
+    Args:
+        model: `model(**example_batch)` gives an output with `loss` and, if it has several, a dict `losses`. It is
+            trained in place.
+        examples: items are the model's keyword arguments; `set_epoch` is called where it exists.
+        settings: a recipe's `train` section.
+        accelerator: of `build_accelerator`.
+        folder: keeps `checkpoints/` and `log.jsonl`.
+        pictures: gives named pictures, arrays (N, H, W, 3) uint8, for the tracker.
+
+    Raises:
+        RecipeError: there are fewer images in a batch, or in all, than processes and micro-batches, or a setting does
+            not go together with these processes.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        examples: Any,
+        settings: TrainSettings,
+        accelerator: Accelerator,
+        folder: Path,
+        seed: int = 0,
+        title: str = "training",
+        pictures: Callable[[], dict[str, np.ndarray]] | None = None,
+    ):
+        self.examples, self.settings, self.accelerator = examples, settings, accelerator
+        self.folder, self.seed, self.title, self.pictures = folder, seed, title, pictures
+        self.batch_size, self.parts = _shares(settings, accelerator, len(examples))
+        self.steps_per_epoch = len(examples) // self.batch_size
+        self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
+        self.step = 0  # optimiser steps that are done
+        self.history: list[dict] = []
+        self._saved_step, self._saved_at = 0, time.monotonic()  # the newest checkpoint
+        self.sums: dict[str, torch.Tensor] = {}  # of the losses of the running epoch, over its images
+
+        set_seed(seed)  # identical on all processes, whatever was drawn before
+        if settings.freeze_batch_norm:
+            freeze_batch_norm(model)
+        if settings.sync_batch_norm:
+            model = _with_synced_norms(model, accelerator)
+        if settings.channels_last:
+            # The convolutions of MobileNetV2 then run a quarter faster on a CPU.
+            model = model.to(memory_format=torch.channels_last)
+        self.inner = model
+        self.order = SeedableRandomSampler(examples, data_seed=seed)
+        loader = DataLoader(
+            examples,
+            batch_sampler=MicroBatches(self.order, self.batch_size, self.parts),
+            num_workers=settings.workers,
+            persistent_workers=settings.workers > 0,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        _tell_deepspeed(accelerator, self.batch_size // self.parts)
+        optimizer = build_optimizer(model, settings)
+        scheduler = build_scheduler(optimizer, settings, self.total_steps)
+        average = _average(model, settings, accelerator)
+        self.model, self.optimizer, self.loader, self.scheduler = accelerator.prepare(
+            model, optimizer, loader, scheduler
+        )
+        self.average: Any = average and accelerator.prepare_model(average, evaluation_mode=True)
+        _save_without_wrappers(accelerator)
+
+    def run(self) -> list[dict]:
+        """Train to the end.
+
+        Returns:
+            One record per epoch: mean losses, learning rate, images per second.
+
+        Raises:
+            TrainingError: the loss is not finite, a batch does not fit into memory, or a checkpoint can't be written.
+            Preempted: a batch system asked for the end; a checkpoint was written.
+        """
+        with ending_together(self.accelerator, self.folder):
+            self._resume()
+            log = TrainingLog(self.accelerator, self.folder, self.title, self.settings, self.step)
+            with Preemption() as preemption, Progress(self.title, self.total_steps) as progress, log:
+                progress.advance(self.step)
+                try:
+                    while self.step < self.total_steps:
+                        self._run_epoch(progress, log, preemption)
+                except Exception:
+                    if not self._saved_step:
+                        log.discard()
+                    raise
+        if self.average is not None:
+            with torch.no_grad():
+                for weight, mean in zip(self.inner.parameters(), self.average.module.parameters(), strict=True):
+                    weight.copy_(mean)
+        return self.history
+
+    def _run_epoch(self, progress: Progress, log: TrainingLog, preemption: Preemption) -> None:
+        epoch, first = divmod(self.step, self.steps_per_epoch)
+        # The last epoch may be a part of one, where the recipe counts steps.
+        steps = min(self.steps_per_epoch, self.total_steps - epoch * self.steps_per_epoch)
+        begin, started = self.step, time.perf_counter()
+        self._train_mode()
+        for number, batch in enumerate(self._batches(epoch, first, steps), first * self._micro_batches):
+            with self.accelerator.accumulate(self.model):
+                self._add_gradients(batch, epoch, number)
+                if self.accelerator.sync_gradients:
+                    self._update_weights()
+            if not self.accelerator.sync_gradients:
+                continue
+            done = self.step - epoch * self.steps_per_epoch
+            if (done - 1) % _LOOK_AT_LOSSES == 0 or done == steps:
+                means = self._means()
+                _check_finite(means, epoch, done - 1)
+                progress.show(means)
+                rate = (self.step - begin) * self.batch_size / (time.perf_counter() - started)
+                log.write(self.step, means | {"lr": self.scheduler.get_last_lr()[0], "images_per_second": rate})
+            if self.pictures is not None and log.wants_pictures(self.step):
+                log.show_pictures(self.step, self.pictures())
+                self._train_mode()
+            progress.advance(1)
+            if done < steps:
+                self._save_if_due(preemption)
+        record = self._record(epoch, (self.step - begin) * self.batch_size / (time.perf_counter() - started))
+        self.history.append(record)
+        self.sums = {}
+        progress.log(record)
+        if self.step < self.total_steps:
+            self._save()
+            self._stop_if_asked(preemption)
+
+    @property
+    def _micro_batches(self) -> int:
+        """Of a step, in each process."""
+        return self.parts // self.accelerator.num_processes
+
+    def _train_mode(self) -> None:
+        self.model.train()
+        if self.settings.freeze_batch_norm:
+            freeze_batch_norm(self.inner)  # whose parameters have their own names, also in distributed training
+
+    def _batches(self, epoch: int, first: int, steps: int) -> Iterator[dict]:
+        """The micro-batches of an epoch's steps from `first` to `steps`."""
+        self.order.set_epoch(epoch)
+        self.loader.set_epoch(epoch)
+        if hasattr(self.examples, "set_epoch"):
+            self.examples.set_epoch(epoch)
+        loader = skip_first_batches(self.loader, first * self._micro_batches) if first else self.loader
+        return itertools.islice(loader, (steps - first) * self._micro_batches)
+
+    def _add_gradients(self, batch: dict, epoch: int, number: int) -> None:
+        """Forward and backward pass of one micro-batch, the `number`-th of the epoch in this process."""
+        images = find_batch_size(batch)
+        place = number * self.accelerator.num_processes + self.accelerator.process_index
+        set_seed(int(np.random.SeedSequence((self.seed, epoch, place)).generate_state(1)[0]))
+        if hasattr(self.inner, "progress"):
+            self.inner.progress = self.step / self.total_steps
+        try:
+            output = self.model(**batch)
+            # Gradients are averaged over the parts; those with an image less count less.
+            self.accelerator.backward(output.loss * (images * self.parts / self.batch_size))
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            raise TrainingError(self._too_large(images, epoch)) from error
+        losses = getattr(output, "losses", None) or {"loss": output.loss}
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach().float() * images
+        self.sums["images"] = self.sums.get("images", 0) + torch.tensor(float(images), device=output.loss.device)
+
+    def _update_weights(self) -> None:
+        if self.settings.clip_gradient:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient)
+        self.optimizer.step()
+        if not self.accelerator.optimizer_step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update_parameters(self.inner)
+        self.step += 1
+
+    def _too_large(self, images: int, epoch: int) -> str:
+        step = self.step - epoch * self.steps_per_epoch + 1
+        finer = self.settings.accumulate * 2
+        fewer = f"accumulate={finer} makes it fit in smaller parts, " if images > 1 else ""
+        return (
+            f"{images} images at a time do not fit into the memory of {self.accelerator.device} in epoch {epoch + 1}, "
+            f"step {step}; {fewer}gradient_checkpointing=true, mixed_precision=bf16, a smaller image.size save memory"
+        )
+
+    def _means(self) -> dict[str, float]:
+        """Mean losses of the epoch so far, in this process."""
+        names = [name for name in self.sums if name != "images"]
+        values = torch.stack([self.sums[name] / self.sums["images"] for name in names])
+        return dict(zip(names, values.tolist(), strict=True))
+
+    def _totals(self) -> dict[str, float]:
+        """The sums of all processes."""
+        return {name: value.item() for name, value in self.accelerator.reduce(self.sums, "sum").items()}
+
+    def _record(self, epoch: int, rate: float) -> dict[str, Any]:
+        totals = self._totals()
+        images = totals.pop("images")
+        record: dict[str, Any] = {"epoch": epoch + 1} | {name: total / images for name, total in totals.items()}
+        return record | {"lr": self.scheduler.get_last_lr()[0], "images_per_second": round(rate, 2)}
+
+    # Checkpoints
+
+    def _save_if_due(self, preemption: Preemption) -> None:
+        settings = self.settings
+        if settings.save_steps and self.step % settings.save_steps == 0:
+            self._save()
+        # Processes must agree on what clocks and signals say; asking lets a GPU run empty.
+        if self.accelerator.use_distributed and self.step % _LOOK_AT_LOSSES and self.accelerator.device.type != "cpu":
+            return
+        late = settings.save_minutes and time.monotonic() - self._saved_at > 60 * settings.save_minutes
+        if self._any_process(bool(late) and self.accelerator.is_main_process):
+            self._save()
+        self._stop_if_asked(preemption)
+
+    def _stop_if_asked(self, preemption: Preemption) -> None:
+        if self._any_process(preemption.signal is not None):
+            if self._saved_step != self.step:
+                self._save()
+            preemption.stop(self.title, self.step)
+
+    def _any_process(self, flag: bool) -> bool:
+        if not self.accelerator.use_distributed:
+            return flag
+        flags = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flags, "sum").item())
+
+    def _save(self) -> None:
+        state = {"step": self.step, "history": self.history, "sums": self._totals() if self.sums else {}}
+        try:
+            checkpoints.save(self.accelerator, self.folder / "checkpoints", self.step, state, self.settings.keep)
+        except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
+            held = f"the one of step {self._saved_step} is whole" if self._saved_step else "there is none before it"
+            reason = " ".join(str(error).split())
+            raise TrainingError(
+                f"the checkpoint of step {self.step} could not be written ({reason}); {held}"
+            ) from error
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+
+    def _resume(self) -> None:
+        saved = checkpoints.resume(self.accelerator, self.folder / "checkpoints")
+        if saved is None:
+            return
+        self.history = saved["history"]
+        self.step = self._saved_step = saved["step"]
+        if saved["sums"]:  # of all processes
+            share = float(self.accelerator.is_main_process)
+            device = self.accelerator.device
+            self.sums = {name: torch.tensor(share * value, device=device) for name, value in saved["sums"].items()}
 
 
 def fit(
@@ -43,111 +315,72 @@ def fit(
     seed: int = 0,
     title: str = "training",
 ) -> list[dict]:
-    """Train `model` in place; go on from the last finished epoch where `folder` holds one.
+    """Train `model` in place: [`Training`] from its first to its last step."""
+    return Training(model, examples, settings, accelerator, folder, seed, title).run()
 
-    Args:
-        model: `model(**example_batch)` gives an output with `loss` and, if it has several, a dict `losses`.
-        examples: items are the model's keyword arguments; `set_epoch` is called where it exists.
-        settings: a recipe's `train` section.
-        folder: keeps `checkpoints/`; a killed run that is started again gives what the unbroken run gives.
 
-    Returns:
-        One record per epoch: mean losses, learning rate, images per second.
-
-    Raises:
-        RecipeError: the batch can't be split evenly over the processes.
-        TrainingError: the loss is not finite.
-    """
+def _shares(settings: TrainSettings, accelerator: Accelerator, num_examples: int) -> tuple[int, int]:
+    """Images of a step, and the number of parts that the processes cut them into."""
     processes = accelerator.num_processes
-    if settings.batch_size % processes:
-        raise RecipeError(f"batch_size: expected a multiple of the {processes} processes, got {settings.batch_size}")
-    per_process = settings.batch_size // processes
-    loader = DataLoader(
-        examples,
-        batch_size=min(per_process, max(1, len(examples) // processes)),
-        shuffle=True,
-        drop_last=True,
-        num_workers=settings.workers,
-        persistent_workers=settings.workers > 0,
-    )
-    run = _identity(model, len(examples), settings, seed)
-    # Identical on all processes, whatever was drawn before.
-    set_seed(seed)
-    _freeze(model, settings)
-    optimizer = build_optimizer(model, settings)
-    inner = model
-    # With their channels last, the convolutions of MobileNetV2 run a quarter faster on a CPU.
-    model = model.to(memory_format=torch.channels_last)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    steps_per_epoch = len(loader)
-    total_steps = settings.steps or settings.epochs * steps_per_epoch
-    epochs = math.ceil(total_steps / steps_per_epoch)
-    scheduler = build_scheduler(optimizer.optimizer, settings, total_steps)
-
-    history: list[dict] = []
-    saved = checkpoints.resume(accelerator, folder / "checkpoints", run)
-    if saved is not None:
-        history = saved["history"]
-        scheduler.load_state_dict(saved["schedule"])
-    with Progress(title, total_steps) as progress:
-        progress.advance(len(history) * steps_per_epoch)
-        for epoch in range(len(history), epochs):
-            # Dropout and the like differ between epochs, and are the same after a resume.
-            set_seed(seed + 1000 * (epoch + 1) + accelerator.process_index)
-            loader.set_epoch(epoch)
-            if hasattr(examples, "set_epoch"):
-                examples.set_epoch(epoch)
-            model.train()
-            _freeze(inner, settings)  # whose parameters have their own names, also in distributed training
-            sums: dict[str, torch.Tensor] = {}
-            started = time.perf_counter()
-            # The last epoch may be a part of one, where the recipe counts steps.
-            steps = min(steps_per_epoch, total_steps - epoch * steps_per_epoch)
-            for step, batch in enumerate(itertools.islice(loader, steps)):
-                if hasattr(inner, "progress"):
-                    inner.progress = (epoch * steps_per_epoch + step) / total_steps
-                output = model(**batch)
-                accelerator.backward(output.loss)
-                if settings.clip_gradient:
-                    accelerator.clip_grad_norm_(model.parameters(), settings.clip_gradient)
-                optimizer.step()
-                if not accelerator.optimizer_step_was_skipped:
-                    scheduler.step()
-                optimizer.zero_grad()
-                losses = getattr(output, "losses", None) or {"loss": output.loss}
-                for name, loss in losses.items():
-                    sums[name] = sums.get(name, 0) + loss.detach().float()
-                if step % 10 == 0 or step + 1 == steps:
-                    means = {name: (total / (step + 1)).item() for name, total in sums.items()}
-                    _check_finite(means, epoch, step)
-                    progress.show(means)
-                progress.advance(1)
-            seconds = time.perf_counter() - started
-            images = steps * loader.total_batch_size
-            means = accelerator.reduce({name: total / steps for name, total in sums.items()}, "mean")
-            record = {"epoch": epoch + 1, **{name: value.item() for name, value in means.items()}}
-            record |= {"lr": scheduler.get_last_lr()[0], "images_per_second": round(images / seconds, 2)}
-            history.append(record)
-            progress.log(record)
-            if epoch + 1 < epochs:
-                state = {"history": history, "schedule": scheduler.state_dict()}
-                checkpoints.save(accelerator, folder / "checkpoints", (epoch + 1) * steps_per_epoch, state, run=run)
-    return history
+    if num_examples < processes:
+        raise RecipeError(f"training images: expected at least {processes}, one for each process, got {num_examples}")
+    parts = processes * settings.accumulate
+    if settings.batch_size < parts:
+        raise RecipeError(
+            f"batch_size: expected at least {parts}, an image for each of {processes} processes x "
+            f"{settings.accumulate} micro-batches, got {settings.batch_size}"
+        )
+    batch_size = min(settings.batch_size, num_examples)
+    accelerator.gradient_accumulation_steps = min(settings.accumulate, batch_size // processes)
+    return batch_size, processes * accelerator.gradient_accumulation_steps
 
 
-def _identity(model: nn.Module, count: int, settings: TrainSettings, seed: int) -> str:
-    """What tells a training from others, whose checkpoints somebody may have put into its folder."""
-    slow = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("speed")]
-    parts = [count, seed, {name: getattr(settings, name) for name in slow}]
-    parts += [[name, list(parameter.shape)] for name, parameter in model.named_parameters()]
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+def _with_synced_norms(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    if not accelerator.use_distributed:
+        return model
+    if accelerator.device.type != "cuda":
+        raise RecipeError(f"sync_batch_norm: expected processes on GPUs, got {accelerator.device.type}")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def _average(model: nn.Module, settings: TrainSettings, accelerator: Accelerator) -> AveragedModel | None:
+    """The moving average of the weights; the statistics of its norms are the model's."""
+    if not settings.ema:
+        return None
+    if is_sharded(accelerator):
+        raise RecipeError(f"ema: expected 0 where each process holds a part of the weights, got {settings.ema}")
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+
+
+def _tell_deepspeed(accelerator: Accelerator, micro_batch: int) -> None:
+    """DeepSpeed wants to know what it can't read off a loader with batches of its own."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        sizes = {"train_micro_batch_size_per_gpu": micro_batch, "train_batch_size": "auto"}
+        plugin.deepspeed_config.update(sizes, gradient_accumulation_steps=accelerator.gradient_accumulation_steps)
+
+
+def _save_without_wrappers(accelerator: Accelerator) -> None:
+    """Let checkpoints name weights as the model does, whether it is compiled and distributed or not."""
+    if is_sharded(accelerator):
+        return
+
+    def save(models: list[nn.Module], weights: list[dict], _folder: str) -> None:
+        weights[:] = [accelerator.unwrap_model(model, keep_torch_compile=False).state_dict() for model in models]
+
+    def load(models: list[nn.Module], _folder: str) -> None:
+        models[:] = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 def _check_finite(means: dict[str, float], epoch: int, step: int) -> None:
     for name, value in means.items():
         if not math.isfinite(value):
             raise TrainingError(
-                f"the loss {name!r} became {value} in epoch {epoch + 1}, step {step + 1}; {DIVERGED_ADVICE}"
+                f"the loss {name!r} became {value} in epoch {epoch + 1}, step {step + 1}; "
+                "a smaller learning rate, clip_gradient=1 or mixed_precision=no may help"
             )
 
 
@@ -165,14 +398,13 @@ def is_new(model: nn.Module, name: str) -> bool:
 def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
     """Groups by where a parameter comes from and what it is: pretrained or new, weight or bias.
 
-    Pretrained layers learn `backbone_lr_factor` times as fast as `lr`, new ones `head_lr_factor` times, biases
-    `bias_lr_factor` times their layer; biases and norms do not decay.
+    New layers learn `head_lr_factor` times as fast, biases `bias_lr_factor` times; biases and norms do not decay.
     """
     groups: dict[tuple[float, bool], list] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = settings.head_lr_factor if is_new(model, name) else settings.backbone_lr_factor
+        factor = settings.head_lr_factor if is_new(model, name) else 1.0
         if name.endswith(".bias"):
             factor *= settings.bias_lr_factor
         groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
@@ -190,9 +422,11 @@ def build_optimizer(model: nn.Module, settings: TrainSettings) -> optim.Optimize
     """The optimiser of a `train` section."""
     groups = parameter_groups(model, settings)
     if settings.optimizer == "adamw":
-        return optim.AdamW(groups)
+        return optim.AdamW(groups, fused=settings.fused or None)
     nesterov = settings.nesterov and settings.momentum > 0
-    return optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov)
+    return optim.SGD(
+        groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=settings.fused or None
+    )
 
 
 def build_scheduler(
@@ -213,37 +447,10 @@ def build_scheduler(
     return optim.lr_scheduler.LambdaLR(optimizer, rate)
 
 
-def _freeze(model: nn.Module, settings: TrainSettings) -> None:
-    """What a `train` section keeps as it is."""
-    if settings.freeze_batch_norm:
-        freeze_batch_norm(model)
-    if settings.backbone_lr_factor == 0:
-        freeze_pretrained(model)
-
-
-def freeze_pretrained(model: nn.Module) -> None:
-    """Keep all pretrained parameters and statistics; call again after each `model.train()`.
-
-    Modules without a new parameter do not drop anything either, and keep nothing for a backward pass.
-
-    Raises:
-        RecipeError: there are no others.
-    """
-    for name, parameter in model.named_parameters():
-        if not is_new(model, name):
-            parameter.requires_grad_(False)
-    for name, module in model.named_modules():
-        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
-        if own and not any(is_new(model, parameter) for parameter in own):
-            module.eval()
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise RecipeError("backbone_lr_factor: expected more than 0 for a model without new layers, got 0")
-
-
 def freeze_batch_norm(model: nn.Module) -> None:
     """Keep statistics and affine parameters of every pretrained batch norm; call again after each `model.train()`."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d) and not is_new(model, f"{name}.weight"):
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and not is_new(model, f"{name}.weight"):
             module.eval()
             module.requires_grad_(False)
 

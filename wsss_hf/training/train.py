@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
@@ -18,19 +19,28 @@ from transformers import BaseImageProcessor
 from ..data.examples import TaggedExamples
 from ..data.superpixels import superpixel_column
 from ..data.transforms import TrainTransform
-from ..files import sync
-from ..inference.weights import diverged
-from ..progress import Progress, say
+from ..progress import Progress
 from ..settings import FelzenszwalbSettings, TrainSettings
-from .loop import DIVERGED_ADVICE, TrainingError, build_accelerator, enable_checkpointing, fit
+from .launcher import build_accelerator, is_sharded
+from .loop import Training, enable_checkpointing
+from .pictures import MapPictures
+from .tracking import STEP_LOG_FILE, TRACKER_FOLDER, check_tracker
 
 LOG_FILE = "training_log.json"
 
 
-def begin_training(settings: TrainSettings, seed: int) -> Accelerator:
-    """The Accelerator of a training; random numbers start from `seed`. Call it before the model is built."""
+def begin_training(settings: TrainSettings, seed: int, folder: Path) -> Accelerator:
+    """The Accelerator of a training; random numbers start from `seed`. Call it before the model is built.
+
+    Args:
+        folder: the training's own, see [`train_model`].
+
+    Raises:
+        RecipeError: the tracker is not installed.
+    """
+    check_tracker(settings)
     AcceleratorState._reset_state()  # each stage of a run has its own precision
-    accelerator = build_accelerator(settings, seed)
+    accelerator = build_accelerator(settings, folder)
     set_seed(seed)
     return accelerator
 
@@ -51,7 +61,7 @@ def train_model(
     targets: bool = False,
     finish: Callable[[Any, BaseImageProcessor], dict] | None = None,
 ) -> Path:
-    """Train `model` in place and save it; go on from the last finished epoch where `folder` holds one.
+    """Train `model` in place and save it; go on from the newest checkpoint where `folder` holds one.
 
     Args:
         model: gives a loss in training, and has `save_pretrained`.
@@ -66,34 +76,41 @@ def train_model(
             returns joins the last record of the log.
 
     Returns:
-        `folder/result`: the model, its processor and `training_log.json`, written by the main process.
-
-    Raises:
-        TrainingError: a loss or, at the end, a weight is no number that one can compute with.
+        `folder/result`: the model, its processor, `training_log.json` (a record per epoch) and `log.jsonl` (one every
+        few steps), written by the main process.
     """
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
+    statistics = pixel_statistics(processor)
     transform = TrainTransform(
         crop_size=size,
         scale=(settings.scale[0], settings.scale[1]),
         flip=settings.flip,
         color_jitter=settings.color_jitter,
-        hue_jitter=settings.hue_jitter,
-        scaled_side=settings.scaled_side,
-        **pixel_statistics(processor),
+        **statistics,
     )
     wanted = dict.fromkeys(columns, True)
     examples = TaggedExamples(rows, transform, mask_column=mask_column, seed=seed, targets=targets, **wanted)
-    history = fit(model, examples, settings, accelerator, folder, seed, title)
-    if (found := diverged(model)) is not None:
-        raise TrainingError(f"the training of {title} has diverged: {found} after the last step; {DIVERGED_ADVICE}")
+    # Of weights that the processes share out, the main process keeps a whole network to put them into at the end.
+    sharded = is_sharded(accelerator)
+    trained = copy.deepcopy(model) if sharded and accelerator.is_main_process else model
+    pictures = None if sharded else MapPictures(model, examples, **statistics)
+    training = Training(model, examples, settings, accelerator, folder, seed, title, pictures)
+    history = training.run()
+    if sharded:
+        weights = accelerator.get_state_dict(training.model)
+        if accelerator.is_main_process:
+            trained.load_state_dict(weights)
     result = folder / "result"
     if accelerator.is_main_process:
         if finish is not None:
-            history[-1] |= finish(model, processor)
-        model.save_pretrained(result)
+            history[-1] |= finish(trained, processor)
+        trained.save_pretrained(result)
         processor.save_pretrained(result)
         (result / LOG_FILE).write_text(json.dumps(history, indent=1))
+        for name in (STEP_LOG_FILE, TRACKER_FOLDER):
+            if (folder / name).exists():
+                os.replace(folder / name, result / name)
     accelerator.wait_for_everyone()
     return result
 
@@ -125,21 +142,8 @@ def with_superpixels(
     ]
     compute = partial(superpixel_column, size=size, options=vars(options))
     mine, file = parts[accelerator.process_index]
-    if file.exists() and not _is_whole(file, len(mine)):
-        say(f"{file} is damaged and made again")
-        file.unlink()
     with Progress("superpixels", len(mine), unit="image") as progress:
         compute(mine, cache_file=file, advance=progress.advance)
-    sync(file)
-    sync(folder)
     accelerator.wait_for_everyone()
     column = concatenate_datasets([compute(part, cache_file=file) for part, file in parts])
     return concatenate_datasets([rows, column], axis=1)
-
-
-def _is_whole(file: Path, count: int) -> bool:
-    """Whether an Arrow file has `count` rows to its end."""
-    try:
-        return len(Dataset.from_file(str(file))) == count
-    except (OSError, pa.ArrowException):
-        return False

@@ -1,0 +1,349 @@
+"""Trainings on several processes, in micro-batches, broken off anywhere: all end alike."""
+
+import copy
+import errno
+import json
+import os
+import signal
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from test_loop import Killed, Line, Mortal, Points, assert_same_weights, figures, settings, tagged_examples
+from torch import nn
+
+from wsss_hf.models.configuration_cam import CamConfig
+from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.settings import RecipeError
+from wsss_hf.training import checkpoints
+from wsss_hf.training.launcher import build_accelerator
+from wsss_hf.training.loop import Training, TrainingError, fit
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def train(model, examples, folder, seed=0, **changes):
+    wanted = settings(**changes)
+    return fit(model, examples, wanted, build_accelerator(wanted), folder, seed)
+
+
+class DroppingLine(Line):
+    """Drops points at random."""
+
+    def forward(self, x, y):
+        return super().forward(nn.functional.dropout(x), y)
+
+
+# Micro-batches and processes
+
+
+def trained_slope(model, examples, folder, **changes):
+    train(model, examples, folder, **changes)
+    return model.slope.item()
+
+
+def test_micro_batches_and_processes_give_one_result(tmp_path, in_processes):
+    shared = {"epochs": 2, "batch_size": 8, "lr": 0.5}
+    whole = DroppingLine()
+    alone = trained_slope(whole, Points(24), tmp_path / "alone", accumulate=4, **shared)
+
+    # The same by hand: a step of gradient descent on the mean of four losses.
+    slope, steps = 0.0, 6
+    for step in range(steps):
+        parts = [torch.tensor(x) for x in whole.seen[4 * step : 4 * step + 4]]
+        # Where a point is left, dropout has doubled its x, which then is its y.
+        gradient = sum((2 * (slope * x - x) * x).mean().item() for x in parts) / 4
+        slope -= 0.5 * (1 - step / steps) ** 0.9 * gradient
+    assert len(whole.seen) == 4 * steps and {len(x) for x in whole.seen} == {2}
+    assert alone == pytest.approx(slope, abs=1e-5) and alone > 0.05
+
+    def work():
+        return trained_slope(DroppingLine(), Points(24), tmp_path / "two", accumulate=2, **shared)
+
+    first, second = in_processes(work)
+    assert first == second == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_batch_that_does_not_divide_is_shared_unevenly(tmp_path, in_processes):
+    shared = {"epochs": 2, "batch_size": 5, "lr": 0.5}
+    alone, in_parts = Line(), Line()
+    train(alone, Points(15), tmp_path / "alone", **shared)
+    train(in_parts, Points(15), tmp_path / "parts", accumulate=3, **shared)
+    assert [len(x) for x in in_parts.seen[:3]] == [2, 2, 1]
+    assert [sum(in_parts.seen[k : k + 3], []) for k in (0, 3)] == alone.seen[:2]
+
+    def work():
+        model = Line()
+        history = train(model, Points(15), tmp_path / "two", **shared)
+        return model.slope.item(), figures(history), [len(x) for x in model.seen[:2]]
+
+    (slope, history, sizes), (same, _, other_sizes) = in_processes(work)
+    assert (sizes, other_sizes) == ([3, 3], [2, 2])
+    assert alone.slope.item() == pytest.approx(in_parts.slope.item(), abs=1e-6)
+    assert alone.slope.item() == pytest.approx(slope, abs=1e-6) and slope == same
+    expected = figures(train(Line(), Points(15), tmp_path / "again", **shared))
+    assert [record["square"] for record in history] == pytest.approx([r["square"] for r in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "changes", "message"),
+    [
+        (1, {}, "training images: expected at least 2, one for each process, got 1"),
+        (
+            12,
+            {"batch_size": 1},
+            "batch_size: expected at least 2, an image for each of 2 processes x 1 micro-b.* got 1",
+        ),
+        (
+            12,
+            {"accumulate": 3},
+            "batch_size: expected at least 6, an image for each of 2 processes x 3 micro-.* got 4",
+        ),
+        (12, {"sync_batch_norm": True}, "sync_batch_norm: expected processes on GPUs, got cpu"),
+    ],
+)
+def test_what_two_processes_can_not_share_is_refused(tmp_path, in_processes, count, changes, message):
+    def work():
+        train(Line(), Points(count), tmp_path, **changes)
+
+    for error in in_processes(work):
+        assert isinstance(error, RecipeError)
+        with pytest.raises(RecipeError, match=message):
+            raise error
+
+
+def test_fewer_images_than_a_batch_make_fewer_micro_batches(tmp_path):
+    model = Line()
+    train(model, Points(3), tmp_path, epochs=1, accumulate=4)
+    assert [len(x) for x in model.seen] == [1, 1, 1]
+
+
+def test_the_error_of_a_process_ends_the_others(tmp_path, in_processes):
+    class Unreadable(Points):
+        def __getitem__(self, index):
+            if os.environ["RANK"] == "1" and index == 7:
+                raise ValueError("row 'img7': expected an image,\ngot nothing")
+            return super().__getitem__(index)
+
+    waiting, failing = in_processes(lambda: train(Line(), Unreadable(), tmp_path, epochs=4))
+    assert isinstance(failing, ValueError)
+    assert isinstance(waiting, TrainingError)
+    assert str(waiting) == "process 1 failed: row 'img7': expected an image, got nothing"
+
+
+def test_a_process_that_is_killed_ends_the_others(tmp_path, in_processes):
+    class Deadly(Points):
+        def __getitem__(self, index):
+            if os.environ["RANK"] == "1" and index == 7:
+                raise SystemExit  # without a word to the others
+            return super().__getitem__(index)
+
+    waiting, _ = in_processes(lambda: train(Line(), Deadly(), tmp_path, epochs=4))
+    assert isinstance(waiting, TrainingError)
+    assert "another process has ended without an error" in str(waiting)
+
+
+def test_a_batch_that_does_not_fit_says_what_to_set(tmp_path):
+    class Huge(Line):
+        def forward(self, x, y):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(TrainingError, match="4 images at a time do not fit into the memory of cpu .* accumulate=2 "):
+        train(Huge(), Points(), tmp_path)
+    with pytest.raises(TrainingError, match="1 images .* in epoch 1, step 1; gradient_checkpointing=true"):
+        train(Huge(), Points(), tmp_path, accumulate=4)
+
+
+# Broken off
+
+
+class Interrupting(Mortal):
+    """Examples that send this process a signal when the `reads`-th of an epoch is read."""
+
+    def __init__(self, examples, epoch, reads, number):
+        super().__init__(examples)
+        self.at, self.number = (epoch, reads), number
+
+    def __getitem__(self, index):
+        if (self.epochs[-1], self.reads) == self.at:
+            os.kill(os.getpid(), self.number)
+        return super().__getitem__(index)
+
+
+TINY = {
+    "model_type": "resnet",
+    "layer_type": "basic",
+    "embedding_size": 8,
+    "hidden_sizes": [8, 8, 16, 16],
+    "depths": [1, 1, 1, 1],
+}
+METHODS = {
+    "drs": {},
+    "icd": {"hidden_channels": 8},
+    "plda": {"hidden": [8], "pamr_iterations": 1, "pamr_dilations": [1]},
+}
+IN_THE_MIDDLE = {
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "freeze_batch_norm": False,
+    "warmup": 0.3,
+    "accumulate": 2,
+    "ema": 0.6,
+    "save_minutes": 0,
+}
+
+
+@pytest.fixture
+def network():
+    """A CAM classifier whose methods keep running means and draw random numbers."""
+    torch.manual_seed(0)
+    return CamClassifier(CamConfig(backbone_config=TINY, id2label=dict(enumerate("abcdefgh")), **METHODS))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_training_stopped_in_an_epoch_goes_on_bit_for_bit(network, toy_data, tmp_path, number, capfd):
+    stopped, resumed = copy.deepcopy(network), copy.deepcopy(network)
+    examples = Mortal(tagged_examples(toy_data))
+    wanted = train(network, examples, tmp_path / "unbroken", **IN_THE_MIDDLE)
+    assert any(state.any() for name, state in network.named_buffers() if name.startswith("methods"))
+
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
+    with pytest.raises(SystemExit) as stop:
+        again = Interrupting(tagged_examples(toy_data), epoch=1, reads=4, number=number)
+        train(stopped, again, tmp_path / "broken", **IN_THE_MIDDLE)
+    assert stop.value.code == 75
+    assert f"stopped after step 4 by {number.name}; the same command goes on" in capfd.readouterr().err
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == handlers
+    assert checkpoints.newest(tmp_path / "broken" / "checkpoints").name == "step-00000004"
+
+    torch.manual_seed(123)
+    rest = Mortal(tagged_examples(toy_data))
+    history = train(resumed, rest, tmp_path / "broken", **IN_THE_MIDDLE)
+    assert rest.epochs == [1, 2]
+    assert figures(history) == figures(wanted)
+    assert_same_weights(resumed, network)
+
+
+def test_another_number_of_processes_goes_on_where_one_was_stopped(tmp_path, in_processes):
+    shared = {"epochs": 3, "optimizer": "adamw"}
+    whole = DroppingLine()
+    wanted = train(whole, Points(), tmp_path / "unbroken", accumulate=2, **shared)
+    with pytest.raises(SystemExit):
+        stopping = Interrupting(Points(), epoch=1, reads=5, number=signal.SIGUSR1)
+        train(DroppingLine(), stopping, tmp_path / "broken", accumulate=2, **shared)
+
+    def work():
+        model = DroppingLine()
+        return train(model, Points(), tmp_path / "broken", **shared), model.slope.item()
+
+    (history, slope), (_, same) = in_processes(work)
+    assert slope == same == pytest.approx(whole.slope.item(), abs=1e-6)
+    assert [r["square"] for r in history] == pytest.approx([r["square"] for r in wanted], abs=1e-6)
+
+
+def test_a_signal_to_one_process_stops_both(tmp_path, in_processes):
+    def work():
+        examples = Points(48)
+        if os.environ["RANK"] == "1":
+            examples = Interrupting(Points(48), epoch=0, reads=5, number=signal.SIGUSR1)
+        train(Line(), examples, tmp_path, epochs=100)
+
+    for stop in in_processes(work):
+        assert isinstance(stop, SystemExit) and stop.code == 75
+    assert checkpoints.newest(tmp_path / "checkpoints") is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"save_steps": 2}, ["step-00000002", "step-00000003"]),
+        ({"save_steps": 1, "keep": 1}, ["step-00000003"]),
+        ({"save_minutes": 1e-9, "keep": 3}, ["step-00000001", "step-00000002", "step-00000003"]),
+        ({"save_minutes": 0}, ["step-00000003"]),
+    ],
+)
+def test_checkpoints_are_written_when_they_are_due(tmp_path, changes, kept):
+    with pytest.raises(Killed):
+        train(Line(), Mortal(Points(), dies_in=1), tmp_path, **changes)  # before the first step of the second epoch
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == kept
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
+    saved = []
+
+    def save_state(accelerator, folder):
+        if saved:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+        saved.append(folder)
+        return whole_save(accelerator, folder)
+
+    whole_save = checkpoints.Accelerator.save_state
+    monkeypatch.setattr(checkpoints.Accelerator, "save_state", save_state)
+    with pytest.raises(
+        TrainingError, match="checkpoint of step 6 could not .* No space left .* step 3 is whole"
+    ) as full:
+        train(Line(), Points(), tmp_path)
+    assert "\n" not in str(full.value)
+    assert checkpoints.newest(tmp_path / "checkpoints").name == "step-00000003"
+
+
+# Settings
+
+
+def test_the_average_of_the_weights_is_saved_in_their_place(tmp_path):
+    model = Line()
+    wanted = settings(epochs=1, ema=0.75, lr=0.5)
+    training = Training(model, Points(), wanted, build_accelerator(wanted), tmp_path)
+    update, slopes = training._update_weights, []
+
+    def watched():
+        update()
+        slopes.append(model.slope.item())
+
+    training._update_weights = watched
+    training.run()
+    average = slopes[0]
+    for slope in slopes[1:]:
+        average = 0.75 * average + 0.25 * slope
+    assert len(slopes) == 3 and slopes[0] < slopes[2]
+    assert model.slope.item() == pytest.approx(average, rel=1e-6) != slopes[-1]
+
+
+SPEED = [{"fused": True}, {"channels_last": False}, {"fused": True, "optimizer": "adamw"}]
+
+
+@pytest.mark.parametrize("changes", SPEED)
+def test_settings_of_speed_change_nothing_but_rounding(cam_folder, toy_data, tmp_path, changes):
+    fast, plain = (CamClassifier.from_pretrained(cam_folder) for _ in range(2))
+    seen = []
+    fast.backbone.register_forward_hook(
+        lambda *_: seen.append(fast.backbone.body.embedder.embedder.convolution.weight)
+    )
+    changes = {"lr": 1e-2, "epochs": 1} | changes
+    wanted = settings(**changes)
+    training = Training(fast, tagged_examples(toy_data), wanted, build_accelerator(wanted), tmp_path / "fast")
+    training.run()
+    train(plain, tagged_examples(toy_data), tmp_path / "plain", **changes | {"fused": False, "channels_last": True})
+    for name, value in plain.state_dict().items():
+        assert torch.allclose(fast.state_dict()[name], value, atol=1e-4), name
+    assert bool(training.optimizer.defaults["fused"]) is wanted.fused
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) is wanted.channels_last
+
+
+def test_the_log_of_steps_goes_on_with_the_training(tmp_path):
+    with pytest.raises(Killed):
+        train(Line(), Mortal(Points(48), dies_in=1), tmp_path, epochs=2)
+    log = tmp_path / "log.jsonl"
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 11, 12]
+    with log.open("a") as file:
+        file.write('{"step": 1')  # cut off by the kill
+    train(Line(), Mortal(Points(48)), tmp_path, epochs=2)
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 11, 12, 13, 23, 24]
+    assert set(records[0]) == {"step", "square", "size", "lr", "images_per_second", "memory_gb"}
+    assert 0 < records[0]["memory_gb"] < 100

@@ -1,0 +1,62 @@
+"""Pictures of what a model in training says about a few of its images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from ..models.label_colors import overlay
+
+
+class MapPictures:
+    """Calling it gives the first training images, each with the model's label map for its tags drawn on it.
+
+    The model is left in evaluation mode.
+
+    Args:
+        model: a model with `segmentation_scores`, any segmenter, or a training objective that holds one as `model`.
+        examples: of [`TaggedExamples`].
+        image_mean, image_std, blue_first: how `pixel_values` came about.
+        count: of images.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Any,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        blue_first: bool = False,
+        count: int = 4,
+    ):
+        self.model: Any = getattr(model, "model", model)
+        self.examples, self.count, self.blue_first = examples, min(count, len(examples)), blue_first
+        self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (image_mean, image_std))
+
+    @torch.no_grad()
+    def __call__(self) -> dict[str, np.ndarray]:
+        """{"maps": (N, H, W, 3) uint8}."""
+        model = self.model.eval()
+        weight = next(model.parameters())
+        chosen = [self.examples[index] for index in range(self.count)]
+        pixel_values, tags = (torch.stack([e[name] for e in chosen]) for name in ("pixel_values", "tags"))
+        size = tuple(pixel_values.shape[-2:])
+        outputs = model(pixel_values=pixel_values.to(weight))
+        if hasattr(model, "segmentation_scores"):
+            scores = model.segmentation_scores(outputs, size, tags.to(weight.device))
+        else:
+            scores = F.interpolate(outputs.logits.float(), size=size, mode="bilinear", align_corners=False)
+        labels = scores.argmax(dim=1).to(torch.uint8).cpu().numpy()
+        images = (pixel_values * self.std + self.mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+        images = images.flip(1) if self.blue_first else images
+        drawn = [
+            np.asarray(overlay(Image.fromarray(image.permute(1, 2, 0).numpy()), mask))
+            for image, mask in zip(images, labels, strict=True)
+        ]
+        return {"maps": np.stack(drawn)}
