@@ -80,6 +80,17 @@ def test_help_names_every_stage(wsss):
         assert code == 0 and "--set" in text and "--recipe" in text
 
 
+def test_a_tracker_is_asked_for_all_trainings_before_work(wsss, tiny, tmp_path, monkeypatch):
+    command = ["run", "--data", "toy", *tiny, "--out", tmp_path / "run", "--quiet"]
+    monkeypatch.setattr("wsss_hf.training.tracking._AVAILABLE", {"trackio": lambda: False})
+    code, _, err = wsss(*command, "--track", "trackio")
+    assert code == 1
+    assert err == "error: track: expected an installed tracker, got trackio; pip install trackio\n"
+    code, _, err = wsss(*command, "--track", "paper")
+    assert code == 1 and "cam.train.track: expected tensorboard, trackio or wandb or null, got 'paper'" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_arguments_show_the_help(wsss):
     _, out, err = wsss()
     assert "train-cam" in out + err
@@ -463,9 +474,12 @@ def launch_well(*arguments, processes):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_processes_share_a_batch(tiny, tmp_path):
-    arguments = [*tiny, "--data", "toy", "--out", tmp_path / "cam", "--set", "cam.train.batch_size=3"]
+    arguments = [*tiny, "--data", "toy", "--out", tmp_path / "cam", "--set", "cam.train.batch_size=1"]
     _, err, code = launch("train_cam.py", *arguments, processes=2)
-    assert code and "error: batch_size: expected a multiple of the 2 processes, got 3" in err
+    assert (
+        code
+        and "error: batch_size: expected at least 2, an image for each of 2 processes x 1 micro-batches, got 1" in err
+    )
 
 
 @pytest.mark.slow

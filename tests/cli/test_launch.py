@@ -1,5 +1,7 @@
+import json
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 
 from wsss_hf.cli.launch import run_app
 
@@ -113,4 +116,43 @@ def test_a_signal_that_is_ignored_stays_so(monkeypatch):
     monkeypatch.setattr(signal, "signal", set_to.__setitem__)
     with pytest.raises(SystemExit):
         run_app(lambda args: sys.exit(0))
-    assert set(set_to) == {signal.SIGINT, signal.SIGTERM}
+    assert set(set_to) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="there is no such signal")
+def test_a_preempted_training_exits_with_its_own_code_and_goes_on(tmp_path):
+    """As SLURM sends it, in the middle of the only epoch."""
+    command = [sys.executable, "-m", "wsss_hf.cli.main", "train-cam", "--data", "toy", "--out", str(tmp_path / "cam")]
+    for change in ("toy.num_train=160", "toy.num_val=1", "cam.train.epochs=1", "cam.train.batch_size=1"):
+        command += ["--set", change]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    log = tmp_path / "cam.partial" / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while not log.is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 75
+    stopped = re.search(r"cam: stopped after step (\d+) by SIGUSR1; the same command goes on from its checkpoint", err)
+    assert stopped and 0 < int(stopped[1]) < 160 and "Traceback" not in err
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.returncode == 0 and (tmp_path / "cam" / "model.safetensors").is_file(), done.stderr
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cam" / "log.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps)) and steps[-1] == 160
+
+
+@pytest.mark.slow
+def test_what_the_launcher_asks_for_is_done_and_said(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"]
+    command += ["--gradient_accumulation_steps", "4", "--mixed_precision", "bf16"]
+    command += [str(SCRIPTS / "train_cam.py"), "--data", "toy", "--out", str(tmp_path / "cam")]
+    for change in ("toy.num_train=16", "toy.num_val=1", "cam.train.epochs=1"):
+        command += ["--set", change]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "train.mixed_precision: bf16 from the launcher instead of no from the recipe\n" in done.stderr
+    assert "train.accumulate: 4 from the launcher instead of 1 from the recipe\n" in done.stderr
+    record = yaml.safe_load((tmp_path / "cam" / "recipe.yaml").read_text())["cam"]["train"]
+    assert (record["mixed_precision"], record["accumulate"]) == ("bf16", 4)

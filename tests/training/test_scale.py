@@ -109,7 +109,10 @@ def test_a_batch_that_does_not_divide_is_shared_unevenly(tmp_path, in_processes)
 )
 def test_what_two_processes_can_not_share_is_refused(tmp_path, in_processes, count, changes, message):
     def work():
-        train(Line(), Points(count), tmp_path, **changes)
+        wanted = settings(**changes)
+        accelerator = build_accelerator(wanted)
+        accelerator.wait_for_everyone()  # neither is gone before the other has found it
+        Training(Line(), Points(count), wanted, accelerator, tmp_path)
 
     for error in in_processes(work):
         assert isinstance(error, RecipeError)

@@ -26,12 +26,18 @@ class Interrupted(BaseException):
 
 
 def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
-    """Run a command; what the user can mend is one line on standard error and exit status 1."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    """Run a command; what the user can mend is one line on standard error and exit status 1.
+
+    A signal ends it with 128 and its number; a training that a batch system's SIGTERM or SIGUSR1 stops, after it has
+    written a checkpoint, with 75.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
         signal.signal(signal.SIGHUP, _interrupt)
     end_with_launcher()
+    pass_on_accumulation()
     start_missing_processes()
     keep_freed_memory()
     keep_kernels()
@@ -89,14 +95,26 @@ def prepare_libraries() -> None:
     datasets_logging.set_verbosity_error()
     disable_progress_bars()
     hub_logging.set_verbosity_error()
+    from ..training.launcher import GROUP_TIMEOUT
+
     # Whoever asks first decides whether there are other processes, and a bare PartialState() ignores this flag.
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=GROUP_TIMEOUT)
 
 
 def end_with_launcher() -> None:
     """Let the system end this process when the launcher that started it has ended, even if that was killed (Linux)."""
     if sys.platform == "linux" and any(os.path.basename(part) in _LAUNCHERS for part in _parent_command()):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def pass_on_accumulation() -> None:
+    """Put `accelerate launch --gradient_accumulation_steps N` where Accelerate looks for it.
+
+    The launcher itself does so for DeepSpeed only.
+    """
+    asked = _asked_of_accelerate("gradient_accumulation_steps")
+    if asked is not None:
+        os.environ.setdefault("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(asked))
 
 
 def start_missing_processes() -> None:
@@ -110,17 +128,22 @@ def start_missing_processes() -> None:
     # accelerate names a port only where it wants several processes.
     if environment.get("ACCELERATE_USE_CPU") != "True" or "MASTER_PORT" not in environment or started:
         return
-    command = _parent_command()
-    launchers = [i for i, part in enumerate(command) if os.path.basename(part) in _ACCELERATE]
-    if not launchers:
-        return
-    from accelerate.commands.launch import launch_command_parser
-
-    wanted = launch_command_parser().parse_args(command[launchers[0] + 1 :]).num_processes
+    wanted = _asked_of_accelerate("num_processes")
     if wanted is None or wanted < 2:
         return
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={wanted}"]
     os.execv(sys.executable, [*launcher, *sys.argv])
+
+
+def _asked_of_accelerate(option: str) -> int | None:
+    """The value of an option in the command line of the `accelerate launch` that started this process."""
+    command = _parent_command()
+    launchers = [i for i, part in enumerate(command) if os.path.basename(part) in _ACCELERATE]
+    if not launchers:
+        return None
+    from accelerate.commands.launch import launch_command_parser
+
+    return getattr(launch_command_parser().parse_args(command[launchers[0] + 1 :]), option)
 
 
 def _parent_command() -> list[str]:

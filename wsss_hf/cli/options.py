@@ -83,6 +83,10 @@ BackboneName = Annotated[
     typer.Option("--backbone", help="Directory or Hub id (ID@REVISION) of the backbone.", rich_help_panel="Recipe"),
 ]
 Seed = Annotated[int | None, typer.Option(help="Seed of the recipe.", rich_help_panel="Recipe")]
+Track = Annotated[
+    str | None,
+    typer.Option(help="Show trainings in tensorboard | trackio | wandb.", rich_help_panel="Recipe"),
+]
 Out = Annotated[
     Path,
     typer.Option(
@@ -116,15 +120,19 @@ def load_inputs(
     changes: Set = None,
     backbone: BackboneName = None,
     seed: Seed = None,
+    track: Track = None,
     masks: Literal["evaluation", "all"] = "evaluation",
 ) -> Inputs:
     """Read the recipe and load the data; `masks` is an argument of `load_data`."""
     set_hub_environment(token, cache_dir)
     from ..data.sources import load_data
     from ..recipes import Recipe
+    from ..training.tracking import check_tracker
 
     name = recipe or ("toy" if source == "toy" else "photos")
-    resolved = Recipe.load(name, changes or [], backbone=backbone, seed=seed)
+    tracked = [] if track is None else [f"{part}.train.track={track}" for part in ("cam", "refiner", "segmenter")]
+    resolved = Recipe.load(name, [*(changes or []), *tracked], backbone=backbone, seed=seed)
+    check_tracker(resolved.cam.train)
     options = data_options(source, root, classes, columns, separator, saliency, limit, revision)
     toy = vars(resolved.toy) if source == "toy" else None
     return Inputs(load_data(**options, seed=resolved.seed, masks=masks, toy=toy), resolved)

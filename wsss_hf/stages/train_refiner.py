@@ -24,6 +24,7 @@ from ..recipes import Recipe
 from ..settings import RefinerSettings
 from ..training.build import build_on_backbone, build_processor
 from ..training.launcher import with_launcher
+from ..training.tracking import check_tracker
 from ..training.train import begin_training, train_model
 from .cache import Record, StageOutput
 from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
@@ -58,6 +59,7 @@ def train_refiner(
         the model, loadable by `MapRefiner.from_pretrained(out)`; [`make_masks`] takes it in place of the classifier.
     """
     section, rows = with_launcher(recipe.refiner), data["train"]
+    check_tracker(section.train)  # before the maps are computed
     fingerprints = row_fingerprints(rows, _COLUMNS)
     inputs = {"data": rows_fingerprint(rows, _COLUMNS, fingerprints), "cam": model_fingerprint(cam)}
     if recipe.cam.backbone is not None and not section.from_cam:
