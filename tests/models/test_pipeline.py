@@ -444,3 +444,33 @@ def test_a_saved_model_imports_the_library_and_its_neighbours_only(models, kind)
                 package = name.partition(".")[0]
                 allowed = package in sys.stdlib_module_names or package in installed
                 assert allowed, f"{path.name} imports {name}"
+
+
+def sizes():
+    return [
+        photograph(seed).resize(size) for seed, size in enumerate([(70, 50), (40, 90), (70, 50), (64, 64), (50, 70)])
+    ]
+
+
+@pytest.mark.parametrize("kind", ["cam", "segmenter"])
+def test_batches_hold_photographs_of_any_size(models, kind):
+    pipe = pipeline("image-segmentation", model=str(models / kind))
+    calls = []
+    hook = pipe.model.register_forward_hook(lambda _model, args, _output: calls.append(len(args[0])))
+    together, images = pipe(sizes(), batch_size=8), sizes()
+    hook.remove()
+    assert sorted(calls) == [1, 1, 1, 2]  # images of one size in one pass
+    for image, parts, alone in zip(images, together, [pipe(image) for image in images], strict=True):
+        assert found(parts) == found(alone)
+        assert [part["score"] for part in parts] == pytest.approx([part["score"] for part in alone], abs=1e-5)
+        for part, other in zip(parts, alone, strict=True):
+            assert part["mask"].size == image.size
+            assert np.mean(np.asarray(part["mask"]) != np.asarray(other["mask"])) < 0.01
+
+
+def test_batches_of_tags_hold_photographs_of_any_size(models):
+    pipe = pipeline("image-classification", model=str(models / "cam"))
+    for parts, image in zip(pipe(sizes(), batch_size=8), sizes(), strict=True):
+        alone = pipe(image)
+        assert found(parts) == found(alone)
+        assert [part["score"] for part in parts] == pytest.approx([part["score"] for part in alone], abs=1e-5)

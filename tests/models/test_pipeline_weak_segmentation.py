@@ -354,3 +354,18 @@ def test_a_threshold_is_a_number_or_auto(pipes, image):
         pipes["cam"](image, threshold="best")
     with pytest.raises(ValueError, match="threshold: expected none, as Segmenter has none, got 'auto'"):
         pipes["segmenter"](image, threshold="auto")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scales": [0.5, 1.0], "flip": True, "refine": "pamr"}, {"threshold": "auto"}]
+)
+@pytest.mark.parametrize("kind", ["cam", "segmenter"])
+def test_batches_hold_photographs_of_any_size(pipes, image, kind, options):
+    if kind == "segmenter" and "threshold" in options:
+        pytest.skip("it has none")
+    pipe, images = pipes[kind], [image.resize(size) for size in [(70, 50), (40, 90), (70, 50), (64, 64)]]
+    for image, found in zip(images, pipe(images, batch_size=8, **options), strict=True):
+        alone = pipe(image, **options)
+        assert found["mask"].size == image.size and found["maps"].keys() == alone["maps"].keys()
+        for name, scores in found["maps"].items():
+            np.testing.assert_allclose(scores, alone["maps"][name], atol=1e-4)

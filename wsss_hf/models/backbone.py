@@ -153,15 +153,23 @@ class Backbone(nn.Module):
     def set_checkpointing(self, enable: bool, function: Callable, every: int = 1) -> None:
         """Whether to keep only the inputs of every n-th block for the backward pass; by torch's `checkpoint`."""
         self.gradient_checkpointing = enable
-        function = partial(function, context_fn=self._checkpoint_contexts)
+        function = partial(self._checkpointed, function)
         if self.body.supports_gradient_checkpointing:
             self.body._set_gradient_checkpointing(enable, function, every)
         else:
             checkpointing = importlib.import_module("wsss_hf.models.checkpointing")
             checkpointing.checkpoint_blocks(self.body, function if enable else None, every)
 
-    def _checkpoint_contexts(self) -> tuple:
-        return nullcontext(), self.statistics_kept()
+    def _checkpointed(self, function: Callable, block: Callable, maps: Tensor, *args, **kwargs):
+        # Reentrant checkpointing gives no gradients where the input wants none, as an image does not.
+        maps = maps if maps.requires_grad else maps.detach().requires_grad_()
+        first = iter([nullcontext()])
+
+        def counted_once(*inputs, **options):
+            with next(first, None) or self.statistics_kept():
+                return block(*inputs, **options)
+
+        return function(counted_once, maps, *args, **kwargs)
 
     @contextmanager
     def statistics_kept(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 
 import torch
@@ -69,20 +69,26 @@ class ThresholdSearch:
         return min(THRESHOLDS[low], THRESHOLDS[high], key=lambda threshold: abs(area(threshold) - wanted))
 
 
-def threshold_of_image(
-    maps: Tensor, features: Sequence[Tensor], refine: Callable[[Tensor], Tensor] | None = None
-) -> float:
-    """The threshold for the maps of a single image.
+def separated(maps: Tensor, stages: Mapping[str, Tensor], refine: Callable[[Tensor], Tensor] | None) -> Tensor:
+    """The maps of one image below a background whose height they and the features decide.
 
     Args:
-        maps, features: as of [`ThresholdSearch.add`].
-        refine: scores (1, K+1, H, W) → refined ones, where masks are made of these.
+        maps: (K, H, W) in [0, 1], of the image's tagged classes; K >= 1.
+        stages: stage maps (1, D, h, w) of the backbone.
+        refine: changes scores (1, K+1, H, W) afterwards, and with them the object's area.
+
+    Returns:
+        (K+1, H, W) scores, not refined.
     """
-    search = ThresholdSearch(len(features))
-    search.add(maps, features)
+    search = ThresholdSearch(len(stages))
+    search.add(maps, [stage[0] for stage in stages.values()])
     if refine is None:
-        return search.threshold()
-    return search.threshold_after(lambda limit: object_share(refine(add_background(maps[None], limit))[0]))
+        return add_background(maps[None], search.threshold())[0]
+
+    def refined_area(limit: float) -> float:
+        return object_share(refine(add_background(maps[None], limit))[0])
+
+    return add_background(maps[None], search.threshold_after(refined_area))[0]
 
 
 def choose_threshold(histogram: Tensor, explained: Tensor) -> float:

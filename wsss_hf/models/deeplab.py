@@ -11,7 +11,7 @@ from torch.nn import functional as F
 LOW_LEVEL_STRIDE = 4
 
 
-class DeepLabV2Head(nn.ModuleList):
+class DeepLabV2Head(nn.Sequential):
     """Parallel dilated 3×3 convolutions on the deepest map, summed.
 
     Chen et al., "DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous Convolution, and Fully
@@ -27,8 +27,9 @@ class DeepLabV2Head(nn.ModuleList):
     default_rates = (6, 12, 18, 24)
 
     def __init__(self, channels: list[int], strides: list[int], num_labels: int, rates: list[int]):
+        # Side by side all the same: a ModuleList is what PEFT can't wrap.
         super().__init__(
-            nn.Conv2d(channels[-1], num_labels, kernel_size=3, padding=rate, dilation=rate) for rate in rates
+            *(nn.Conv2d(channels[-1], num_labels, kernel_size=3, padding=rate, dilation=rate) for rate in rates)
         )
 
     def forward(self, features: tuple[Tensor, ...]) -> Tensor:

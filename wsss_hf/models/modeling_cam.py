@@ -126,6 +126,7 @@ class CamClassifier(PortableModel):
         superpixels: Tensor | None = None,
         saliency: Tensor | None = None,
         progress: float | None = None,
+        labels: Tensor | None = None,
         **kwargs,
     ) -> CamOutput:
         """
@@ -136,10 +137,12 @@ class CamClassifier(PortableModel):
             superpixels: (B, H, W) int64, for methods that use them.
             saliency: (B, H, W) float in [0, 1], for methods that use it.
             progress: share of the training that is done, in [0, 1], which becomes `self.progress`; None leaves it.
+            labels: the tags by the name that `transformers.Trainer` evaluates with; `tags` go first.
 
         Raises:
             ValueError: tags are not (B, C).
         """
+        tags = labels if tags is None else tags
         if progress is not None:
             self.progress = progress
         features, cams = self.classify(pixel_values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,31 @@ from PIL import Image
 from transformers.image_utils import load_image
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
+from transformers.utils import ModelOutput
+
+from .tta import views
 
 
-class MaskPipeline(ImageSegmentationPipeline):
+class OurPipeline:
+    """What our pipelines do otherwise than the library's: their batches may hold images of any sizes."""
+
+    # Left open, transformers takes the image processor's code for a video processor's and asks whether to run it.
+    _load_video_processor = False
+    model: Any
+
+    def check_model_type(self, supported_models):
+        """Our models are; the library does not know them."""
+
+    def preprocess(self, *args, **kwargs):
+        inputs = dict(super().preprocess(*args, **kwargs))  # type: ignore[misc]
+        return inputs | {"pixel_values": [inputs["pixel_values"]]}  # batching leaves what is in lists as it is
+
+    def _forward(self, model_inputs):
+        seen = by_size(lambda images: [*views(self.model, images)], model_inputs.pop("pixel_values"))
+        return {"views": seen} | model_inputs
+
+
+class MaskPipeline(OurPipeline, ImageSegmentationPipeline):
     """The library's image-segmentation pipeline for our models, which also takes image tags.
 
     Every class found gives `{"label", "score", "mask"}`: the mask is a black-and-white PIL image of the input's size,
@@ -26,13 +48,6 @@ class MaskPipeline(ImageSegmentationPipeline):
             the tags it predicts, and the segmenter allows every class.
         threshold: background threshold of the CAM classifier, in [0, 1].
     """
-
-    # Left open, transformers takes the image processor's code for a video processor's and asks whether to run it.
-    _load_video_processor = False  # type: ignore[assignment]
-    model: Any
-
-    def check_model_type(self, supported_models):
-        """Our models are; the library does not know them."""
 
     def _sanitize_parameters(self, tags=None, **kwargs):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
@@ -55,16 +70,15 @@ class MaskPipeline(ImageSegmentationPipeline):
             options["background_threshold"] = threshold
         if tags is not None:
             options["tags"] = tags_to_multi_hot(tags, list(self.model.mask_id2label.values())[1:])
-        scores = self.model.segmentation_scores(model_outputs, tuple(model_outputs["target_size"][0]), **options)[0]
-        return named_segments(scores, self.model.mask_id2label)
+        (seen,), (size,) = model_outputs["views"], model_outputs["target_size"]
+        return named_segments(self.model.segmentation_scores(seen, size, **options)[0], self.model.mask_id2label)
 
 
-class TagPipeline(ImageClassificationPipeline):
+class TagPipeline(OurPipeline, ImageClassificationPipeline):
     """The library's image-classification pipeline for the CAM classifier."""
 
-    _load_video_processor = False  # type: ignore[assignment]
-
-    check_model_type = MaskPipeline.check_model_type
+    def postprocess(self, model_outputs, **kwargs):  # type: ignore[override]
+        return super().postprocess(model_outputs["views"][0][0], **kwargs)
 
     def preprocess(self, image, timeout=None):
         return super().preprocess(image if hasattr(image, "shape") else load_picture(image, timeout))
@@ -86,6 +100,24 @@ def load_picture(image, timeout: float | None = None) -> Image.Image:
         if isinstance(image, Image.Image) and (image.mode[0] in "IF" or image.has_transparency_data):
             raise ValueError(f"image: expected 8 opaque bits, got mode {image.mode} (wsss_hf reads it)") from None
         return load_image(image, timeout=timeout)
+
+
+def by_size(run: Callable[[torch.Tensor], list], pixel_values: list) -> list[list[ModelOutput]]:
+    """The outputs of a network for images of any sizes, those of one size in one pass.
+
+    Args:
+        run: images (B, 3, h, w) → several `ModelOutput` of tensors (B, …).
+        pixel_values: images (1, 3, h, w); in a batch of a pipeline each in a list, as then the results are.
+    """
+    batched = isinstance(pixel_values[0], list)
+    images = [image for (image,) in pixel_values] if batched else pixel_values
+    found: dict[int, list[ModelOutput]] = {}
+    for shape in {image.shape: None for image in images}:
+        places = [place for place, image in enumerate(images) if image.shape == shape]
+        outputs = run(torch.cat([images[place] for place in places]))
+        for row, place in enumerate(places):
+            found[place] = [ModelOutput({name: v[row : row + 1] for name, v in o.items()}) for o in outputs]
+    return [[found[place]] if batched else found[place] for place in range(len(images))]  # type: ignore[list-item]
 
 
 def named_segments(scores: torch.Tensor, names: dict[int, str]) -> list[dict]:

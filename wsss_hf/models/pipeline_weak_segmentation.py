@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,8 @@ from transformers.pipelines.base import Pipeline
 from transformers.utils import ModelOutput
 
 from .label_colors import mask_image, overlay
-from .maps import add_background
 from .pamr import refine_pictures
-from .pipeline_image_segmentation import load_picture, named_segments, tags_to_multi_hot
+from .pipeline_image_segmentation import by_size, load_picture, named_segments, tags_to_multi_hot
 from .tta import views
 
 REFINEMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pamr": refine_pictures}
@@ -100,23 +100,21 @@ class WeakSegmentationPipeline(Pipeline):
         wanted = tags if given.get("tags") is None else given["tags"]
         multi_hot = None if wanted is None else tags_to_multi_hot(wanted, names)
         inputs = self.image_processor(images=[image], return_tensors="pt").to(self.dtype)
-        # In a list, so that batching hands it through as it is.
-        inputs["picture"] = [{"image": image, "tags": multi_hot}]
-        return inputs
+        # In lists, so that batching hands them through as they are.
+        return {"pixel_values": [inputs["pixel_values"]], "picture": [{"image": image, "tags": multi_hot}]}
 
     def _forward(self, model_inputs, scales: Sequence[float] = (1.0,), flip: bool = False, features: bool = False):
-        pixel_values = model_inputs["pixel_values"]
-        outputs = {"picture": model_inputs["picture"]}
-        for number, view in enumerate(views(self.model, pixel_values, scales, flip)):
-            outputs |= {f"view_{number}_{name}": value for name, value in view.items()}
-        if features:
-            outputs |= {f"stage_{number}": stage for number, stage in enumerate(self.model.backbone(pixel_values))}
-        return outputs
+        def run(images: Tensor) -> list[ModelOutput]:
+            stages = self.model.backbone(images) if features else ()
+            named = ModelOutput({str(number): stage for number, stage in enumerate(stages)})
+            return [*views(self.model, images, scales, flip), named]
+
+        return {"views": by_size(run, model_inputs["pixel_values"]), "picture": model_inputs["picture"]}
 
     def postprocess(self, model_outputs, threshold: float | str | None = None, refine: str | None = None) -> dict:
-        (picture,) = model_outputs["picture"]
+        ((*outputs, features),), (picture,) = model_outputs["views"], model_outputs["picture"]
         image, tags, names = picture["image"], picture["tags"], self.model.mask_id2label
-        outputs, size = _views(model_outputs), (image.height, image.width)
+        size = (image.height, image.width)
         if tags is None and hasattr(self.model, "predicted_tags"):
             tags = self.model.predicted_tags(outputs)
         options = {} if threshold in (None, "auto") else {"background_threshold": threshold}
@@ -127,10 +125,7 @@ class WeakSegmentationPipeline(Pipeline):
         step = REFINEMENTS[refine] if refine else lambda _pixels, plain: plain
         if threshold == "auto" and len(channels) > 1:
             rule = importlib.import_module("wsss_hf.models.background_threshold")  # not uploaded with models
-            stages = [value[0] for name, value in model_outputs.items() if name.startswith("stage_")]
-            refined = (lambda plain: step(pixels, plain)) if refine else None
-            found = rule.threshold_of_image(scores[1:], stages, refined)
-            scores = add_background(scores[None, 1:], found)[0]
+            scores = rule.separated(scores[1:], features, None if refine is None else partial(step, pixels))
         if len(channels) > 1:
             scores = step(pixels, scores[None])[0]
         labels = torch.tensor(channels)[scores.argmax(dim=0)]
@@ -142,16 +137,6 @@ class WeakSegmentationPipeline(Pipeline):
             "maps": {names[channel]: scores[channels.index(channel)].numpy() for channel in shown if channel},
             "overlay": overlay(image, mask),
         }
-
-
-def _views(model_outputs: Mapping) -> list[ModelOutput]:
-    """What `_forward` has flattened, so that batches of images can be taken apart."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in model_outputs.items():
-        if key.startswith("view_"):
-            _, number, name = key.split("_")
-            found.setdefault(number, {})[name] = value
-    return [ModelOutput(view) for view in found.values()]
 
 
 def _rows(dataset) -> Iterator[dict]:

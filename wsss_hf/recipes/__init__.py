@@ -243,9 +243,7 @@ def _check_backbone(name: str, config: str) -> None:
         except Exception as error:
             failure = error
     reason = _brief(f"{type(failure).__name__}: {failure}")
-    raise OptionError(
-        f"{name}: expected a backbone's configuration, got {_brief(config)} ({reason})"
-    ) from failure
+    raise OptionError(f"{name}: expected a backbone's configuration, got {_brief(config)} ({reason})") from failure
 
 
 def _drop_options(values: dict, layer: dict) -> None:
