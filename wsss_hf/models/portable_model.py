@@ -105,6 +105,9 @@ class PortableModel(PreTrainedModel):
         """
         return _pretrained().from_backbone(cls, backbone, hub_kwargs, **config_kwargs)
 
+    def get_input_embeddings(self):
+        """None: there are no embeddings of tokens, which FSDP asks for."""
+
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
     ):

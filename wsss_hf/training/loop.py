@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import find_batch_size, set_seed
+from accelerate.utils import DistributedType, find_batch_size, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import nn, optim
@@ -97,7 +97,7 @@ class Training:
             freeze_batch_norm(model)
         if settings.sync_batch_norm:
             model = _with_synced_norms(model, accelerator)
-        if settings.channels_last:
+        if settings.channels_last and not is_sharded(accelerator):  # which wants contiguous weights
             # The convolutions of MobileNetV2 then run a quarter faster on a CPU.
             model = model.to(memory_format=torch.channels_last)
         self.inner = model
@@ -109,7 +109,7 @@ class Training:
             persistent_workers=settings.workers > 0,
             pin_memory=accelerator.device.type == "cuda",
         )
-        _tell_deepspeed(accelerator, self.batch_size // self.parts)
+        _tell_deepspeed(accelerator, self.batch_size // self.parts, settings)
         optimizer = build_optimizer(model, settings)
         scheduler = build_scheduler(optimizer, settings, self.total_steps)
         average = _average(model, settings, accelerator)
@@ -352,12 +352,14 @@ def _average(model: nn.Module, settings: TrainSettings, accelerator: Accelerator
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
 
 
-def _tell_deepspeed(accelerator: Accelerator, micro_batch: int) -> None:
-    """DeepSpeed wants to know what it can't read off a loader with batches of its own."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None:
-        sizes = {"train_micro_batch_size_per_gpu": micro_batch, "train_batch_size": "auto"}
-        plugin.deepspeed_config.update(sizes, gradient_accumulation_steps=accelerator.gradient_accumulation_steps)
+def _tell_deepspeed(accelerator: Accelerator, micro_batch: int, settings: TrainSettings) -> None:
+    """DeepSpeed takes from its own configuration what others are told by calls."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+            "gradient_clipping": settings.clip_gradient,
+        }
 
 
 def _save_without_wrappers(accelerator: Accelerator) -> None:
