@@ -82,7 +82,7 @@ def test_help_names_every_stage(wsss):
 
 def test_a_tracker_is_asked_for_all_trainings_before_work(wsss, tiny, tmp_path, monkeypatch):
     command = ["run", "--data", "toy", *tiny, "--out", tmp_path / "run", "--quiet"]
-    monkeypatch.setattr("wsss_hf.training.tracking._AVAILABLE", {"trackio": lambda: False})
+    monkeypatch.setattr("wsss_hf.training.tracking.get_available_trackers", lambda: ["wandb"])
     code, _, err = wsss(*command, "--track", "trackio")
     assert code == 1
     assert err == "error: track: expected an installed tracker, got trackio; pip install trackio\n"

@@ -295,6 +295,18 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path, monkeyp
     assert checkpoints.newest(tmp_path / "checkpoints").name == "step-00000003"
 
 
+def test_a_full_disk_ends_all_processes_with_one_line(tmp_path, in_processes, monkeypatch):
+    def save_state(accelerator, folder):
+        if accelerator.is_main_process:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
+
+    monkeypatch.setattr(checkpoints.Accelerator, "save_state", save_state)
+    writing, waiting = in_processes(lambda: train(Line(), Points(), tmp_path))
+    assert isinstance(writing, TrainingError) and isinstance(waiting, TrainingError)
+    assert "checkpoint of step 3 could not be written" in str(writing) and "there is none before it" in str(writing)
+    assert str(waiting) == f"process 0 failed: {writing}"
+
+
 # Settings
 
 

@@ -59,7 +59,6 @@ class Notebook(GeneralTracker):
 @pytest.fixture
 def tracked(monkeypatch):
     """(notebook, function that gives an Accelerator which writes into it)"""
-    monkeypatch.setitem(tracking._AVAILABLE, "wandb", lambda: True)
     notebook = Notebook()
 
     def build(wanted):
@@ -140,7 +139,7 @@ def test_pictures_show_images_with_their_maps(kind, cam_folder, toy_data):
 def test_a_tracker_that_is_not_installed_is_one_line_before_work(
     train, toy_data, tiny_recipe, tmp_path, monkeypatch, no_training
 ):
-    monkeypatch.setitem(tracking._AVAILABLE, "wandb", lambda: False)
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["tensorboard"])
     for section in (tiny_recipe.cam, tiny_recipe.refiner):
         section.train.track = "wandb"
     data = (toy_data,) if train is train_cam else (toy_data, "nowhere")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -31,10 +31,11 @@ def ending_together(accelerator: Accelerator, folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not _is_of_the_group(error):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = folder / f"error-{accelerator.process_index}.txt"
-            file.write_text(" ".join(str(error).split()) or type(error).__name__)
+        if not is_of_the_group(error):
+            with suppress(OSError):  # the error may be a full disk
+                folder.mkdir(parents=True, exist_ok=True)
+                file = folder / f"error-{accelerator.process_index}.txt"
+                file.write_text(" ".join(str(error).split()) or type(error).__name__)
             raise
         failed = {file.stem.partition("-")[2]: file.read_text() for file in sorted(folder.glob("error-*.txt"))}
         for process, reason in failed.items():
@@ -42,7 +43,7 @@ def ending_together(accelerator: Accelerator, folder: Path) -> Iterator[None]:
         raise TrainingError("another process has ended without an error; was it killed, for its memory?") from error
 
 
-def _is_of_the_group(error: Exception) -> bool:
+def is_of_the_group(error: Exception) -> bool:
     """Whether a process says that it can't reach another."""
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
     return isinstance(error, torch.distributed.DistError) or (

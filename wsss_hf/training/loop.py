@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from ..progress import Progress
 from ..settings import RecipeError, TrainSettings
 from . import checkpoints
-from .failures import TrainingError, ending_together
+from .failures import TrainingError, ending_together, is_of_the_group
 from .launcher import is_sharded
 from .preemption import Preemption
 from .tracking import TrainingLog
@@ -179,7 +179,8 @@ class Training:
         progress.log(record)
         if self.step < self.total_steps:
             self._save()
-            self._stop_if_asked(preemption)
+            if any(self._agreed(preemption.signal is not None)):
+                preemption.stop(self.title, self.step)
 
     @property
     def _micro_batches(self) -> int:
@@ -218,7 +219,7 @@ class Training:
         losses = getattr(output, "losses", None) or {"loss": output.loss}
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach().float() * images
-        self.sums["images"] = self.sums.get("images", 0) + torch.tensor(float(images), device=output.loss.device)
+        self.sums["images"] = self.sums.get("images", 0) + torch.full_like(output.loss.detach().float(), images)
 
     def _update_weights(self) -> None:
         if self.settings.clip_gradient:
@@ -265,28 +266,29 @@ class Training:
         # Processes must agree on what clocks and signals say; asking lets a GPU run empty.
         if self.accelerator.use_distributed and self.step % _LOOK_AT_LOSSES and self.accelerator.device.type != "cpu":
             return
-        late = settings.save_minutes and time.monotonic() - self._saved_at > 60 * settings.save_minutes
-        if self._any_process(bool(late) and self.accelerator.is_main_process):
+        late = bool(settings.save_minutes) and time.monotonic() - self._saved_at > 60 * settings.save_minutes
+        late, stop = self._agreed(late and self.accelerator.is_main_process, preemption.signal is not None)
+        if late or stop:
             self._save()
-        self._stop_if_asked(preemption)
-
-    def _stop_if_asked(self, preemption: Preemption) -> None:
-        if self._any_process(preemption.signal is not None):
-            if self._saved_step != self.step:
-                self._save()
+        if stop:
             preemption.stop(self.title, self.step)
 
-    def _any_process(self, flag: bool) -> bool:
+    def _agreed(self, *flags: bool) -> list[bool]:
+        """Whether any process says so."""
         if not self.accelerator.use_distributed:
-            return flag
-        flags = torch.tensor(float(flag), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flags, "sum").item())
+            return list(flags)
+        said = torch.tensor(flags, dtype=torch.float32, device=self.accelerator.device)
+        return [count > 0 for count in self.accelerator.reduce(said, "sum").tolist()]
 
     def _save(self) -> None:
+        if self._saved_step == self.step:
+            return
         state = {"step": self.step, "history": self.history, "sums": self._totals() if self.sums else {}}
         try:
             checkpoints.save(self.accelerator, self.folder / "checkpoints", self.step, state, self.settings.keep)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
+            if is_of_the_group(error):
+                raise
             held = f"the one of step {self._saved_step} is whole" if self._saved_step else "there is none before it"
             reason = " ".join(str(error).split())
             raise TrainingError(

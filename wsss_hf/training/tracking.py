@@ -13,17 +13,12 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
+from accelerate.tracking import get_available_trackers
 
 from ..settings import RecipeError, TrainSettings
 
 STEP_LOG_FILE = "log.jsonl"
 TRACKER_FOLDER = "wsss_hf"  # which TensorBoard's files stand in, and the project of the other trackers
-_AVAILABLE = {
-    "tensorboard": is_tensorboard_available,
-    "trackio": is_trackio_available,
-    "wandb": is_wandb_available,
-}
 
 
 def check_tracker(settings: TrainSettings) -> None:
@@ -31,7 +26,7 @@ def check_tracker(settings: TrainSettings) -> None:
     Raises:
         RecipeError: the tracker is not installed.
     """
-    if settings.track is not None and not _AVAILABLE[settings.track]():
+    if settings.track is not None and settings.track not in map(str, get_available_trackers()):
         raise RecipeError(f"track: expected an installed tracker, got {settings.track}; pip install {settings.track}")
 
 
