@@ -31,7 +31,7 @@ def register_for_our_models(task: str, pipeline_class: type[Pipeline]) -> None:
     transformers reads attributes of the class that is registered, then calls it with the model.
     """
     entry = PIPELINE_REGISTRY.supported_tasks[task]
-    library_class: Any = entry["impl"]
+    library_class: Any = pipeline_class.__bases__[-1]
 
     def choose(cls, model, *args, **kwargs):
         chosen = pipeline_class if hasattr(model, "segmentation_scores") else library_class
