@@ -146,9 +146,7 @@ def test_a_damaged_saved_data_set_is_named(tmp_path, file, content):
     make_toy(3, 2, image_size=32).save_to_disk(tmp_path / "saved")
     whole = (tmp_path / "saved/train" / file).read_bytes()
     (tmp_path / "saved/train" / file).write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
-    with pytest.raises(
-        DataError, match=f"^{tmp_path}/saved: expected a data set saved by save_to_disk, got a"
-    ):
+    with pytest.raises(DataError, match=f"^{tmp_path}/saved: expected a data set saved by save_to_disk, got a"):
         load_data(tmp_path / "saved")
 
 

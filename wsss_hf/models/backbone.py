@@ -33,7 +33,7 @@ def usable_config(backbone_config: PreTrainedConfig | dict) -> PreTrainedConfig:
 
 
 def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kwargs):
-    """`load(name, …)`, some `from_pretrained`, but a ValueError for all but whole safetensors: pickles run anything."""
+    """`load(name, …)`, some `from_pretrained`, a ValueError for all but whole safetensors: pickles run code."""
     refusal = (
         f"{name}: no weights in safetensors; pickled ones (.bin, .pth, .pt) are never opened here, "
         "`wsss convert` makes safetensors of the published checkpoints that it knows"

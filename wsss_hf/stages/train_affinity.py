@@ -74,7 +74,7 @@ def train_affinity(
         with output.working() as folder:
             fingerprints = row_fingerprints(rows, _COLUMNS)
             labels = _labels(rows, fingerprints, cam, recipe, refine, folder, digest(record.inputs))
-            accelerator = begin_training(section.train, recipe.seed)
+            accelerator = begin_training(section.train, recipe.seed, folder)
             model, mean, std = _build(cam, recipe)
             size = recipe.image.size
             result = train_model(

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+DIVERGED_ADVICE = "a smaller learning rate, clip_gradient=1 or mixed_precision=no may help"
+
 
 class TrainingError(RuntimeError):
     """Training can't go on; the message says at which step and why."""

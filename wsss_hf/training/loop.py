@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +26,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from ..progress import Progress
 from ..settings import RecipeError, TrainSettings
 from . import checkpoints
-from .failures import TrainingError, ending_together, is_of_the_group
+from .failures import DIVERGED_ADVICE, TrainingError, ending_together, is_of_the_group
 from .launcher import is_sharded
 from .preemption import Preemption
 from .tracking import TrainingLog
@@ -91,10 +94,10 @@ class Training:
         self.history: list[dict] = []
         self._saved_step, self._saved_at = 0, time.monotonic()  # the newest checkpoint
         self.sums: dict[str, torch.Tensor] = {}  # of the losses of the running epoch, over its images
+        self._identity = _identity(model, len(examples), settings, seed)
 
         set_seed(seed)  # identical on all processes, whatever was drawn before
-        if settings.freeze_batch_norm:
-            freeze_batch_norm(model)
+        _freeze(model, settings)
         if settings.sync_batch_norm:
             model = _with_synced_norms(model, accelerator)
         if settings.channels_last and not is_sharded(accelerator):  # which wants contiguous weights
@@ -189,8 +192,7 @@ class Training:
 
     def _train_mode(self) -> None:
         self.model.train()
-        if self.settings.freeze_batch_norm:
-            freeze_batch_norm(self.inner)  # whose parameters have their own names, also in distributed training
+        _freeze(self.inner, self.settings)  # whose parameters have their own names, also in distributed training
 
     def _batches(self, epoch: int, first: int, steps: int) -> Iterator[dict]:
         """The micro-batches of an epoch's steps from `first` to `steps`."""
@@ -285,7 +287,8 @@ class Training:
             return
         state = {"step": self.step, "history": self.history, "sums": self._totals() if self.sums else {}}
         try:
-            checkpoints.save(self.accelerator, self.folder / "checkpoints", self.step, state, self.settings.keep)
+            folder, keep = self.folder / "checkpoints", self.settings.keep
+            checkpoints.save(self.accelerator, folder, self.step, state, keep, self._identity)
         except (OSError, RuntimeError, SafetensorError) as error:  # a full disk has many names
             if is_of_the_group(error):
                 raise
@@ -297,7 +300,7 @@ class Training:
         self._saved_step, self._saved_at = self.step, time.monotonic()
 
     def _resume(self) -> None:
-        saved = checkpoints.resume(self.accelerator, self.folder / "checkpoints")
+        saved = checkpoints.resume(self.accelerator, self.folder / "checkpoints", self._identity)
         if saved is None:
             return
         self.history = saved["history"]
@@ -319,6 +322,14 @@ def fit(
 ) -> list[dict]:
     """Train `model` in place: [`Training`] from its first to its last step."""
     return Training(model, examples, settings, accelerator, folder, seed, title).run()
+
+
+def _identity(model: nn.Module, count: int, settings: TrainSettings, seed: int) -> str:
+    """What tells a training from others, whose checkpoints somebody may have put into its folder."""
+    slow = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("speed")]
+    parts = [count, seed, {name: getattr(settings, name) for name in slow}]
+    parts += [[name, list(parameter.shape)] for name, parameter in model.named_parameters()]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def _shares(settings: TrainSettings, accelerator: Accelerator, num_examples: int) -> tuple[int, int]:
@@ -383,8 +394,7 @@ def _check_finite(means: dict[str, float], epoch: int, step: int) -> None:
     for name, value in means.items():
         if not math.isfinite(value):
             raise TrainingError(
-                f"the loss {name!r} became {value} in epoch {epoch + 1}, step {step + 1}; "
-                "a smaller learning rate, clip_gradient=1 or mixed_precision=no may help"
+                f"the loss {name!r} became {value} in epoch {epoch + 1}, step {step + 1}; {DIVERGED_ADVICE}"
             )
 
 
@@ -402,13 +412,14 @@ def is_new(model: nn.Module, name: str) -> bool:
 def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
     """Groups by where a parameter comes from and what it is: pretrained or new, weight or bias.
 
-    New layers learn `head_lr_factor` times as fast, biases `bias_lr_factor` times; biases and norms do not decay.
+    Pretrained layers learn `backbone_lr_factor` times as fast as `lr`, new ones `head_lr_factor` times, biases
+    `bias_lr_factor` times their layer; biases and norms do not decay.
     """
     groups: dict[tuple[float, bool], list] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        factor = settings.head_lr_factor if is_new(model, name) else 1.0
+        factor = settings.head_lr_factor if is_new(model, name) else settings.backbone_lr_factor
         if name.endswith(".bias"):
             factor *= settings.bias_lr_factor
         groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
@@ -449,6 +460,33 @@ def build_scheduler(
         return warm * factor(done)
 
     return optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def _freeze(model: nn.Module, settings: TrainSettings) -> None:
+    """What a `train` section keeps as it is."""
+    if settings.freeze_batch_norm:
+        freeze_batch_norm(model)
+    if settings.backbone_lr_factor == 0:
+        freeze_pretrained(model)
+
+
+def freeze_pretrained(model: nn.Module) -> None:
+    """Keep all pretrained parameters and statistics; call again after each `model.train()`.
+
+    Modules without a new parameter do not drop anything either, and keep nothing for a backward pass.
+
+    Raises:
+        RecipeError: there are no others.
+    """
+    for name, parameter in model.named_parameters():
+        if not is_new(model, name):
+            parameter.requires_grad_(False)
+    for name, module in model.named_modules():
+        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
+        if own and not any(is_new(model, parameter) for parameter in own):
+            module.eval()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise RecipeError("backbone_lr_factor: expected more than 0 for a model without new layers, got 0")
 
 
 def freeze_batch_norm(model: nn.Module) -> None:

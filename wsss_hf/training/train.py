@@ -10,17 +10,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset, concatenate_datasets
 from transformers import BaseImageProcessor
 
 from ..data.examples import TaggedExamples
 from ..data.superpixels import superpixel_column
 from ..data.transforms import TrainTransform
-from ..progress import Progress
+from ..files import sync
+from ..inference.weights import diverged
+from ..progress import Progress, say
 from ..settings import FelzenszwalbSettings, TrainSettings
+from .failures import DIVERGED_ADVICE, TrainingError
 from .launcher import build_accelerator, is_sharded
 from .loop import Training, enable_checkpointing
 from .pictures import MapPictures
@@ -78,6 +82,9 @@ def train_model(
     Returns:
         `folder/result`: the model, its processor, `training_log.json` (a record per epoch) and `log.jsonl` (one every
         few steps), written by the main process.
+
+    Raises:
+        TrainingError: a loss or, at the end, a weight is no number that one can compute with.
     """
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
@@ -87,6 +94,8 @@ def train_model(
         scale=(settings.scale[0], settings.scale[1]),
         flip=settings.flip,
         color_jitter=settings.color_jitter,
+        hue_jitter=settings.hue_jitter,
+        scaled_side=settings.scaled_side,
         **statistics,
     )
     wanted = dict.fromkeys(columns, True)
@@ -101,6 +110,10 @@ def train_model(
         weights = accelerator.get_state_dict(training.model)
         if accelerator.is_main_process:
             trained.load_state_dict(weights)
+    found = [diverged(trained) if accelerator.is_main_process else None]
+    broadcast_object_list(found)
+    if found[0] is not None:
+        raise TrainingError(f"the training of {title} has diverged: {found[0]} after the last step; {DIVERGED_ADVICE}")
     result = folder / "result"
     if accelerator.is_main_process:
         if finish is not None:
@@ -142,8 +155,21 @@ def with_superpixels(
     ]
     compute = partial(superpixel_column, size=size, options=vars(options))
     mine, file = parts[accelerator.process_index]
+    if file.exists() and not _is_whole(file, len(mine)):
+        say(f"{file} is damaged and made again")
+        file.unlink()
     with Progress("superpixels", len(mine), unit="image") as progress:
         compute(mine, cache_file=file, advance=progress.advance)
+    sync(file)
+    sync(folder)
     accelerator.wait_for_everyone()
     column = concatenate_datasets([compute(part, cache_file=file) for part, file in parts])
     return concatenate_datasets([rows, column], axis=1)
+
+
+def _is_whole(file: Path, count: int) -> bool:
+    """Whether an Arrow file has `count` rows to its end."""
+    try:
+        return len(Dataset.from_file(str(file))) == count
+    except (OSError, pa.ArrowException):
+        return False
