@@ -1,6 +1,6 @@
 """From maps to masks against plain implementations, side by side in one run, image by image on the same inputs.
 
-- localisation: `localize` on the model as labelling loads it against the plain loop, one image, one scale and one
+- localisation: `localize` on the model that `masks.optimize` loads against the plain loop, one image, one scale and one
   mirror image at a time, all maps at image size, in float32 on the model as `from_pretrained` gives it. Memory and
   kernels are kept for both. Of --passes the fastest counts, batch by batch; a single one would also count the kernels
   that oneDNN compiles for sizes it has not met, and the first pages of memory;
@@ -336,8 +336,8 @@ def main() -> None:
         plain: Any
         model: Any
         if arguments.cam:
-            model, processor = load_labeler(arguments.cam, "cpu")
-            plain, _ = load_labeler(arguments.cam, "cpu", optimize=False)
+            model, processor = load_labeler(arguments.cam, "cpu", optimize=True)
+            plain, _ = load_labeler(arguments.cam, "cpu")
         else:
             plain, processor = untrained_classifier(names, arguments.backbone)
             model = for_inference(copy.deepcopy(plain), "cpu")

@@ -222,7 +222,9 @@ class MasksSettings(Options):
     confidence: bool = option(False, "Also write a column confidence.")
     keep: int = option(0, "Images whose maps, trimaps and alphas are kept as pictures.", at_least=0)
     bf16: bool | None = option(None, "Compute in bfloat16; null does so on GPUs only.")
-    optimize: bool = speed(True, "Fold batch norms and prepack weights for inference; false runs the model as saved.")
+    optimize: bool = option(
+        False, "Fold batch norms and prepack weights: faster on CPUs; masks as the pipelines' but for rounding."
+    )
     workers: int = speed(0, "Processes that refine by crf and matting, for each process.", at_least=0)
     batch_size: int = speed(16, "Images of an inference batch.", at_least=1)
     shard_size: int = speed(256, "Images after which finished masks are safe from a kill.", at_least=1)

@@ -54,8 +54,8 @@ MODELS = {
 }
 DOORS = {
     "backbone": lambda name: CamClassifier.from_backbone(name).backbone.body,
-    "classifier": lambda name: load_labeler(name, "cpu", optimize=False)[0],
-    "segmenter": lambda name: load_segmenter(name, "cpu", optimize=False)[0],
+    "classifier": lambda name: load_labeler(name, "cpu")[0],
+    "segmenter": lambda name: load_segmenter(name, "cpu")[0],
     "library segmenter": lambda name: build_library_segmenter(name, list(NAMES.values()), 64)[0],
     "matting": lambda name: VitMatte(name).model,
 }

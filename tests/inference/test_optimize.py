@@ -176,12 +176,12 @@ def test_a_convolution_with_two_norms_keeps_both():
 @torch.no_grad()
 def test_loaded_models_are_ready_and_their_files_stay(cam_folder, tmp_path):
     weights = (cam_folder / "model.safetensors").read_bytes()
-    labeler, _ = load_labeler(str(cam_folder), "cpu")
+    labeler, _ = load_labeler(str(cam_folder), "cpu", optimize=True)
     assert not labeler.training and not batch_norms(labeler)
     assert (cam_folder / "model.safetensors").read_bytes() == weights
     assert batch_norms(CamClassifier.from_pretrained(cam_folder))
     build("segmenter", "mobilenet_v2").save_pretrained(tmp_path)
-    segmenter, images = load_segmenter(str(tmp_path), "cpu")[0], torch.randn(1, 3, 64, 64)
+    segmenter, images = load_segmenter(str(tmp_path), "cpu", optimize=True)[0], torch.randn(1, 3, 64, 64)
     assert segmenter.config.backbone_config.tf_padding  # as it was saved
     wanted = Segmenter.from_pretrained(tmp_path).eval()(images).logits
     torch.testing.assert_close(segmenter(images).logits, wanted, atol=1e-5, rtol=1e-5)
@@ -202,7 +202,7 @@ REFUSED = "this model is optimised for inference: load it with from_pretrained t
 
 @pytest.mark.parametrize("copied", [False, True])
 def test_an_optimised_model_is_neither_trained_nor_saved(cam_folder, tmp_path, copied):
-    model, _ = load_labeler(cam_folder, "cpu")
+    model, _ = load_labeler(cam_folder, "cpu", optimize=True)
     if copied:
         model = copy.deepcopy(model)
     for forbidden in (
@@ -224,18 +224,24 @@ def test_an_optimised_model_of_transformers_is_not_saved_either(tmp_path):
         for_inference(Segformer(SegformerConfig(**sizes)), "cpu").save_pretrained(tmp_path / "model")
 
 
-@pytest.mark.parametrize("switch", ["argument", "environment"])
+@pytest.mark.parametrize("switch", ["default", "environment"])
 @torch.no_grad()
 def test_without_optimisation_a_model_is_the_saved_one(cam_folder, tmp_path, monkeypatch, switch):
     if switch == "environment":
         monkeypatch.setenv("WSSS_OPTIMIZE", "0")
-    optimised = {} if switch == "environment" else {"optimize": False}
+    optimised = {"optimize": True} if switch == "environment" else {}
     build("segmenter", "mobilenet_v2").save_pretrained(tmp_path)
     images = torch.randn(2, 3, 64, 64)
     for load, folder, kind in ((load_labeler, cam_folder, CamClassifier), (load_segmenter, tmp_path, Segmenter)):
         model, plain = load(folder, "cpu", **optimised)[0], kind.from_pretrained(folder)
         assert torch.equal(model(images).logits, plain(images).logits)
         assert model.state_dict().keys() == plain.state_dict().keys() and model.train().training
+
+
+def test_the_environment_can_ask_for_optimisation(cam_folder, monkeypatch):
+    monkeypatch.setenv("WSSS_OPTIMIZE", "1")
+    with pytest.raises(RuntimeError, match=REFUSED):
+        load_labeler(cam_folder, "cpu")[0].state_dict()
 
 
 def test_another_kind_of_model_is_no_labeler(tmp_path):

@@ -270,12 +270,12 @@ def test_masks_are_those_of_make_masks(cam_folder, toy_data, refine, scales, fli
     """One path from the image to maps and masks: what labels a data set gives the same as both pipelines."""
     rows, names = toy_data["train"].select(range(4)), class_names(toy_data)
     settings = MasksSettings(
-        scales=scales, flip=flip, background_threshold=0.3, refine=[refine] if refine else [], batch_size=1
+        scales=scales, flip=flip, background_threshold=0.3, refine=[refine] if refine else []
     )
     weak = pipeline("weak-segmentation", model=str(cam_folder))
     built_in = pipeline("image-segmentation", model=str(cam_folder))
     found = set()
-    for labelled in label_images(*load_labeler(cam_folder, "cpu", optimize=False), rows, settings):
+    for labelled in label_images(*load_labeler(cam_folder, "cpu"), rows, settings):
         tags, picture = [names[c] for c in labelled.classes], rows[labelled.index]["image"]
         result = weak(picture, tags=tags, threshold=0.3, scales=scales, flip=flip, refine=refine)
         mask, maps = bits_of(result, names)
@@ -293,11 +293,11 @@ def test_masks_are_those_of_make_masks(cam_folder, toy_data, refine, scales, fli
 def test_labels_are_those_of_evaluation_and_relabelling(pipes, toy_data, tmp_path, scales, flip):
     pipes["segmenter"].model.save_pretrained(tmp_path)
     pipes["segmenter"].image_processor.save_pretrained(tmp_path)
-    model, processor = load_segmenter(tmp_path, "cpu", optimize=False)
+    model, processor = load_segmenter(tmp_path, "cpu")
     rows, names = toy_data["train"].select(range(4)), class_names(toy_data)
     weak = pipeline("weak-segmentation", model=str(tmp_path))
     built_in = pipeline("image-segmentation", model=str(tmp_path))
-    settings = EvaluationSettings(scales=scales, flip=flip, batch_size=1)
+    settings = EvaluationSettings(scales=scales, flip=flip)
     for segmented in segment_images(model, processor, rows, settings):
         picture = rows[segmented.index]["image"]
         assert np.array_equal(weak(picture, scales=scales, flip=flip)["mask"], segmented.labels)
@@ -305,7 +305,7 @@ def test_labels_are_those_of_evaluation_and_relabelling(pipes, toy_data, tmp_pat
             for segment in built_in(picture):
                 here = np.asarray(segment["mask"]) == 255
                 assert np.array_equal(here, segmented.labels == ["background", *names].index(segment["label"]))
-    settings = SelfTrainingSettings(scales=scales, flip=flip, batch_size=1, refine=["pamr"])
+    settings = SelfTrainingSettings(scales=scales, flip=flip, refine=["pamr"])
     for scored in score_images(model, processor, rows, settings, only_tagged=True):
         tags = [names[c] for c in scored.classes.tolist()]
         result = weak(rows[scored.index]["image"], tags=tags, scales=scales, flip=flip, refine="pamr")
@@ -318,9 +318,9 @@ def test_labels_are_those_of_evaluation_and_relabelling(pipes, toy_data, tmp_pat
 def test_auto_is_the_threshold_of_a_data_set_of_one_image(cam_folder, toy_data, refine):
     names, weak = class_names(toy_data), pipeline("weak-segmentation", model=str(cam_folder))
     settings = MasksSettings(
-        background_threshold="auto", scales=[1.0, 1.5], refine=[refine] if refine else [], batch_size=1
+        background_threshold="auto", scales=[1.0, 1.5], refine=[refine] if refine else []
     )
-    labeler, thresholds = load_labeler(cam_folder, "cpu", optimize=False), set()
+    labeler, thresholds = load_labeler(cam_folder, "cpu"), set()
     for index in range(6):
         row, rows = toy_data["train"][index], toy_data["train"].select([index])
         options = {"tags": [names[tag] for tag in row["tags"]], "scales": [1.0, 1.5], "flip": True, "refine": refine}

@@ -102,7 +102,7 @@ def test_the_same_settings_compute_nothing(toy_data, recipe, finished, no_traini
 
 def test_settings_that_change_the_speed_alone_compute_nothing(toy_data, recipe, finished, no_training):
     before = times(finished)
-    changes = ["masks.workers=1", "masks.batch_size=2", "masks.shard_size=3", "masks.optimize=false"]
+    changes = ["masks.workers=1", "masks.batch_size=2", "masks.shard_size=3"]
     changes += ["cam.train.workers=1", "cam.train.gradient_checkpointing=true", "segmenter.train.workers=1"]
     changes += ["refiner.batch_size=2", "refiner.train.workers=1", "refiner.use=true", "self_training.rounds=2"]
     changes += ["self_training.batch_size=2", "self_training.workers=1", "evaluation.batch_size=1"]

@@ -11,8 +11,10 @@ from torch import Tensor
 from ..models.maps import fuse_maps, upsample
 from ..models.method_helpers import min_max_normalize
 from ..models.tta import views
+from .image_by_image import image_by_image
 
 
+@image_by_image
 @torch.inference_mode()
 def localize(
     model: Callable,
@@ -89,6 +91,7 @@ def sum_maps(views: Iterable[tuple[Tensor, tuple[int, int]]], tags: Tensor, size
     return min_max_normalize(total[None])[0]
 
 
+@image_by_image
 @torch.inference_mode()
 def average_maps(
     model: Callable,

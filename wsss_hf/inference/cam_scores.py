@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from datasets import Dataset
+from torch import Tensor
 
 from ..data.batches import batches_by_size
 from ..models.maps import add_background, fuse_maps
@@ -14,6 +15,7 @@ from ..models.modeling_cam import CamClassifier
 from ..models.tta import views
 from ..refinement.steps import Note, RefinementChain
 from ..settings import EvaluationSettings
+from .image_by_image import image_by_image
 from .segmenter import Scored
 
 
@@ -46,15 +48,32 @@ def score_by_maps(
     """
     ids = rows["image_id"][:]
     for batch in batches_by_size(rows, processor, settings.batch_size):
-        with torch.inference_mode():
-            found = list(views(model, batch.pixel_values.to(model.device), settings.scales, settings.flip))
-            for index, *logits in zip(batch.indices, *(view.logits for view in found), strict=True):
-                if not all(one.isfinite().all() for one in logits):
-                    raise ValueError(f"row {ids[index]!r}: expected finite logits of the classifier, got others")
-            tags = batch.tags.to(model.device).bool() if only_tagged else model.predicted_tags(found)
-            maps = fuse_maps((view.maps for view in found), tags, batch.size)
+        known = batch.tags.to(model.device).bool() if only_tagged else None
+        pixel_values = batch.pixel_values.to(model.device)
+        maps, tags, finite = _localize_found(model, pixel_values, known, batch.size, settings.scales, settings.flip)
+        for index, is_finite in zip(batch.indices, finite.tolist(), strict=True):
+            if not is_finite:
+                raise ValueError(f"row {ids[index]!r}: expected finite logits of the classifier, got others")
         maps_of = maps.split(tags.sum(dim=1).tolist())
         scores = [add_background(one[None], model.config.background_threshold)[0] for one in maps_of]
         scores = refine.batch(scores, [np.asarray(image) for image in batch.images], [Note() for _ in scores])
         for index, image, present, refined in zip(batch.indices, batch.images, tags, scores, strict=True):
             yield Scored(index, image, present.nonzero()[:, 0], refined)
+
+
+@image_by_image
+@torch.inference_mode()
+def _localize_found(
+    model: CamClassifier,
+    pixel_values: Tensor,
+    tags: Tensor | None,
+    size: tuple[int, int],
+    scales: Sequence[float],
+    flip: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fused maps (N, H, W) of the tags (B, C) bool, by default those that the model predicts; these tags; and whether
+    the logits of an image are finite (B,)."""
+    found = list(views(model, pixel_values, scales, flip))
+    finite = torch.stack([view.logits.isfinite().all(dim=1) for view in found]).all(dim=0)
+    tags = model.predicted_tags(found) if tags is None else tags
+    return fuse_maps((view.maps for view in found), tags, size), tags, finite

@@ -17,14 +17,14 @@ from .weights import check_weights
 
 
 def load_labeler(
-    name: str | os.PathLike, device: torch.device | str, optimize: bool = True
+    name: str | os.PathLike, device: torch.device | str, optimize: bool = False
 ) -> tuple[CamClassifier, BaseImageProcessor]:
     """A trained CAM classifier or map refiner in eval mode, and its image processor.
 
     Args:
         name: directory or Hub id (`owner/name@revision`).
-        optimize: make it faster, see [`for_inference`]; it can then neither be trained nor saved. False, or the
-            environment variable WSSS_OPTIMIZE=0, gives the model as `from_pretrained` does.
+        optimize: make it faster on a CPU, see [`for_inference`]; its outputs then differ by rounding, and it can
+            neither be trained nor saved. The environment variable WSSS_OPTIMIZE, 0 or 1, decides instead where set.
 
     Raises:
         ValueError: it is another kind of model, or its training has diverged.
@@ -39,7 +39,7 @@ def load_labeler(
 
 
 def load_segmenter(
-    name: str | os.PathLike, device: torch.device | str, optimize: bool = True
+    name: str | os.PathLike, device: torch.device | str, optimize: bool = False
 ) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """A trained segmenter, a [`Segmenter`] or a model of transformers, in eval mode, and its image processor.
 
@@ -67,6 +67,6 @@ def _pinned(name: str | os.PathLike) -> tuple[str, dict]:
 
 def _ready(model, name: str | os.PathLike, device: torch.device | str, optimize: bool):
     check_weights(model, name)
-    if optimize and os.environ.get("WSSS_OPTIMIZE") != "0":
+    if os.environ.get("WSSS_OPTIMIZE", str(int(optimize))) == "1":
         return for_inference(model, device)
     return model.to(device).eval()

@@ -20,8 +20,10 @@ from ..models.probabilities import class_probabilities, mean_probabilities
 from ..models.tta import views
 from ..refinement.steps import Note, RefinementChain, build_refinement
 from ..settings import EvaluationSettings, SelfTrainingSettings
+from .image_by_image import image_by_image
 
 
+@image_by_image
 @torch.inference_mode()
 def predict_scores(
     model: Callable,

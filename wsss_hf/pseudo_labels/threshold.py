@@ -16,6 +16,7 @@ from ..data.batches import batches_by_size
 from ..data.saliency import check_saliency
 from ..data.tagged import decode_saliency, undecoded
 from ..inference.cam_maps import localize
+from ..inference.image_by_image import image_by_image
 from ..models.background_threshold import ThresholdSearch, object_share
 from ..models.maps import add_background
 from ..models.method_helpers import all_reduce_sum
@@ -63,7 +64,7 @@ def auto_threshold(
         found, _ = localize(model, pixel_values, tags, batch.size, *augmentation)
         maps_of = found.split([int(count) for count in batch.tags.sum(dim=1)])
         with torch.inference_mode():
-            features = list(zip(*model.backbone(pixel_values), strict=True))
+            features = list(zip(*_stage_maps(model.backbone, pixel_values), strict=True))
         for own, stages in zip(maps_of, features, strict=True):
             search.add(own, stages)
         if steps:
@@ -81,6 +82,11 @@ def auto_threshold(
             return float(all_reduce_sum(total)) / len(chosen)
 
         return search.threshold_after(refined_area)
+
+
+@image_by_image
+def _stage_maps(backbone: Callable, pixel_values: Tensor) -> tuple[Tensor, ...]:
+    return backbone(pixel_values)
 
 
 def saliency_threshold(rows: Dataset, device: torch.device | str = "cpu") -> float:

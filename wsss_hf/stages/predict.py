@@ -42,7 +42,7 @@ from .cache import SETTINGS_FILE, OutputError, Record, read_record, write_atomic
 from .fingerprint import digest, model_fingerprint
 from .results import StageResult
 
-VERSION = 1
+VERSION = 2
 LABELS_FILE = "labels.json"
 COCO_FILE = "predictions.coco.json"
 _FINGERPRINT = "wsss_hf"  # text of a mask's PNG file: what it was made from
