@@ -1,7 +1,7 @@
 """From maps to masks against plain implementations, side by side in one run, image by image on the same inputs.
 
-- localisation: `localize` on the model that `masks.optimize` loads against the plain loop, one image, one scale and one
-  mirror image at a time, all maps at image size, in float32 on the model as `from_pretrained` gives it. Memory and
+- localisation: `localize` on the model that `masks.optimize` loads against the plain loop, one image, one scale and
+  one mirror image at a time, all maps at image size, in float32 on the model as `from_pretrained` gives it. Memory and
   kernels are kept for both. Of --passes the fastest counts, batch by batch; a single one would also count the kernels
   that oneDNN compiles for sizes it has not met, and the first pages of memory;
 - dense CRF: the refinement step, in this process and shared by several, against pydensecrf2 called with the channels

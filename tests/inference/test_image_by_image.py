@@ -1,5 +1,8 @@
 """On a CPU, masks do not depend on what else is in a batch: by default they are those of the pipelines, to the bit."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +32,9 @@ def classifier(names, **options):
     body = MobileNetV2Config(depth_multiplier=0.25)
     model = CamClassifier(CamConfig(backbone_config=body, id2label=dict(enumerate(names)), **options)).eval()
     with torch.no_grad():
+        for layer in model.backbone.modules():
+            if isinstance(layer, torch.nn.Conv2d):  # transformers' own initial weights let features vanish
+                torch.nn.init.kaiming_normal_(layer.weight)
         mean = model.classify(torch.randn(8, 3, 64, 64))[0][-1].mean(dim=(0, 2, 3))
         weight = torch.randn(len(names), len(mean))
         weight -= (weight @ mean)[:, None] * mean / mean.square().sum()
@@ -51,15 +57,14 @@ def saved(request, toy_data, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("refine", [None, "pamr"])
-def test_masks_of_default_settings_are_those_of_the_pipeline(saved, data, tmp_path, refine):
-    recipe = Recipe.load("default", [f"masks.refine={[refine] if refine else []}"])
+def test_masks_of_default_settings_are_those_of_the_pipeline(saved, data, tmp_path):
+    recipe = Recipe.load("default", ["masks.refine=[pamr]"])
     assert recipe.masks.batch_size > 8 and recipe.masks.flip and len(recipe.masks.scales) == 3
     labelled = make_masks(data, saved, recipe, tmp_path / "masks").data["train"]
     weak, names, found = pipeline("weak-segmentation", model=str(saved)), class_names(data), set()
     for row in labelled:
         options = {"tags": [names[tag] for tag in row["tags"]], "scales": [0.75, 1.0, 1.25], "flip": True}
-        mask = np.asarray(weak(row["image"], refine=refine, **options)["mask"])
+        mask = np.asarray(weak(row["image"], refine="pamr", **options)["mask"])
         assert np.array_equal(np.asarray(row["pseudo_mask"]), mask)
         found |= set(np.unique(mask))
     assert len(found) > 3
@@ -70,22 +75,26 @@ def test_predicted_masks_are_those_of_the_pipeline(saved, data, tmp_path):
     for number, image in enumerate(rows["image"][:]):
         image.save(tmp_path / f"{number:02d}.png")
     made = predict([str(tmp_path)], saved, tmp_path / "out", overlays=False)
-    weak, labels = pipeline("weak-segmentation", model=str(saved)), {one.name: one.labels for one in made}
+    weak, labels = pipeline("weak-segmentation", model=str(saved)), {Path(one.name).stem: one.labels for one in made}
     for number, image in enumerate(rows["image"][:]):
-        assert np.array_equal(labels[f"{number:02d}.png"], np.asarray(weak(image, flip=True)["mask"]))
+        assert np.array_equal(labels[f"{number:02d}"], np.asarray(weak(image, flip=True)["mask"]))
 
 
 def test_an_image_has_the_same_maps_alone_and_among_others(threads):
     torch.manual_seed(0)
-    model, images, tags = classifier("abcd"), torch.randn(9, 3, 80, 96), torch.ones(9, 4)
+    model, images, tags = classifier("abcd", output_stride=16), torch.randn(9, 3, 80, 96), torch.ones(9, 4)
     tags[4, 1:3] = 0
     for function in (localize, average_maps):
         first, second = function(model, images, tags, (60, 72), (0.75, 1.0), True)
         alone = function(model, images[4:5], tags[4:5], size=(60, 72), scales=(0.75, 1.0))
-        assert torch.equal(first[16:18], alone[0])
+        assert torch.equal(first[16:18], alone[0]) and alone[0].amax() > 0
         assert torch.equal(second[4:5] if function is localize else second[16:18], alone[1])
-    scores = predict_scores(model, images, (60, 72), (0.75, 1.0))
-    assert torch.equal(scores[4:5], predict_scores(model, images[4:5], (60, 72), (0.75, 1.0)))
+
+    def segmenter(pixel_values):
+        return SimpleNamespace(logits=model(pixel_values).cams)
+
+    scores = predict_scores(segmenter, images, (60, 72), (0.75, 1.0))
+    assert torch.equal(scores[4:5], predict_scores(segmenter, images[4:5], (60, 72), (0.75, 1.0)))
 
 
 def test_elsewhere_a_batch_stays_whole():

@@ -106,8 +106,8 @@ def test_windows_that_see_enough_give_what_the_whole_image_gives(window, stride,
 
 def test_no_window_is_larger_than_asked_for_and_all_have_one_size():
     model = Pixelwise()
-    predict_scores(model, torch.randn(2, 3, 23, 37), (23, 37), flip=False, window=16)
-    assert set(model.sizes) == {(2, 3, 16, 16)} and len(model.sizes) == 2 * 4
+    predict_scores(model, torch.randn(1, 3, 23, 37), (23, 37), flip=False, window=16)
+    assert set(model.sizes) == {(1, 3, 16, 16)} and len(model.sizes) == 2 * 4
 
 
 def test_overlapping_windows_are_averaged():
@@ -140,8 +140,10 @@ def test_refinement_of_the_probabilities_makes_the_labels(toy_data):
 def test_logits_that_are_not_finite_are_reported_with_their_row(toy_data):
     class Broken(Pixelwise):
         def __call__(self, pixel_values):
+            self.sizes.append(tuple(pixel_values.shape))
             logits = pixel_values.clone()
-            logits[1, 0, 3, 3] = float("nan")
+            if len(self.sizes) == 2:
+                logits[0, 0, 3, 3] = float("nan")
             return SimpleNamespace(logits=logits)
 
     settings = EvaluationSettings(flip=False)

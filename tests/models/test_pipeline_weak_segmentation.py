@@ -269,9 +269,7 @@ def check_identical(mask, maps, wanted_mask, wanted_maps):
 def test_masks_are_those_of_make_masks(cam_folder, toy_data, refine, scales, flip):
     """One path from the image to maps and masks: what labels a data set gives the same as both pipelines."""
     rows, names = toy_data["train"].select(range(4)), class_names(toy_data)
-    settings = MasksSettings(
-        scales=scales, flip=flip, background_threshold=0.3, refine=[refine] if refine else []
-    )
+    settings = MasksSettings(scales=scales, flip=flip, background_threshold=0.3, refine=[refine] if refine else [])
     weak = pipeline("weak-segmentation", model=str(cam_folder))
     built_in = pipeline("image-segmentation", model=str(cam_folder))
     found = set()
@@ -317,9 +315,7 @@ def test_labels_are_those_of_evaluation_and_relabelling(pipes, toy_data, tmp_pat
 @pytest.mark.parametrize("refine", [None, "pamr"])
 def test_auto_is_the_threshold_of_a_data_set_of_one_image(cam_folder, toy_data, refine):
     names, weak = class_names(toy_data), pipeline("weak-segmentation", model=str(cam_folder))
-    settings = MasksSettings(
-        background_threshold="auto", scales=[1.0, 1.5], refine=[refine] if refine else []
-    )
+    settings = MasksSettings(background_threshold="auto", scales=[1.0, 1.5], refine=[refine] if refine else [])
     labeler, thresholds = load_labeler(cam_folder, "cpu"), set()
     for index in range(6):
         row, rows = toy_data["train"][index], toy_data["train"].select([index])

@@ -154,18 +154,20 @@ def test_background_wins_a_tie_then_the_first_class(count):
 
 
 def test_maps_are_those_of_the_models_own_scores(model, images, tags):
-    """The scores of a model are those of `localize`, to the bit."""
+    """The scores of a model for an image are those of `localize` for a batch, to the bit."""
     for scales, flip in (((1.0,), False), ((0.75, 1.5), True)):
         maps, _ = localize(model, images, tags, SIZE, scales, flip)
-        with torch.no_grad():
-            outputs = list(views(model, images, scales, flip))
-            scores = model.segmentation_scores(outputs, SIZE, tags, background_threshold=0.4)
-        assert torch.equal(scores[:, 1:][tags.bool()], maps) and not scores[:, 1:][~tags.bool()].any()
-        assert (scores[:, 0] == 0.4).all()
-        if not flip:
+        maps_of = maps.split([int(count) for count in tags.sum(dim=1)])
+        for image, own, found in zip(images.split(1), tags.split(1), maps_of, strict=True):
             with torch.no_grad():
-                alone = model.segmentation_scores(model(images), SIZE, tags, background_threshold=0.4)
-            assert torch.equal(alone, scores)
+                outputs = list(views(model, image, scales, flip))
+                scores = model.segmentation_scores(outputs, SIZE, own, background_threshold=0.4)
+            assert torch.equal(scores[:, 1:][own.bool()], found) and not scores[:, 1:][~own.bool()].any()
+            assert (scores[:, 0] == 0.4).all()
+            if not flip:
+                with torch.no_grad():
+                    alone = model.segmentation_scores(model(image), SIZE, own, background_threshold=0.4)
+                assert torch.equal(alone, scores)
 
 
 def test_bf16_is_near_and_float32_the_default_on_cpus(model, images, tags):
