@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..progress import is_quiet
 from .launch import prepare_libraries
 from .options import CacheDir, Token, integers, set_hub_environment
+from .outputs import NewFolder
 
 if TYPE_CHECKING:
     from ..hub.push import Pushed
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 def convert(
     file: Annotated[Path, typer.Argument(help="A released checkpoint: .safetensors, .pth, .pt, .bin or .params.")],
-    out: Annotated[Path, typer.Option("--to", "--out", help="Folder to write: new or empty.")],
+    out: NewFolder,
     classes: Annotated[str | None, typer.Option(help="Names a,b,c of its classes; default: those of VOC.")] = None,
     drs_delta: Annotated[float | None, typer.Option(help="Fixed DRS that a classifier was trained with.")] = None,
     extra_channels: Annotated[
@@ -31,7 +33,7 @@ def convert(
     ] = None,
 ) -> None:
     """ImageNet VGG-16 and Wide ResNet-38, and what DRS, SEAM and PLDA released → models of this package."""
-    prepare_libraries()
+    prepare_libraries(is_quiet())
     from transformers import AutoConfig
 
     from ..hub.convert import convert_checkpoint
@@ -64,7 +66,7 @@ def push(
 ) -> None:
     """A trained model, or pseudo masks → the Hub, with a card, in one commit."""
     set_hub_environment(token, None)
-    prepare_libraries()
+    prepare_libraries(is_quiet())
     from ..hub.push import push_dataset, push_model
 
     if dataset:
@@ -81,7 +83,7 @@ def push_metric(
 ) -> None:
     """A metric → the Hub, as a Space that evaluate.load finds."""
     set_hub_environment(token, None)
-    prepare_libraries()
+    prepare_libraries(is_quiet())
     from ..hub.push import push_metric
 
     _print_pushed(push_metric(name, repo_id, private, token=token))
@@ -93,7 +95,7 @@ def _print_pushed(pushed: Pushed) -> None:
 
 def export_onnx(
     model: Annotated[str, typer.Argument(help="A model's folder or Hub id (ID@REVISION).")],
-    out: Annotated[Path, typer.Option("--to", "--out", help="Folder to write: new or empty.")],
+    out: NewFolder,
     size: Annotated[int | None, typer.Option(help="Only for squares of this side, in pixels.")] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Also with its weights as 8-bit integers.")] = False,
     revision: Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")] = None,
@@ -102,7 +104,7 @@ def export_onnx(
 ) -> None:
     """A trained model → ONNX, for any number of images of any size."""
     set_hub_environment(token, cache_dir)
-    prepare_libraries()
+    prepare_libraries(is_quiet())
     from ..hub.onnx import export_onnx
 
     name = model if revision is None else f"{model}@{revision}"

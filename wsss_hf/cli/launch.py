@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import signal
 import sys
@@ -81,8 +82,13 @@ def _leave_process_group() -> None:
         accelerate.PartialState().destroy_process_group()
 
 
-def prepare_libraries() -> None:
-    """Let libraries say nothing by themselves, and settle which processes there are; before a command works."""
+def prepare_libraries(quiet: bool) -> None:
+    """Settle how much libraries say, and which processes there are; before a command works.
+
+    Args:
+        quiet: libraries say nothing but errors; otherwise those do whose own environment variable, such as
+            TRANSFORMERS_VERBOSITY, does not ask for more.
+    """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
     from datasets import logging as datasets_logging
@@ -90,11 +96,16 @@ def prepare_libraries() -> None:
     from huggingface_hub.utils import logging as hub_logging
     from transformers import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
+    for library, variable in (
+        (transformers_logging, "TRANSFORMERS_VERBOSITY"),
+        (datasets_logging, "DATASETS_VERBOSITY"),
+        (hub_logging, "HF_HUB_VERBOSITY"),
+    ):
+        if quiet or not os.environ.get(variable):  # which the library has read itself
+            library.set_verbosity_error()
+    logging.getLogger("wsss_hf").setLevel(transformers_logging.get_verbosity())
     transformers_logging.disable_progress_bar()
-    datasets_logging.set_verbosity_error()
     disable_progress_bars()
-    hub_logging.set_verbosity_error()
     from ..training.launcher import GROUP_TIMEOUT
 
     # Whoever asks first decides whether there are other processes, and a bare PartialState() ignores this flag.
@@ -132,7 +143,15 @@ def start_missing_processes() -> None:
     if wanted is None or wanted < 2:
         return
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={wanted}"]
-    os.execv(sys.executable, [*launcher, *sys.argv])
+    os.execv(sys.executable, [*launcher, *_this_command()])
+
+
+def _this_command() -> list[str]:
+    """What stands behind `python` to run this process: a file or a module, and the options."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is None:
+        return sys.argv
+    return ["-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]]
 
 
 def _asked_of_accelerate(option: str) -> int | None:

@@ -19,7 +19,6 @@ from .options import (
     Force,
     Inputs,
     Limit,
-    Out,
     Quiet,
     RecipeName,
     Revision,
@@ -37,6 +36,7 @@ from .options import (
     set_hub_environment,
     with_inputs,
 )
+from .outputs import ExportCoco, Out, file_to_write, folder_to_write
 
 DETAILS = ["result", "boundary_f", "mean_precision", "mean_recall", "false_positive_share", "false_negative_share"]
 
@@ -225,9 +225,10 @@ def make_masks(
     out: Out,
     affinity: Affinity = None,
     export_voc: Annotated[
-        Path | None, typer.Option(help="Folder: also write palette PNGs in the layout of a VOC devkit.")
+        Path | None,
+        typer.Option(callback=folder_to_write, help="Folder: also write palette PNGs in the layout of a VOC devkit."),
     ] = None,
-    export_coco: Annotated[Path | None, typer.Option(help="File: also write COCO-JSON, run-length encoded.")] = None,
+    export_coco: ExportCoco = None,
     force: Force = False,
 ) -> None:
     """Tagged images and a CAM classifier → the data set with a column pseudo_mask."""
@@ -276,13 +277,17 @@ def evaluate(
     window: Annotated[int | None, typer.Option(help="Sliding window, pixels; as evaluation.window.")] = None,
     crf: Annotated[bool, typer.Option("--crf", help="Dense CRF at the end; as evaluation.refine=[crf].")] = False,
     save_masks: Annotated[
-        Path | None, typer.Option(help="Folder: also write the segmenter's label maps as palette PNGs.")
+        Path | None,
+        typer.Option(callback=folder_to_write, help="Folder: also write the segmenter's label maps as palette PNGs."),
     ] = None,
     voc_archive: Annotated[
-        Path | None, typer.Option(help="File .tgz or .tar: also write what VOC's test server takes.")
+        Path | None,
+        typer.Option(callback=file_to_write, help="File .tgz or .tar: also write what VOC's test server takes."),
     ] = None,
-    export_coco: Annotated[Path | None, typer.Option(help="File: also write COCO-JSON, run-length encoded.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File: also write all figures.")] = None,
+    export_coco: ExportCoco = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", callback=file_to_write, help="File: also write all figures.")
+    ] = None,
 ) -> None:
     """Figures of pseudo masks, a segmenter (--model), a CAM classifier (--cam) or a folder of PNGs (--masks)."""
     from accelerate import PartialState
@@ -340,7 +345,12 @@ def predict(
             help="A segmenter, also of transformers, or a CAM classifier: directory or Hub id (ID@REVISION)."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Output folder: new, or one of predict; what is there is kept.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", callback=folder_to_write, help="Output folder: new, or one of predict; what is there is kept."
+        ),
+    ],
     tags: Annotated[
         str | None, typer.Option(help="Classes a,b that are in every image; default: those the model finds.")
     ] = None,

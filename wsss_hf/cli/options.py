@@ -71,6 +71,7 @@ RecipeName = Annotated[
     str | None,
     typer.Option(
         "--recipe",
+        autocompletion=lambda incomplete: [name for name in ("default", *_RECIPES) if name.startswith(incomplete)],
         help=f"default | {' | '.join(_RECIPES)} | a YAML file; several as a+b. Default: photos; of --data toy: toy.",
         rich_help_panel="Recipe",
     ),
@@ -86,12 +87,6 @@ Seed = Annotated[int | None, typer.Option(help="Seed of the recipe.", rich_help_
 Track = Annotated[
     str | None,
     typer.Option(help="Show trainings in tensorboard | trackio | wandb.", rich_help_panel="Recipe"),
-]
-Out = Annotated[
-    Path,
-    typer.Option(
-        "--out", help="Output folder: new, or one of the same command, of which only what changed is redone."
-    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Run again even if nothing has changed.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Disable progress bars.")]
@@ -226,4 +221,4 @@ def with_inputs(command: Callable) -> Callable:
 def prepare(quiet: bool) -> None:
     """What every command that works does first."""
     set_quiet(quiet or is_quiet())
-    prepare_libraries()
+    prepare_libraries(is_quiet())
