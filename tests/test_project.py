@@ -1,5 +1,7 @@
 """What the files of the project say about the package and its versions."""
 
+import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +9,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import wsss_hf
 
 ROOT = Path(__file__).parent.parent
 TORCH = ("torch", "2.6", "2.13.0")  # why: constraints-lowest.txt
@@ -45,15 +49,45 @@ def test_the_pinned_versions_are_not_below_the_floors():
     assert all(numbers(versions[name]) >= numbers(wanted[name]) for name in versions.keys() & wanted.keys())
 
 
-@pytest.mark.slow
-def test_the_wheel_has_the_recipes_and_says_that_it_is_typed(tmp_path):
-    build = "from setuptools.build_meta import build_wheel; import sys; build_wheel(sys.argv[1])"
-    copy = tmp_path / "source"
+def built(hook: str, folder: Path) -> Path:
+    """What a hook of setuptools writes into `folder`, from a copy of what the wheel is made of."""
+    copy = folder / "source"
     copy.mkdir()
     for name in ("wsss_hf", "pyproject.toml", "README.md", "LICENSE"):
         (copy / name).symlink_to(ROOT / name)
-    subprocess.run([sys.executable, "-c", build, str(tmp_path)], check=True, capture_output=True, cwd=copy)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"wsss_hf/py.typed", "wsss_hf/recipes/toy.yaml", "wsss_hf/models/drs.py"} <= set(names)
+    call = f"import sys, setuptools.build_meta; print(setuptools.build_meta.{hook}(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", call, str(folder)], check=True, capture_output=True, cwd=copy, text=True
+    )
+    return folder / done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_wheel_has_the_recipes_and_says_that_it_is_typed(tmp_path):
+    names = zipfile.ZipFile(built("build_wheel", tmp_path)).namelist()
+    assert {"wsss_hf/py.typed", "wsss_hf/recipes/toy.yaml", "wsss_hf/models/drs.py", "wsss_hf/__main__.py"} <= set(
+        names
+    )
     assert all(name.startswith("wsss_hf") for name in names)
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_is_enough_for_accelerate(tmp_path):
+    """Installed as pip does it, without the sources: `accelerate launch -m wsss_hf`, on two processes."""
+    unpacked = tmp_path / "site"
+    zipfile.ZipFile(built("build_wheel", tmp_path)).extractall(unpacked)
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "wsss_hf"]
+    environment = os.environ | {"PYTHONPATH": str(unpacked), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "recipe", "toy"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\ncam:") == 2
+
+
+def test_the_metadata_of_the_wheel(tmp_path):
+    metadata = importlib.metadata.PathDistribution(built("prepare_metadata_for_build_wheel", tmp_path)).metadata
+    assert metadata["Version"] == wsss_hf.__version__ and metadata["License-Expression"] == "Apache-2.0"
+    assert "class activation maps" in metadata["Keywords"].split(",")
+    classifiers = metadata.get_all("Classifier")
+    assert "Typing :: Typed" in classifiers and "Programming Language :: Python :: 3.10" in classifiers

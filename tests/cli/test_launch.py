@@ -105,6 +105,7 @@ def test_an_interrupted_command_is_one_line(tmp_path, number):
         time.sleep(0.2)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
+<<<<<<< HEAD
     assert process.returncode == 128 + number
     assert err == f"interrupted by {number.name}; the same command goes on where it was\n"
 
@@ -156,3 +157,42 @@ def test_what_the_launcher_asks_for_is_done_and_said(tmp_path):
     assert "train.accumulate: 4 from the launcher instead of 1 from the recipe\n" in done.stderr
     record = yaml.safe_load((tmp_path / "cam" / "recipe.yaml").read_text())["cam"]["train"]
     assert (record["mixed_precision"], record["accumulate"]) == ("bf16", 4)
+=======
+    assert process.returncode == 130
+    assert err == "interrupted by SIGINT; the same command goes on where it was\n"
+
+
+VERBOSITY_OF_LIBRARIES = """
+import logging, sys
+from wsss_hf.cli.launch import prepare_libraries
+prepare_libraries(sys.argv[1] == "quiet")
+import transformers, datasets
+print(transformers.logging.get_verbosity(), datasets.logging.get_verbosity(), logging.getLogger("wsss_hf").level)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "variables", "levels"),
+    [
+        ("shown", {}, "40 40 40"),
+        ("shown", {"TRANSFORMERS_VERBOSITY": "info"}, "20 40 20"),
+        ("quiet", {"TRANSFORMERS_VERBOSITY": "info"}, "40 40 40"),
+    ],
+)
+def test_libraries_say_what_their_variables_ask_for_unless_quiet(how, variables, levels):
+    environment = {name: value for name, value in os.environ.items() if "VERBOSITY" not in name} | variables
+    command = [sys.executable, "-c", VERBOSITY_OF_LIBRARIES, how]
+    done = subprocess.run(command, capture_output=True, check=True, text=True, env=environment)
+    assert done.stdout.split("\n")[0] == levels
+
+
+@pytest.mark.slow
+def test_a_shell_completes_commands_and_recipes():
+    program = "import sys; sys.argv = ['wsss']; from wsss_hf.cli.main import main; main()"
+    for words, found in (("wsss train-c", ["train-cam"]), ("wsss run --recipe voc_dr", ["voc_drs"])):
+        asked = {"_WSSS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked)
+        assert done.stdout.split() == found
+>>>>>>> fbe40e3 (python -m wsss_hf, also from the wheel alone under accelerate launch)
