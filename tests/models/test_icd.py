@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from wsss_hf import CamClassifier, CamConfig
 from wsss_hf.models import icd
 from wsss_hf.models.icd import Icd, IcdConfig
 from wsss_hf.models.methods import TrainingStep
@@ -253,6 +254,16 @@ def test_feature_norm_is_batch_norm_without_a_scale():
     torch.testing.assert_close(ours(features), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_the_classification_of_a_model_with_icd_is_a_sum_over_classes(resnet_config):
+    torch.manual_seed(0)
+    config = CamConfig(backbone_config=resnet_config, num_labels=4, icd=IcdConfig())
+    model = CamClassifier(config).train()
+    tags = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 1]])
+    outputs = model(torch.randn(2, 3, 64, 64), tags=tags)
+    entropy = F.binary_cross_entropy_with_logits(outputs.logits, tags, reduction="sum") / 2
+    torch.testing.assert_close(outputs.losses["classification"] + outputs.losses["icd_classification"], entropy)
+
+
 def test_gradients_reach_the_directions_or_the_backbone_never_the_cams():
     method, step = make_method(), make_step([[1, 0, 0], [0, 1, 0]])
     losses = method.losses(step)
@@ -270,7 +281,7 @@ def test_gradients_reach_the_directions_or_the_backbone_never_the_cams():
 def test_batch_without_tags_is_harmless():
     method, step = make_method(), make_step([[0, 0, 0], [0, 0, 0]])
     losses = method.losses(step)
-    assert all(loss.item() == 0 for loss in losses.values())
+    assert all(loss.item() == 0 for name, loss in losses.items() if name != "icd_classification")
     sum(losses.values()).backward()
     assert all(parameter.grad.eq(0).all() for parameter in method.parameters())
     assert method.running_means.eq(0).all()

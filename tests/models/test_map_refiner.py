@@ -1,10 +1,13 @@
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation, pipeline
 
 from wsss_hf import MapRefiner, MapRefinerConfig, WsssImageProcessor
+from wsss_hf.inference.cam_maps import localize
+from wsss_hf.models.modeling_cam import CamOutput
 
 NAMES = {0: "cat", 1: "cow", 2: "dog"}
 
@@ -71,3 +74,18 @@ def test_auto_classes_and_the_pipeline_know_the_model(refiner, auto, tmp_path):
     image = Image.fromarray((255 * picture).byte().permute(1, 2, 0).numpy())
     found = pipeline("image-segmentation", model=str(tmp_path))(image, tags=["cow"])
     assert {segment["label"] for segment in found} <= {"background", "cow"}
+
+
+def test_maps_make_masks_as_they_are():
+    class Denying(nn.Module):
+        normalizes_maps = MapRefiner.normalizes_maps
+
+        def forward(self, pixel_values):
+            maps = torch.full((1, 3, 4, 4), 0.02) if pixel_values.shape[-1] == 8 else torch.full((1, 3, 5, 5), -0.5)
+            maps[:, 1] = 1.5
+            return CamOutput(logits=maps.mean(dim=(2, 3)), maps=maps)
+
+    pixels, tags = torch.zeros(1, 3, 8, 8), torch.tensor([[1, 1, 0]])
+    for fusion, denied in (("max", 0.02), ("mean", 0.01)):
+        maps, _ = localize(Denying(), pixels, tags, (8, 8), scales=(1.0, 1.25), flip=False, fusion=fusion, bf16=False)
+        torch.testing.assert_close(maps, torch.tensor([denied, 1.0])[:, None, None].expand(2, 8, 8))

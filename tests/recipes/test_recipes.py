@@ -68,10 +68,19 @@ def test_a_segmenters_recipe_goes_with_any_methods(recipe_file):
         load_recipe("voc_icd+segfromer")
 
 
-@pytest.mark.parametrize("name", ["voc_drs", "voc_icd", "voc_seam", "voc_plda"])
+@pytest.mark.parametrize("name", ["voc_drs", "voc_icd", "voc_mat_label", "voc_seam", "voc_plda"])
 def test_published_methods_end_in_the_published_segmenter(name):
     recipe, published = load_recipe(name), load_recipe("voc_deeplab_v2")
     assert recipe.segmenter == published.segmenter and recipe.evaluation == published.evaluation
+
+
+@pytest.mark.parametrize(("method", "refines"), [("drs", True), ("icd", False)])
+def test_published_methods_label_by_their_own_rule(method, refines):
+    row = next(str(path) for path in ROWS if path.stem == f"small_{method}_saliency")
+    for recipe in (load_recipe(f"voc_{method}"), load_recipe(row)):
+        assert recipe.masks.seeds == method and method in recipe.cam.methods and recipe.refiner.use == refines
+        assert not recipe.masks.flip  # neither program mirrors images
+    assert load_recipe(row).segmenter.from_cam
 
 
 def test_two_recipes_share_nothing():

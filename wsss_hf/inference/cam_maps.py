@@ -29,7 +29,7 @@ def localize(
     """Normalised maps of images of one size, fused over scales and mirror images.
 
     Args:
-        model: a CAM classifier in eval mode.
+        model: a CAM classifier in eval mode, or a map refiner, whose maps are not normalised.
         pixel_values: (B, 3, h, w) normalised images at scale 1.
         tags: (B, C) 0/1; only maps of tagged classes are upsampled.
         size: (H, W) of the maps to return.
@@ -59,7 +59,8 @@ def localize(
     if fusion == "sum":
         fused = sum_maps(maps(), tags, size)
     else:
-        fused = fuse_maps((view for view, _ in maps()), tags, size, fusion)
+        normalize = getattr(model, "normalizes_maps", True)
+        fused = fuse_maps((view for view, _ in maps()), tags, size, fusion, normalize)
     mean_logits = torch.stack(logits).mean(dim=0)
     if not (fused.isfinite().all() and mean_logits.isfinite().all()):
         raise ValueError("maps: expected finite ones, the classifier gives NaN or inf: its training has diverged")

@@ -299,7 +299,9 @@ class Icd(Method):
     """Intra-class discriminator on the last backbone stage.
 
     Losses are averaged over the images of the batch, as the authors' optimiser does. The bottom-up loss trains the
-    directions only; the top-down loss trains its classifier and the backbone; none of them reaches the CAMs.
+    directions only; the top-down loss trains its classifier and the backbone; neither reaches the CAMs. As the
+    top-down loss sums over classes, the classification must too: `icd_classification` adds to the model's own loss,
+    a mean over classes, what it lacks of their sum.
     """
 
     scheduled = True  # the top-down weight ramps up
@@ -338,7 +340,9 @@ class Icd(Method):
             superpixels = _superpixels_at(step.superpixels, scores)
             refined = superpixel_refine(resign(scores, self.running_means), superpixels, tags)
             weight = config.top_down_weight * top_down_weight(step.progress, config.top_down_ramp)
+            classification = F.multilabel_soft_margin_loss(step.cams.float().mean(dim=(2, 3)), tags)
             return {
+                "icd_classification": (tags.shape[1] - 1) * classification,
                 "icd_bottom_up": bottom_up_loss(scores, tags, config.bottom_up_weight) / len(tags),
                 "icd_top_down": weight * top_down_loss(logits.float(), refined, tags, config.margin) / len(tags),
             }

@@ -52,7 +52,9 @@ def normalize_maps(
     return maps if tags is None else maps * tags.to(maps)[:, :, None, None]
 
 
-def fuse_maps(views: Iterable[Tensor], tags: Tensor, size: tuple[int, int], fusion: str = "mean") -> Tensor:
+def fuse_maps(
+    views: Iterable[Tensor], tags: Tensor, size: tuple[int, int], fusion: str = "mean", normalize: bool = True
+) -> Tensor:
     """The maps of the tagged classes, normalised at image size in each view, fused, and normalised again.
 
     Args:
@@ -60,10 +62,12 @@ def fuse_maps(views: Iterable[Tensor], tags: Tensor, size: tuple[int, int], fusi
         tags: (B, C) 0/1; the maps of other classes are not looked at.
         size: (H, W) of the images.
         fusion: "mean" or "max" over the views.
+        normalize: False takes the maps for values in [0, 1] as they are, cut off where they are not.
 
     Returns:
         (N, H, W) in [0, 1), one per tagged class of an image, N = number of ones in `tags`, in row-major order of
         `tags`. A map that is zero everywhere stays zero; every other one reaches 1 somewhere, but for rounding.
+        Maps that are not normalised lie in [0, 1] and need not reach 1.
 
     Raises:
         ValueError: `fusion` is unknown.
@@ -72,15 +76,19 @@ def fuse_maps(views: Iterable[Tensor], tags: Tensor, size: tuple[int, int], fusi
         raise ValueError(f"fusion: expected mean or max, got {fusion!r}")
     images, classes = tags.nonzero(as_tuple=True)
     fused: Tensor | None = None
-    for view in views:
-        maps = normalize_maps(view[images, classes][None], size=size)[0]
+    count = 0
+    for count, view in enumerate(views, start=1):
+        maps = view[images, classes]
+        maps = normalize_maps(maps[None], size=size)[0] if normalize else upsample(maps.clamp(0, 1), size)
         if fused is None:
             fused = maps
         else:
             fused = torch.maximum(fused, maps) if fusion == "max" else fused + maps
     if fused is None:
         raise ValueError("views: expected at least one, got none")
-    return normalize_maps(fused[None])[0]
+    if normalize:
+        return normalize_maps(fused[None])[0]
+    return fused if fusion == "max" else fused / count
 
 
 def at_all_classes(maps: Tensor, tags: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ class CamClassifier(PortableModel):
         "AutoModelForSemanticSegmentation",
     )
 
+    normalizes_maps = True  # before views are fused; False where maps are meant to lie in [0, 1] as they are
     methods: Any  # nn.ModuleDict of [`Method`]
 
     def __init__(self, config: CamConfig):
@@ -213,7 +214,7 @@ class CamClassifier(PortableModel):
         _check_tags(tags, views[0].logits)
         if background_threshold is None:
             background_threshold = self.config.background_threshold
-        maps = fuse_maps((view.maps for view in views), tags, size)
+        maps = fuse_maps((view.maps for view in views), tags, size, normalize=self.normalizes_maps)
         return add_background(at_all_classes(maps, tags), background_threshold)
 
 

@@ -34,9 +34,11 @@ class MapRefinerConfig(CamConfig):
 class MapRefiner(CamClassifier):
     """The network of a CAM classifier without methods, whose maps are trained to be another network's maps.
 
-    It takes the CAM classifier's place in making masks.
+    It takes the CAM classifier's place in making masks. Its maps are used as they are: divided by its maximum, the map
+    of a class that the network denies would come back at full strength.
     """
 
+    normalizes_maps = False
     config_class = MapRefinerConfig
     auto_classes: tuple[str, ...] = ("AutoModel", "AutoModelForSemanticSegmentation")
 

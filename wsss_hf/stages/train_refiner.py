@@ -11,12 +11,14 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, DatasetDict, Features, List, Value, concatenate_datasets
 from PIL import Image
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.batches import batches_by_size
 from ..data.tagged import class_names, encode_png, source_of
 from ..inference.cam_maps import localize
 from ..inference.load import load_labeler
+from ..models.maps import at_all_classes
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
 from ..models.pretrained import NO_CODE, pinned
@@ -124,8 +126,15 @@ def _encoded_maps(
         size = (-(-height // _MAP_STRIDE), -(-width // _MAP_STRIDE))
         pixel_values, multi_hot = batch.pixel_values.to(model.device), batch.tags.to(model.device)
         maps, _ = localize(model, pixel_values, multi_hot, size, settings.scales, settings.flip, settings.fusion)
+        maps = _strongest(at_all_classes(maps, multi_hot))[multi_hot.bool()]
         stored = (255 * maps).round().to(torch.uint8).cpu().split([int(count) for count in batch.tags.sum(dim=1)])
         for index, image_tags, image_maps in zip(batch.indices, batch.tags, stored, strict=True):
             by_class = dict(zip(image_tags.nonzero()[:, 0].tolist(), image_maps.numpy(), strict=True))
             encoded = [encode_png(Image.fromarray(by_class[c]))["bytes"] for c in tags[index]]
             yield index, {"localization_maps": encoded}
+
+
+def _strongest(maps: Tensor) -> Tensor:
+    """(B, C, H, W) maps of which, at each pixel, only the strongest class keeps its value; of equals the first."""
+    winners = maps.argmax(dim=1, keepdim=True)
+    return torch.zeros_like(maps).scatter_(1, winners, maps.gather(1, winners))
