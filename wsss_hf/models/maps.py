@@ -77,7 +77,8 @@ def fuse_maps(
     images, classes = tags.nonzero(as_tuple=True)
     fused: Tensor | None = None
     count = 0
-    for count, view in enumerate(views, start=1):
+    for view in views:
+        count += 1
         maps = view[images, classes]
         maps = normalize_maps(maps[None], size=size)[0] if normalize else upsample(maps.clamp(0, 1), size)
         if fused is None:
