@@ -384,3 +384,31 @@ def test_config_refuses_bad_values(options):
     (name,) = options
     with pytest.raises(ValueError, match=f"icd.{name}: expected a .*number.*, got {options[name]}"):
         IcdConfig.from_dict(options, "icd")
+
+
+def test_seeds_of_several_tags_equal_a_plain_loop():
+    generator = torch.Generator().manual_seed(3)
+    top_down, cams = (torch.randn(2, 4, 7, 6, generator=generator) for _ in range(2))
+    tags = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0]])
+    seeds = icd.icd_seeds(top_down, cams, tags.float())
+    for image in range(2):
+        classes = [c for c in range(4) if tags[image, c]]
+        lowest = min(cams[image, c].clamp(min=0).min().item() for c in classes)
+        highest = max(cams[image, c].max().item() for c in classes) - lowest
+        for y in range(7):
+            for x in range(6):
+                scores = {c: top_down[image, c, y, x].item() for c in classes}
+                strength = {
+                    c: (max(cams[image, c, y, x].item(), 0) - lowest) / highest
+                    * max(score, 0) / top_down[image, c].max().item()
+                    for c, score in scores.items()
+                }  # fmt: skip
+                claims = [c for c, score in scores.items() if score > 0]
+                if not claims:
+                    expected = 0
+                elif len(classes) > 1 and max(strength.values()) <= 0:
+                    expected = 255
+                else:
+                    expected = 1 + (claims[0] if len(claims) == 1 else max(strength, key=strength.get))
+                assert seeds[image, y, x] == expected
+    assert {0, 1, 2, 3, 4, 255} == set(seeds.unique().tolist())
