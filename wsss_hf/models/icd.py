@@ -299,9 +299,8 @@ class Icd(Method):
     """Intra-class discriminator on the last backbone stage.
 
     Losses are averaged over the images of the batch, as the authors' optimiser does. The bottom-up loss trains the
-    directions only; the top-down loss trains its classifier and the backbone; neither reaches the CAMs. As the
-    top-down loss sums over classes, the classification must too: `icd_classification` adds to the model's own loss,
-    a mean over classes, what it lacks of their sum.
+    directions only; the top-down loss trains its classifier and the backbone; neither reaches the CAMs. The
+    classification is a sum over classes, too: `icd_classification` adds what the model's mean lacks of it.
     """
 
     scheduled = True  # the top-down weight ramps up

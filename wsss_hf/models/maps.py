@@ -67,7 +67,6 @@ def fuse_maps(
     Returns:
         (N, H, W) in [0, 1), one per tagged class of an image, N = number of ones in `tags`, in row-major order of
         `tags`. A map that is zero everywhere stays zero; every other one reaches 1 somewhere, but for rounding.
-        Maps that are not normalised lie in [0, 1] and need not reach 1.
 
     Raises:
         ValueError: `fusion` is unknown.
@@ -75,21 +74,15 @@ def fuse_maps(
     if fusion not in ("mean", "max"):
         raise ValueError(f"fusion: expected mean or max, got {fusion!r}")
     images, classes = tags.nonzero(as_tuple=True)
-    fused: Tensor | None = None
-    count = 0
+    join = torch.maximum if fusion == "max" else torch.add
+    fused, count = None, 0
     for view in views:
-        count += 1
         maps = view[images, classes]
         maps = normalize_maps(maps[None], size=size)[0] if normalize else upsample(maps.clamp(0, 1), size)
-        if fused is None:
-            fused = maps
-        else:
-            fused = torch.maximum(fused, maps) if fusion == "max" else fused + maps
+        fused, count = maps if fused is None else join(fused, maps), count + 1
     if fused is None:
         raise ValueError("views: expected at least one, got none")
-    if normalize:
-        return normalize_maps(fused[None])[0]
-    return fused if fusion == "max" else fused / count
+    return normalize_maps(fused[None])[0] if normalize else fused / (1 if fusion == "max" else count)
 
 
 def at_all_classes(maps: Tensor, tags: Tensor) -> Tensor:
