@@ -1,6 +1,8 @@
+import os
+
 import pytest
 
-from wsss_hf.files import whole_file, whole_folder
+from wsss_hf.files import remove_unfinished, whole_file, whole_folder
 
 
 def fill(name):
@@ -44,3 +46,33 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     with pytest.raises(OSError), whole_folder(tmp_path / "held") as unfinished:
         fill(unfinished)
     assert [path.name for path in tmp_path.rglob("*")] == ["held", "photograph"]
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stays(tmp_path, whole):
+    """The names are those that the processes would give."""
+    with whole(tmp_path / "result") as unfinished:
+        fill(unfinished)
+        own = unfinished.name
+    gone = own.replace(str(os.getpid()), str(2**22 + 1))  # no number of a process
+    alive = own.replace(str(os.getpid()), str(os.getppid()))
+    elsewhere = own.replace(own.split(".")[2], "00000000")  # on another machine
+    for name in (own, gone, alive, elsewhere, ".notes.part", "result.part", gone.replace("result", "other")):
+        (tmp_path / name).mkdir() if whole is whole_folder else (tmp_path / name).touch()
+    remove_unfinished(tmp_path, "result")
+    left = {alive, elsewhere, ".notes.part", "result.part", gone.replace("result", "other"), "result"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    remove_unfinished(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == left - {gone.replace("result", "other")}
+    remove_unfinished(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_contents_are_on_disk_before_the_name_is_and_the_name_after(tmp_path, monkeypatch, whole):
+    events, replace = [], os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: events.append(os.readlink(f"/proc/self/fd/{file}")))
+    monkeypatch.setattr(os, "replace", lambda old, new: (events.append("replace"), replace(old, new)))
+    with whole(tmp_path / "result") as unfinished:
+        (unfinished / "file" if unfinished.is_dir() else unfinished).write_text("new")
+    contents = [str(unfinished / "file"), str(unfinished)] if whole is whole_folder else [str(unfinished)]
+    assert events == [*contents, "replace", str(tmp_path)]
