@@ -51,9 +51,7 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("WSSS_TRACEBACK") or not _is_for_users(error):
             raise
-        reason = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
-        message = " ".join(str(reason).split()) or type(reason).__name__
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
     finally:
         _leave_process_group()
     sys.exit(status)  # an error, and no longer with its frames; without one `app` has raised SystemExit
@@ -68,6 +66,12 @@ def _is_for_users(error: Exception) -> bool:
         return True
     # The last two: damaged weights and rows, and full disks, as their libraries say it.
     return type(error).__name__ in ("TrainingError", "CompareError", "SafetensorError", "DatasetGenerationError")
+
+
+def _in_one_line(error: BaseException) -> str:
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        error = error.__cause__  # which says why
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _leave_process_group() -> None:
