@@ -25,6 +25,7 @@ ORDER = [
     {"stages"},
     {"hub"},
     {"cli"},
+    {"__main__"},
 ]
 PLACE = {room: place for place, rooms in enumerate(ORDER) for room in rooms}
 FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]

@@ -440,7 +440,7 @@ def test_a_segmenter_wants_pseudo_masks(wsss, tiny, tmp_path, photos):
 
 
 def test_a_segmenter_of_other_classes_is_not_evaluated(wsss, tiny, tmp_path, photos):
-    Image.new("L", (20, 20)).save(photos / "mask.png")
+    Image.new("L", (20, 20), 1).save(photos / "mask.png")
     text = (photos / "metadata.csv").read_text()
     (photos / "metadata.csv").write_text(text.replace("2.png,cat,", "2.png,cat,mask.png"))
     train = ["train-segmenter", "--supervised", "--data", "toy", "--out", tmp_path / "segmenter", "--quiet", *tiny]

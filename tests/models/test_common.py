@@ -352,7 +352,7 @@ def test_gradient_checkpointing_computes_anew_instead_of_keeping_and_changes_not
     for model in (checkpointed, again):
         actual, fewer, anew = train_step(model, **TARGETS[kind])
         assert_close(actual, expected)
-        assert fewer < (0.8 if kind == "cam" else 1) * numbers and anew > 0
+        assert fewer < numbers and anew > 0
     assert train_step(off, **TARGETS[kind])[1:] == (numbers, 0)
 
 

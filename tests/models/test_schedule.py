@@ -137,6 +137,7 @@ def warnings(caplog):
     type(package).warning_once.cache_clear()
     for logger in (library, package):
         logger.addHandler(caplog.handler)
+        caplog.set_level(logging.WARNING, logger.name)
     yield lambda: {record.getMessage() for record in caplog.records if "progress" in record.getMessage()}
     for logger in (library, package):
         logger.removeHandler(caplog.handler)

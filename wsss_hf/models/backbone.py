@@ -6,13 +6,11 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from copy import copy
-from functools import partial
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
@@ -49,7 +47,9 @@ def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kw
         if str(name) not in str(error):  # transformers does not name what it looked for in vain offline
             raise OSError(f"{name}: {error}") from error
         raise
-    except SafetensorError as error:
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
         raise ValueError(f"{name}: expected weights in safetensors, got a damaged file ({error})") from error
 
 
@@ -151,25 +151,9 @@ class Backbone(nn.Module):
         )
 
     def set_checkpointing(self, enable: bool, function: Callable, every: int = 1) -> None:
-        """Whether to keep only the inputs of every n-th block for the backward pass; by torch's `checkpoint`."""
+        """Whether to keep only the inputs of every n-th block for the backward pass; wsss_hf must be installed."""
         self.gradient_checkpointing = enable
-        function = partial(self._checkpointed, function)
-        if self.body.supports_gradient_checkpointing:
-            self.body._set_gradient_checkpointing(enable, function, every)
-        else:
-            checkpointing = importlib.import_module("wsss_hf.models.checkpointing")
-            checkpointing.checkpoint_blocks(self.body, function if enable else None, every)
-
-    def _checkpointed(self, function: Callable, block: Callable, maps: Tensor, *args, **kwargs):
-        # Reentrant checkpointing gives no gradients where the input wants none, as an image does not.
-        maps = maps if maps.requires_grad else maps.detach().requires_grad_()
-        first = iter([nullcontext()])
-
-        def counted_once(*inputs, **options):
-            with next(first, None) or self.statistics_kept():
-                return block(*inputs, **options)
-
-        return function(counted_once, maps, *args, **kwargs)
+        importlib.import_module("wsss_hf.models.checkpointing").set_checkpointing(self, enable, function, every)
 
     @contextmanager
     def statistics_kept(self) -> Iterator[None]:

@@ -1,11 +1,42 @@
-"""Gradient checkpointing for networks that transformers has none for. Not uploaded with checkpoints."""
+"""Gradient checkpointing of backbones, those that transformers has none for among them. Not uploaded with models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
+
+from .backbone import Backbone
+
+
+def set_checkpointing(backbone: Backbone, enable: bool, function: Callable, every: int = 1) -> None:
+    """Turn gradient checkpointing on or off: of a block only the input is kept for the backward pass.
+
+    Batch norms do not count the images of the second computation again.
+
+    Args:
+        function: `torch.utils.checkpoint.checkpoint` with its options.
+        every: only every n-th block.
+    """
+    function = partial(_counted_once, backbone, function)
+    if backbone.body.supports_gradient_checkpointing:
+        backbone.body._set_gradient_checkpointing(enable, function, every)
+    else:
+        checkpoint_blocks(backbone.body, function if enable else None, every)
+
+
+def _counted_once(backbone: Backbone, function: Callable, block: Callable, maps: Tensor, *args, **kwargs):
+    # Reentrant checkpointing gives no gradients where the input wants none, as an image does not.
+    maps = maps if maps.requires_grad else maps.detach().requires_grad_()
+    first = iter([nullcontext()])
+
+    def run(*inputs, **options):
+        with next(first, None) or backbone.statistics_kept():
+            return block(*inputs, **options)
+
+    return function(run, maps, *args, **kwargs)
 
 
 def checkpoint_blocks(body: nn.Module, function: Callable | None, every: int = 1) -> None:

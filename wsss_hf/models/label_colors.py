@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 _IGNORE = 255
 # The palette of Okabe and Ito without black, then greedily the colour that is farthest (CIELAB) from all before it and
@@ -91,16 +91,7 @@ def _mixed(pixels: np.ndarray, color: np.ndarray, weight: float) -> np.ndarray:
 
 
 def _near_another(labels: np.ndarray, distance: int) -> np.ndarray:
-    """(H, W) bool: pixels at most `distance` steps, in rows and columns, from a pixel of another label."""
-    near = np.zeros(labels.shape, dtype=bool)
-    for found, values in ((near, labels), (near.T, labels.T)):
-        differs = values[1:] != values[:-1]
-        found[1:] |= differs
-        found[:-1] |= differs
-    for _ in range(distance - 1):
-        grown = near.copy()
-        for new, old in ((grown, near), (grown.T, near.T)):
-            new[1:] |= old[:-1]
-            new[:-1] |= old[1:]
-        near = grown
-    return near
+    """(H, W) bool: pixels with another label at most `distance` rows and columns away."""
+    image, size = Image.fromarray(labels.astype(np.uint8)), 2 * distance + 1
+    highest, lowest = (image.filter(kind(size)) for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
+    return np.asarray(highest) != np.asarray(lowest)

@@ -8,7 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -62,6 +62,7 @@ def only_run(folder: Path, prepare: Callable[[], None] = lambda: None) -> Iterat
 def locked(folder: Path) -> Iterator[None]:
     """What [`only_run`] does, for one process alone."""
     file = folder / LOCK_FILE
+    is_new = not folder.exists()
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -87,6 +88,9 @@ def locked(folder: Path) -> Iterator[None]:
         if descriptor in _held:  # a child holds nothing
             try:
                 file.unlink(missing_ok=True)
+                if is_new:
+                    with suppress(OSError):  # something came of the run
+                        folder.rmdir()
             finally:
                 _release(descriptor)
 

@@ -106,8 +106,8 @@ def _words(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def newest(folder: Path, run: str = "") -> Path | None:
-    """The newest whole checkpoint of `run` in `folder`, or None; says what is wrong with newer ones."""
+def newest(folder: Path, run: str | None = None) -> Path | None:
+    """The newest whole checkpoint of `run` (None: of any training) in `folder`, or None; says what is wrong with newer ones."""
     for checkpoint in _checkpoints(folder):
         damage = _damage(checkpoint, run)
         if damage is None:
@@ -128,7 +128,7 @@ def _contents(checkpoint: Path) -> dict[str, list]:
     return {str(path.relative_to(checkpoint)): [path.stat().st_size, file_digest(path)] for path in files}
 
 
-def _damage(checkpoint: Path, run: str) -> str | None:
+def _damage(checkpoint: Path, run: str | None) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest, held = json.loads((checkpoint / _MANIFEST_FILE).read_text()), _contents(checkpoint)
@@ -137,7 +137,7 @@ def _damage(checkpoint: Path, run: str) -> str | None:
     listed = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(listed, dict):
         return f"{_MANIFEST_FILE} lists no files"
-    if manifest.get("run") != run:
+    if run is not None and manifest.get("run") != run:
         return "it is of another training"
     for name in sorted({*listed, *held}):
         if name not in held:

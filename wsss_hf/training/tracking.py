@@ -44,7 +44,7 @@ class TrainingLog:
         self.file = folder / STEP_LOG_FILE
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process and self.file.exists():
-            lines = self.file.read_text().splitlines(keepends=True)
+            lines = self.file.read_text(errors="replace").splitlines(keepends=True)
             self.file.write_text("".join(line for line in lines if _step_of(line) <= step))
 
     def __enter__(self) -> TrainingLog:

@@ -113,6 +113,8 @@ def train_model(
     found = [diverged(trained) if accelerator.is_main_process else None]
     broadcast_object_list(found)
     if found[0] is not None:
+        if accelerator.is_main_process and not (folder / "checkpoints").is_dir():  # nothing to go on from
+            (folder / STEP_LOG_FILE).unlink(missing_ok=True)
         raise TrainingError(f"the training of {title} has diverged: {found[0]} after the last step; {DIVERGED_ADVICE}")
     result = folder / "result"
     if accelerator.is_main_process:
