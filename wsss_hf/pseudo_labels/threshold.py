@@ -22,7 +22,7 @@ from ..models.maps import add_background
 from ..models.method_helpers import all_reduce_sum
 from ..models.modeling_cam import CamClassifier
 from ..progress import Progress
-from ..refinement.steps import Matting, Note, RefinementChain, build_refinement
+from ..refinement.steps import Matting, Note, RefinementChain, Walk, build_refinement
 from ..settings import AUTO, MasksSettings
 from .rules import build_rule, reads_saliency
 
@@ -34,10 +34,11 @@ def auto_threshold(
 ) -> float:
     """The background threshold for the maps of `rows`, found without any mask, see [`ThresholdSearch`].
 
-    Looks at `num_images` tagged images, evenly spaced. Where the recipe refines, the threshold is the one at which the
-    refined objects cover the same area as the plain ones at the plain threshold. (Matting takes its trimaps from the
-    levels of the scores, so neither it nor the steps after it count.) The processes of torch.distributed share the
-    images and get one number.
+    Looks at `num_images` tagged images, evenly spaced. A walk that the refinement begins with makes the maps that are
+    looked at, since it does not depend on the threshold. Where the recipe refines further, the threshold is the one at
+    which the refined objects cover the same area as the plain ones at the plain threshold. (Matting takes its trimaps
+    from the levels of the scores, so neither it nor the steps after it count.) The processes of torch.distributed
+    share the images and get one number.
 
     Args:
         model: in eval mode, on the device to work on.
@@ -54,6 +55,9 @@ def auto_threshold(
     rank, world = _place()
     steps = build_refinement(settings.refine).steps
     steps = list(itertools.takewhile(lambda step: not isinstance(step, Matting), steps))
+    walks = list(itertools.takewhile(lambda step: isinstance(step, Walk) and not step.background_alpha, steps))
+    walk, steps = RefinementChain(walks), steps[len(walks) :]
+    walk.prepare()
     search = ThresholdSearch(len(model.backbone.channels), model.device)
     maps: list[Tensor] = []
     images: list[np.ndarray] = []
@@ -62,14 +66,18 @@ def auto_threshold(
         pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
         augmentation = settings.scales, settings.flip, settings.fusion, settings.bf16
         found, _ = localize(model, pixel_values, tags, batch.size, *augmentation)
-        maps_of = found.split([int(count) for count in batch.tags.sum(dim=1)])
+        maps_of = list(found.split([int(count) for count in batch.tags.sum(dim=1)]))
+        pictures = [np.asarray(image) for image in batch.images]
+        if walks:
+            scores = [add_background(one[None], 0.5)[0] for one in maps_of]
+            maps_of = [one[1:] for one in walk.batch(scores, pictures, [Note() for _ in pictures])]
         with torch.inference_mode():
             features = list(zip(*_stage_maps(model.backbone, pixel_values), strict=True))
         for own, stages in zip(maps_of, features, strict=True):
             search.add(own, stages)
         if steps:
             maps += maps_of
-            images += [np.asarray(image) for image in batch.images]
+            images += pictures
     search.merge(all_reduce_sum)
     if not steps:
         return search.threshold()

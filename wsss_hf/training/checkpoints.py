@@ -107,7 +107,11 @@ def _words(error: Exception) -> str:
 
 
 def newest(folder: Path, run: str | None = None) -> Path | None:
-    """The newest whole checkpoint of `run` (None: of any training) in `folder`, or None; says what is wrong with newer ones."""
+    """The newest whole checkpoint in `folder`, or None; says what is wrong with newer ones.
+
+    Args:
+        run: whose checkpoints count; None is any training's.
+    """
     for checkpoint in _checkpoints(folder):
         damage = _damage(checkpoint, run)
         if damage is None:
