@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from wsss_hf.data.tagged import TaggedData
+from wsss_hf.models.modeling_affinity import AffinityNetwork
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.recipes import load_recipe
 from wsss_hf.stages.run import run
@@ -21,6 +22,12 @@ SMALL = [
     "segmenter.size=48",
     "segmenter.train.steps=2",
     "segmenter.train.batch_size=2",
+    "affinity.backbone=null",
+    "affinity.output_stride=null",
+    "affinity.radius=3",
+    "affinity.background_threshold=0.4",  # an untrained network's maps are certain of nothing else
+    "affinity.train.epochs=1",
+    "affinity.train.batch_size=4",
     "evaluation.refine=[]",
     "evaluation.examples=2",
 ]
@@ -49,11 +56,14 @@ def test_settings_are_those_of_the_released_program(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["voc_seam", "voc_plda"])
 def test_a_small_run_goes_from_tags_to_figures(name, toy_data, tmp_path):
+    pytest.importorskip("pydensecrf")
     small = [*SMALL, "cam.methods.plda.hidden=[8, 8]"] if name == "voc_plda" else SMALL
     result = run(TaggedData(toy_data, source={"source": "toy"}), load_recipe(name, small), tmp_path / "run")
     model = CamClassifier.from_pretrained(result.cam.folder)
     assert model.config.maps == "seam" and set(model.methods) == set(load_recipe(name).cam.methods)
     assert model.config.dropout == 0.5
+    network = AffinityNetwork.from_pretrained(result.affinity.folder)
+    assert network.config.kind == ("affinitynet" if name == "voc_seam" else "irn")
     masks, segmenter = result.results
     assert masks["num_images"] == len(toy_data["train"]) and 0 <= segmenter["mean_iou"] <= 1
     assert (result.folder / "report.html").is_file()
