@@ -33,6 +33,7 @@ SHOWN = {
     "refined": [*COMPARED, "boundary F"],  # the oracle threshold of plain maps says nothing about refined ones
     "saliency": [*COMPARED, "boundary F"],
     "segmenters": [*COMPARED, "segmenter, mean IoU"],
+    "walk": [*COMPARED, "boundary F"],
 }
 """First word of a plan's name → the columns of its table."""
 

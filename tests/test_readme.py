@@ -167,6 +167,7 @@ def test_every_table_of_results_has_a_command_that_writes_it():
             "demo",
             "photographs",
             "photographs-saliency",
+            "photographs-walk",
             "costs",
             "exports",
         )
