@@ -56,7 +56,7 @@ def test_a_classifier_comes_with_little_code(tmp_path):
     build().save_pretrained(tmp_path)
     files = code(tmp_path)
     lines = {name: len(text.splitlines()) for name, text in files.items()}
-    assert sum(lines.values()) <= 1520, lines
+    assert sum(lines.values()) <= 1500, lines
     assert not (PARTS | {"methods", "options", "method_helpers", "deeplab", "pretrained"}) & set(files)
     for name, text in files.items():
         assert "HfApi" not in text and "ModelCard" not in text, name

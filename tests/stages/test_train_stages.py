@@ -12,7 +12,7 @@ from wsss_hf.data import superpixels
 from wsss_hf.data.tagged import DataError, class_names, tagged_features
 from wsss_hf.inference.load import load_segmenter
 from wsss_hf.inference.segmenter import segment_images
-from wsss_hf.models.backbone import Backbone
+from wsss_hf.models import checkpointing
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
@@ -77,13 +77,13 @@ def test_training_depends_on_the_seed_alone(toy_data, tiny_recipe, tmp_path):
 
 def test_gradient_checkpointing_is_a_setting(toy_data, tiny_recipe, tmp_path, monkeypatch):
     plain = train_cam(toy_data, tiny_recipe, tmp_path / "plain")
-    enable, calls = Backbone.set_checkpointing, []
+    enable, calls = checkpointing.set_checkpointing, []
 
-    def counted(self, enabled, *args):
+    def counted(backbone, enabled, *args):
         calls.append(enabled)
-        enable(self, enabled, *args)
+        enable(backbone, enabled, *args)
 
-    monkeypatch.setattr(Backbone, "set_checkpointing", counted)
+    monkeypatch.setattr(checkpointing, "set_checkpointing", counted)
     tiny_recipe.cam.train.gradient_checkpointing = True
     out = train_cam(toy_data, tiny_recipe, tmp_path / "checkpointed")
     assert calls == [True] and same_weights(plain, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -149,11 +148,6 @@ class Backbone(nn.Module):
             f"backbone {self.body.config.model_type!r}: expected hidden states of shape (B, D, h, w) or patch tokens, "
             f"got {tuple(hidden.shape)}"
         )
-
-    def set_checkpointing(self, enable: bool, function: Callable, every: int = 1) -> None:
-        """Whether to keep only the inputs of every n-th block for the backward pass; wsss_hf must be installed."""
-        self.gradient_checkpointing = enable
-        importlib.import_module("wsss_hf.models.checkpointing").set_checkpointing(self, enable, function, every)
 
     @contextmanager
     def statistics_kept(self) -> Iterator[None]:

@@ -20,6 +20,7 @@ def set_checkpointing(backbone: Backbone, enable: bool, function: Callable, ever
         function: `torch.utils.checkpoint.checkpoint` with its options.
         every: only every n-th block.
     """
+    backbone.gradient_checkpointing = enable
     function = partial(_counted_once, backbone, function)
     if backbone.body.supports_gradient_checkpointing:
         backbone.body._set_gradient_checkpointing(enable, function, every)

@@ -12,15 +12,7 @@ IGNORE_INDEX = 255
 
 
 def upsample(maps: Tensor, size: tuple[int, int], align_corners: bool = False) -> Tensor:
-    """Bilinear interpolation, as two products with matrices: what `F.interpolate` gives, faster for few maps.
-
-    Args:
-        maps: (..., h, w).
-        size: (H, W).
-
-    Returns:
-        (..., H, W) float32.
-    """
+    """(..., h, w) → (..., H, W) float32, bilinear: two products with matrices are faster for few maps."""
     maps = maps.float()
     if tuple(maps.shape[-2:]) == tuple(size):
         return maps

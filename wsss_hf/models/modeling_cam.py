@@ -110,11 +110,7 @@ class CamClassifier(PortableModel):
         return features, self.classifier(F.dropout2d(features[-1], self.config.dropout, self.training))
 
     def classify_view(self, pixel_values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """[`classify`] on another view of the batch, which leaves the running statistics of batch norms alone.
-
-        They describe the images themselves, as inference sees them; not images at a third of their size (SEAM) or
-        with holes (PLDA).
-        """
+        """[`classify`] on another view of the batch; statistics of batch norms stay those of the images themselves."""
         with self.backbone.statistics_kept():
             return self.classify(pixel_values)
 
