@@ -5,15 +5,19 @@ LOWEST := .venv-lowest
 # Two processes share the cores: more threads in each only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-.PHONY: demo test test-fast test-lowest lint format clean
+.PHONY: demo test test-exhaustive test-fast test-lowest lint format clean
 
 # All stages on generated images: runs/demo/report.html.
 demo: $(VENV)/installed
 	$(VENV)/bin/wsss demo --out runs/demo
 
-# The whole suite.
+# The suite.
 test: $(VENV)/installed $(VENV)/crf
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 -m "not exhaustive"
+
+# Every kill of every stage, every damaged file: half an hour.
+test-exhaustive: $(VENV)/installed $(VENV)/crf
+	$(PYTEST) -n 2 -m exhaustive
 
 # Without the tests marked slow.
 test-fast: $(VENV)/installed
@@ -21,7 +25,7 @@ test-fast: $(VENV)/installed
 
 # The whole suite with the lowest versions that pyproject.toml allows, in a venv of its own.
 test-lowest: $(LOWEST)/installed
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 -m "not exhaustive"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

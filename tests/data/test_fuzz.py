@@ -15,6 +15,8 @@ from wsss_hf.data.folder import load_folder
 from wsss_hf.data.tagged import DataError, check_dataset, class_names, decode_image, decode_mask, tagged_features
 from wsss_hf.data.voc import load_voc
 
+pytestmark = pytest.mark.slow
+
 SPECIAL = [b'"', b"'", b";", b",", b"|", b"\n", b"\r", b"\t", b"\0", b"\xff", b"\xef\xbb\xbf", b"[", b"{", b"<", b"&"]
 WRONG = [None, True, -1, 0, 2.5, 10**12, 10**400, 1e300, float("nan"), float("inf"), "", "x", "../x", "a\n", "\ud800"]
 WRONG += [[], {}, [[]], [None], [[[[1]]]], {"counts": "0", "size": [6, 8]}, {"counts": [10**9], "size": [6, 8]}]

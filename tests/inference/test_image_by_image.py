@@ -16,6 +16,8 @@ from wsss_hf.inference.image_by_image import image_by_image
 from wsss_hf.inference.segmenter import predict_scores
 from wsss_hf.settings import MasksSettings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=[1, 2])
 def threads(request):

@@ -11,6 +11,8 @@ from wsss_hf.models.options import OptionError, Options
 from wsss_hf.recipes import Recipe
 from wsss_hf.settings import EvaluationSettings, RecipeError, RecipeSettings
 
+pytestmark = pytest.mark.slow
+
 VALUES = [None, True, -1, 0, 1, 0.5, -0.5, 2.5, 1e30, 10**30, 10**400, float("nan"), float("inf"), -float("inf")]
 VALUES += ["", "x", "auto", "a\nb", "\x00", "é", "1", "null", "!!python/object:os.system x", "${HOME}", "*"]
 VALUES += [

@@ -122,6 +122,7 @@ def test_the_folders_hold_what_these_tests_damage(begun):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_single_damaged_file_has_a_way_on(folder, data, recipe, begun, damage):
     for name in files_of(begun):

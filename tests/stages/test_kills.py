@@ -196,6 +196,7 @@ STAGES = {
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_goes_on_after_any_kill(tmp_path, data, recipe, finished, stage):
@@ -203,6 +204,7 @@ def test_every_stage_goes_on_after_any_kill(tmp_path, data, recipe, finished, st
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_the_report_is_written_after_any_kill(tmp_path, data, recipe, finished):
     def stages_are_done(out):
@@ -214,6 +216,7 @@ def test_the_report_is_written_after_any_kill(tmp_path, data, recipe, finished):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_a_comparison_goes_on_after_any_kill(tmp_path):
     """Of two rows that share a classifier."""
@@ -231,7 +234,7 @@ def die_for_real(folder, at, data, recipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [3, 12, 24, 36, 48, 60])
+@pytest.mark.parametrize("at", [3, 36, *(pytest.param(at, marks=pytest.mark.exhaustive) for at in (12, 24, 48, 60))])
 def test_a_process_that_is_killed_goes_on(tmp_path, data, recipe, finished, at):
     killed = multiprocessing.get_context("fork").Process(target=die_for_real, args=(tmp_path, at, data, recipe))
     killed.start()

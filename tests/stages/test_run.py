@@ -91,6 +91,7 @@ def test_two_runs_at_once_are_noticed_and_a_lock_left_behind_is_not(toy_data, ti
         with pytest.raises(OutputError, match=f"run: expected no other run in it, got process {os.getpid()} on"):
             run(toy_data, tiny_recipe, tmp_path / "run")
         assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_FILE]
+    (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK_FILE).write_text("")  # of a run that was killed at once
     assert check_run_folder(tmp_path / "run") == tmp_path / "run"
     out = shutil.copytree(finished.folder, tmp_path / "again")

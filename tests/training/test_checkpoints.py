@@ -206,7 +206,7 @@ def test_a_checkpoint_of_another_run_is_not_taken(folder, capsys):
     assert newest(folder, "seed 1") is None and resume(accelerator, folder, "seed 1") is None
     assert capsys.readouterr().err.count("is damaged (it is of another training)") == 4
     save(accelerator, folder, 4, {}, run="seed 1")
-    assert newest(folder, "seed 1").name == "step-00000004" and newest(folder).name == "step-00000003"
+    assert newest(folder, "seed 1").name == "step-00000004" and newest(folder, "").name == "step-00000003"
 
 
 @pytest.mark.parametrize("error", [SafetensorError("No space left on device"), RuntimeError("enforce fail at inline")])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image, ImageFilter
+import torch
+from PIL import Image
+from torch.nn import functional as F
 
 _IGNORE = 255
 # The palette of Okabe and Ito without black, then greedily the colour that is farthest (CIELAB) from all before it and
@@ -92,6 +94,8 @@ def _mixed(pixels: np.ndarray, color: np.ndarray, weight: float) -> np.ndarray:
 
 def _near_another(labels: np.ndarray, distance: int) -> np.ndarray:
     """(H, W) bool: pixels with another label at most `distance` rows and columns away."""
-    image, size = Image.fromarray(labels.astype(np.uint8)), 2 * distance + 1
-    highest, lowest = (image.filter(kind(size)) for kind in (ImageFilter.MaxFilter, ImageFilter.MinFilter))
-    return np.asarray(highest) != np.asarray(lowest)
+    values, size = torch.from_numpy(labels.astype(np.float32))[None], 2 * distance + 1
+    largest = torch.cat([values, -values])
+    for kernel, padding in (((1, size), (0, distance)), ((size, 1), (distance, 0))):
+        largest = F.max_pool2d(largest, kernel, stride=1, padding=padding)
+    return (largest[0] != -largest[1]).numpy()
