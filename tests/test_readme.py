@@ -41,7 +41,9 @@ def workplace(tmp_path, monkeypatch):
     for file in (*files, "new_photos/one.jpg", "new_photos/two.jpg", "photo.jpg"):
         path = Path(file)
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(path)
+        pixels = rng.integers(0, 100, (48, 64, 3), dtype=np.uint8)
+        pixels[8:40, 16:48, 0 if "cat" in file else 2] += 150  # what even an untrained backbone can learn
+        Image.fromarray(pixels).save(path)
     torch.manual_seed(0)
     config = MobileNetV2Config(depth_multiplier=0.1, min_depth=8, expand_ratio=2.0, image_size=64)
     MobileNetV2Model(config).save_pretrained(BACKBONE)
@@ -51,8 +53,19 @@ def workplace(tmp_path, monkeypatch):
 
 
 def blocks() -> list[tuple[str, str]]:
-    """(language, text) of every code block; the account on the Hub is the test's."""
+    """(language, text) of every code block; the account on the Hub is the test's.
+
+    An untrained backbone needs a longer training until its maps are certain of anything.
+    """
     text = README.replace("your-name/", f"{OWNER}/")
+    text = text.replace(
+        "wsss run ",
+        "wsss run --set cam.train.lr=0.01 --set cam.train.epochs=20 --set cam.train.freeze_batch_norm=false ",
+    )
+    text = text.replace(
+        '"segmenter.train.epochs=3"]',
+        '"segmenter.train.epochs=3", "cam.train.lr=0.01", "cam.train.epochs=20", "cam.train.freeze_batch_norm=false"]',
+    )
     return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
@@ -63,7 +76,7 @@ def run_python(text: str, environment: dict[str, str]) -> str:
     return done.stdout
 
 
-def run_command(words: list[str], environment: dict[str, str]) -> None:
+def run_command(words: list[str]) -> None:
     """A line of a shell block."""
     if words[:2] == ["pip", "install"]:
         extras = re.findall(r"\[(.*)\]", words[2])
@@ -73,12 +86,6 @@ def run_command(words: list[str], environment: dict[str, str]) -> None:
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
     elif words[0] == "wsss":
         app(words[1:], standalone_mode=False)
-    elif words[:2] == ["accelerate", "launch"]:
-        # Two processes on the CPU instead of several GPUs; nothing else is changed.
-        assert words[2] == "--num_processes"
-        launched = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *words[4:]]
-        done = subprocess.run(launched, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
     else:
         pytest.fail(f"no way to test the command {words[0]}")
 
@@ -101,10 +108,10 @@ def test_every_code_block_runs_in_the_order_of_the_page(workplace, client_enviro
             for line in text.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words:
-                    run_command(words, client_environment)
+                    run_command(words)
                     done.append(line)
     assert len(done) > 8
-    assert Path("runs/photos/report.html").is_file() and Path("runs/cam-4/model.safetensors").is_file()
+    assert Path("runs/photos/report.html").is_file() and Path("runs/affinity/model.safetensors").is_file()
     assert len(list(Path("runs/predicted").rglob("*.png"))) == 2
     own_method = next(text for text in done if "'spread'" in text)
     assert "'spread': 0." in own_method and "'classification': 0." in own_method

@@ -124,7 +124,9 @@ def test_the_stages_one_by_one(wsss, tiny, tmp_path, toy_data):
 
     code, out, _ = wsss("evaluate", *common)
     assert code == 0 and "pseudo masks of" in out and "12" in out
-    code, out, _ = wsss("evaluate", *common, "--cam", tmp_path / "cam", "--model", tmp_path / "segmenter")
+    code, out, _ = wsss(
+        "evaluate", *common, "--recipe", "toy", "--cam", tmp_path / "cam", "--model", tmp_path / "segmenter"
+    )
     assert code == 0 and "masks of" in out and "segmenter" in out and "mean IoU" in out
 
 
@@ -510,7 +512,8 @@ def test_two_processes_label_and_evaluate_as_one(tiny, tmp_path, cam_folder):
     assert one["image_id"][:] == two["image_id"][:]
     assert all(np.array_equal(a, b) for a, b in zip(one["pseudo_mask"], two["pseudo_mask"], strict=True))
     tables = [
-        launch_well("evaluate_models.py", *tiny, "--data", tmp_path / "masks1", processes=count) for count in (1, 2)
+        launch_well("evaluate_models.py", *tiny, "--recipe", "toy", "--data", tmp_path / "masks1", processes=count)
+        for count in (1, 2)
     ]
     assert tables[0] == tables[1] and tables[0].count("mean IoU") == 1
 

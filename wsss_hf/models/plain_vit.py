@@ -62,7 +62,8 @@ class PlainVit(nn.Module):
         and the map would not cover the image.
         """
         size = tuple(pixel_values.shape[-2:])
-        whole = tuple(max(1, round(side / self.patch_size)) * self.patch_size for side in size)
-        if size == whole:
+        patch = self.patch_size
+        whole = tuple(max(1, (2 * side + patch - 1) // (2 * patch)) * patch for side in size)
+        if not torch.compiler.is_exporting() and size == whole:  # a program for images of any size knows none
             return pixel_values
         return F.interpolate(pixel_values, size=whole, mode="bilinear", align_corners=False)
