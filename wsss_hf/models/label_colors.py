@@ -8,8 +8,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 _IGNORE = 255
-# The palette of Okabe and Ito without black, then greedily the colour that is farthest (CIELAB) from all before it and
-# from grey, to full colour vision, deuteranopia and protanopia alike (Machado et al. 2009): at least 17 apart.
+# Okabe and Ito's palette without black, then always the colour farthest (CIELAB, also for deuteranopes and protanopes,
+# Machado et al. 2009) from all before it and from grey: at least 17 apart.
 _DISTINCT = (
     "e69f00 56b4e9 009e73 f0e442 0072b2 d55e00 cc79a7 4400ff 99ffaa 0077ff "
     "992222 77ffff 55bb66 ccee77 44ddaa 990077 6633bb 6699ff 883344 bb1100"
@@ -94,8 +94,7 @@ def _mixed(pixels: np.ndarray, color: np.ndarray, weight: float) -> np.ndarray:
 
 def _near_another(labels: np.ndarray, distance: int) -> np.ndarray:
     """(H, W) bool: pixels with another label at most `distance` rows and columns away."""
-    values, size = torch.from_numpy(labels.astype(np.float32))[None], 2 * distance + 1
-    largest = torch.cat([values, -values])
+    largest, size = torch.from_numpy(np.stack([labels, -1.0 * labels]).astype(np.float32)), 2 * distance + 1
     for kernel, padding in (((1, size), (0, distance)), ((size, 1), (distance, 0))):
         largest = F.max_pool2d(largest, kernel, stride=1, padding=padding)
     return (largest[0] != -largest[1]).numpy()

@@ -111,7 +111,6 @@ class PortableModel(PreTrainedModel):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
     ):
-        """What `activation_checkpointing_enable` and `_disable` of transformers call; wsss_hf must be installed."""
         checkpointing = importlib.import_module("wsss_hf.models.checkpointing")
         checkpointing.set_checkpointing(self.backbone, enable, gradient_checkpointing_func, every_n_layers)
 
