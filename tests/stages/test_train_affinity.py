@@ -155,3 +155,9 @@ def test_a_run_trains_it_where_a_walk_names_no_network(toy_data, recipe, tmp_pat
 def test_another_kind_of_model_is_one_line(cam_folder):
     with pytest.raises(RefinementError, match=r"walk.model: .*expected an affinity network, got a wsss_cam"):
         build_refinement([{"walk": {"model": str(cam_folder)}}]).prepare()
+
+
+def test_what_the_launcher_asks_for_is_done_and_recorded(toy_data, cam_folder, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    out = train_affinity(toy_data, cam_folder, recipe, tmp_path / "affinity")
+    assert out.record["affinity"]["train"]["accumulate"] == 2

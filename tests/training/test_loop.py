@@ -13,7 +13,7 @@ from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.options import OptionError
 from wsss_hf.settings import TrainSettings
 from wsss_hf.training.launcher import build_accelerator
-from wsss_hf.training.loop import TrainingError, fit
+from wsss_hf.training.loop import Training, TrainingError
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ class Points(torch.utils.data.Dataset):
 
 def train(model, examples, folder, seed=0, **changes):
     wanted = settings(**changes)
-    return fit(model, examples, wanted, build_accelerator(wanted), folder, seed)
+    return Training(model, examples, wanted, build_accelerator(wanted), folder, seed).run()
 
 
 def test_the_loss_goes_down_and_the_history_tells(tmp_path):

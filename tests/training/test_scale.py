@@ -17,7 +17,7 @@ from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.settings import RecipeError
 from wsss_hf.training import checkpoints
 from wsss_hf.training.launcher import build_accelerator
-from wsss_hf.training.loop import Training, TrainingError, fit
+from wsss_hf.training.loop import Training, TrainingError
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def fresh_accelerator():
 
 def train(model, examples, folder, seed=0, **changes):
     wanted = settings(**changes)
-    return fit(model, examples, wanted, build_accelerator(wanted), folder, seed)
+    return Training(model, examples, wanted, build_accelerator(wanted), folder, seed).run()
 
 
 class DroppingLine(Line):

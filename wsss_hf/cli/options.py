@@ -125,7 +125,8 @@ def load_inputs(
     from ..training.tracking import check_tracker
 
     name = recipe or ("toy" if source == "toy" else "photos")
-    tracked = [] if track is None else [f"{part}.train.track={track}" for part in ("cam", "refiner", "segmenter")]
+    trained = ("cam", "refiner", "affinity", "segmenter")
+    tracked = [] if track is None else [f"{part}.train.track={track}" for part in trained]
     resolved = Recipe.load(name, [*(changes or []), *tracked], backbone=backbone, seed=seed)
     check_tracker(resolved.cam.train)
     options = data_options(source, root, classes, columns, separator, saliency, limit, revision)

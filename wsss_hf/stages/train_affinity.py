@@ -28,6 +28,8 @@ from ..refinement.crf import require_densecrf
 from ..refinement.steps import RefinementChain, build_refinement
 from ..settings import AffinitySettings
 from ..training.build import build_on_backbone, build_processor
+from ..training.launcher import with_launcher
+from ..training.tracking import check_tracker
 from ..training.train import begin_training, train_model
 from .cache import Record, StageOutput
 from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
@@ -66,13 +68,15 @@ def train_affinity(
         DataError: the classifier has other classes than the data, or its maps are certain of no object or of no
             background.
     """
-    section, rows = recipe.affinity, data["train"]
-    refine = _refinement(recipe)
-    record = affinity_record(data, cam, recipe)
+    section, rows = with_launcher(recipe.affinity), data["train"]
+    recipe = dataclasses.replace(recipe, affinity=section)
+    check_tracker(section.train)  # before the maps are computed
+    fingerprints = row_fingerprints(rows, _COLUMNS)
+    record = affinity_record(data, cam, recipe, fingerprints)
     output = StageOutput(out, record, force)
     if not output.done:
+        refine = _refinement(recipe)
         with output.working() as folder:
-            fingerprints = row_fingerprints(rows, _COLUMNS)
             labels = _labels(rows, fingerprints, cam, recipe, refine, folder, digest(record.inputs))
             accelerator = begin_training(section.train, recipe.seed, folder)
             model, mean, std = _build(cam, recipe)
@@ -93,10 +97,16 @@ def train_affinity(
     return TrainedModel(output.path)
 
 
-def affinity_record(data: DatasetDict, cam: str | os.PathLike, recipe: Recipe) -> Record:
-    """What an affinity network of this recipe, data and classifier is made from."""
-    section = _backbone(recipe)
-    inputs = {"data": rows_fingerprint(data["train"], _COLUMNS), "cam": model_fingerprint(cam)}
+def affinity_record(
+    data: DatasetDict, cam: str | os.PathLike, recipe: Recipe, fingerprints: list[str] | None = None
+) -> Record:
+    """What an affinity network of this recipe, data and classifier is made from.
+
+    Args:
+        fingerprints: of the rows, if they are known.
+    """
+    section = with_launcher(_backbone(recipe))
+    inputs = {"data": rows_fingerprint(data["train"], _COLUMNS, fingerprints), "cam": model_fingerprint(cam)}
     if not section.from_cam and section.backbone is not None:
         inputs["backbone"] = model_fingerprint(section.backbone)
     maps = {name: getattr(recipe.masks, name) for name in _MAP_SETTINGS}

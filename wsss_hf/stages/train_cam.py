@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 from datasets import DatasetDict
@@ -40,6 +41,7 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
         OutputError: `out` holds something else.
     """
     section, rows = with_launcher(recipe.cam), data["train"]
+    recipe = dataclasses.replace(recipe, cam=section)
     if section.saliency:
         check_saliency(rows, "cam.saliency")
     check_columns(recipe.masks, rows)  # which come later, but nobody should train for them in vain

@@ -311,19 +311,6 @@ class Training:
             self.sums = {name: torch.tensor(share * value, device=device) for name, value in saved["sums"].items()}
 
 
-def fit(
-    model: Any,
-    examples: Any,
-    settings: TrainSettings,
-    accelerator: Accelerator,
-    folder: Path,
-    seed: int = 0,
-    title: str = "training",
-) -> list[dict]:
-    """Train `model` in place: [`Training`] from its first to its last step."""
-    return Training(model, examples, settings, accelerator, folder, seed, title).run()
-
-
 def _identity(model: nn.Module, count: int, settings: TrainSettings, seed: int) -> str:
     """What tells a training from others, whose checkpoints somebody may have put into its folder."""
     slow = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("speed")]
