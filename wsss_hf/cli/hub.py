@@ -9,8 +9,7 @@ import typer
 
 from ..progress import is_quiet
 from .launch import prepare_libraries
-from .options import CacheDir, Token, integers, set_hub_environment
-from .outputs import NewFolder
+from .options import CacheDir, NewFolder, Token, integers, set_hub_environment
 
 if TYPE_CHECKING:
     from ..hub.push import Pushed

@@ -16,9 +16,11 @@ from .options import (
     CacheDir,
     Classes,
     Columns,
+    ExportCoco,
     Force,
     Inputs,
     Limit,
+    Out,
     Quiet,
     RecipeName,
     Revision,
@@ -29,6 +31,8 @@ from .options import (
     Set,
     Token,
     data_options,
+    file_to_write,
+    folder_to_write,
     integers,
     load_inputs,
     numbers,
@@ -36,7 +40,6 @@ from .options import (
     set_hub_environment,
     with_inputs,
 )
-from .outputs import ExportCoco, Out, file_to_write, folder_to_write
 
 DETAILS = ["result", "boundary_f", "mean_precision", "mean_recall", "false_positive_share", "false_negative_share"]
 
