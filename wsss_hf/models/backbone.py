@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .components import COMPONENTS
+
+TASK = "image-segmentation"
+"""The pipeline of our models where none is named."""
 
 
 def usable_config(backbone_config: PreTrainedConfig | dict) -> PreTrainedConfig:
@@ -27,6 +32,47 @@ def usable_config(backbone_config: PreTrainedConfig | dict) -> PreTrainedConfig:
     backbone_config.id2label = None
     backbone_config.num_labels = 2
     return backbone_config
+
+
+class BackboneConfigMixin:
+    """A configuration that holds the configuration of a backbone."""
+
+    sub_configs = {"backbone_config": AutoConfig}
+
+    def _set_backbone(self, backbone: str | None, backbone_config) -> None:
+        if backbone is not None and backbone_config is None:
+            pretrained = importlib.import_module("wsss_hf.models.pretrained")  # which no checkpoint brings
+            backbone_config = pretrained.resolve_backbone_config(backbone, None)
+        # transformers builds a configuration without arguments to learn its defaults.
+        self.backbone_config: Any = None if backbone_config is None else usable_config(backbone_config)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        # `pipeline(model=…)` without a task, which then is None here, takes a model's only custom pipeline, never one
+        # of several.
+        if kwargs.get("_from_pipeline", "") is None and TASK in values.get("custom_pipelines", {}):
+            values["custom_pipelines"] = {TASK: values["custom_pipelines"][TASK]}
+        return values, unused
+
+    def to_dict(self) -> dict:
+        values = super().to_dict()  # type: ignore[misc]
+        # As at the top level: where the backbone came from may be a path of this machine.
+        if isinstance(values.get("backbone_config"), dict):
+            values["backbone_config"].pop("_name_or_path", None)
+        return values
+
+    @staticmethod
+    def _completed(kwargs: dict) -> dict:
+        """The arguments that `PreTrainedConfig` gets."""
+        kwargs.setdefault("initializer_range", 0.01)  # of heads and controllers, as all four papers have it
+        if kwargs.get("id2label"):
+            kwargs["label2id"] = {name: int(index) for index, name in kwargs["id2label"].items()}
+        # Where the package is installed its pipeline is in the registry; only remote code finds it by its file.
+        registered = PIPELINE_REGISTRY.supported_tasks[TASK]["impl"]
+        if getattr(registered, "__name__", None) == "MaskPipeline":
+            kwargs.pop("custom_pipelines", None)
+        return kwargs
 
 
 def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kwargs):

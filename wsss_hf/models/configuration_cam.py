@@ -7,7 +7,7 @@ import dataclasses
 from transformers import PreTrainedConfig
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .portable_model import BackboneConfigMixin
+from .backbone import BackboneConfigMixin
 from .registry import METHODS
 
 

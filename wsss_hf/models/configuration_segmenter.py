@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from .backbone import BackboneConfigMixin
 from .deeplab import HEADS
-from .portable_model import BackboneConfigMixin
 
 
 class SegmenterConfig(BackboneConfigMixin, PreTrainedConfig):

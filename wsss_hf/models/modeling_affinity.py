@@ -15,9 +15,9 @@ from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT
 from transformers.utils.generic import can_return_tuple
 
 from .affinity import affinity_losses, boundary_affinity, feature_affinity, random_walk
-from .backbone import Backbone
+from .backbone import Backbone, BackboneConfigMixin
 from .maps import upsample
-from .portable_model import BackboneConfigMixin, PortableModel
+from .portable_model import PortableModel
 
 Kind = Literal["irn", "affinitynet"]
 _GRID = {"irn": 4, "affinitynet": 8}  # input size / size of the grid of positions

@@ -139,6 +139,8 @@ class CamClassifier(PortableModel):
         Raises:
             ValueError: tags are not (B, C).
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         tags = labels if tags is None else tags
         if progress is not None:
             self.progress = progress
@@ -171,7 +173,7 @@ class CamClassifier(PortableModel):
             cams=cams,
             maps=maps,
             losses=losses,
-            hidden_states=features if self._shows_hidden_states(output_hidden_states) else None,
+            hidden_states=features if output_hidden_states else None,
         )
 
     def _step(self, *seen):

@@ -63,6 +63,8 @@ class MapRefiner(CamClassifier):
         Raises:
             ValueError: the targets are those of other images or classes.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         features, maps = self.classify(pixel_values)
         losses = None
         if targets is not None:
@@ -77,5 +79,5 @@ class MapRefiner(CamClassifier):
             cams=maps,
             maps=maps,
             losses=losses,
-            hidden_states=features if self._shows_hidden_states(output_hidden_states) else None,
+            hidden_states=features if output_hidden_states else None,
         )

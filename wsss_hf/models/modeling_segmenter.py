@@ -78,6 +78,8 @@ class Segmenter(PortableModel):
         Returns:
             `logits` (B, C+1, h, w) at the head's stride, background at channel 0, and `loss`.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         features = self.backbone(pixel_values)
         logits = self.head(features)
         scale_logits = None
@@ -92,7 +94,7 @@ class Segmenter(PortableModel):
         return SegmenterOutput(
             loss=loss,
             logits=logits,
-            hidden_states=features if self._shows_hidden_states(output_hidden_states) else None,
+            hidden_states=features if output_hidden_states else None,
             scale_logits=scale_logits,
         )
 

@@ -1,4 +1,4 @@
-"""What makes our configurations and models loadable where this package is not installed."""
+"""What makes our models loadable where this package is not installed."""
 
 from __future__ import annotations
 
@@ -12,66 +12,24 @@ from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import get_relative_imports
-from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from .backbone import Backbone, from_safetensors, usable_config
+from .backbone import TASK, Backbone, from_safetensors
 from .components import COMPONENTS
 from .image_processing_wsss import WsssImageProcessor
 from .pipeline_image_segmentation import MaskPipeline, TagPipeline
 from .pipeline_weak_segmentation import WeakSegmentationPipeline
 
-_TASK = "image-segmentation"  # the task of our models where none is named
 _PIPELINES = (
-    (_TASK, MaskPipeline, "AutoModelForSemanticSegmentation"),
+    (TASK, MaskPipeline, "AutoModelForSemanticSegmentation"),
     ("weak-segmentation", WeakSegmentationPipeline, "AutoModelForSemanticSegmentation"),
     ("image-classification", TagPipeline, "AutoModelForImageClassification"),
 )
 _COMPONENTS_FILE = "components.py"
 _DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
-
-
-class BackboneConfigMixin:
-    """A configuration that holds the configuration of a backbone."""
-
-    sub_configs = {"backbone_config": AutoConfig}
-
-    def _set_backbone(self, backbone: str | None, backbone_config) -> None:
-        if backbone is not None and backbone_config is None:
-            backbone_config = _pretrained().resolve_backbone_config(backbone, None)
-        # transformers builds a configuration without arguments to learn its defaults.
-        self.backbone_config: Any = None if backbone_config is None else usable_config(backbone_config)
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-        # `pipeline(model=…)` without a task, which then is None here, takes a model's only custom pipeline, never one
-        # of several.
-        if kwargs.get("_from_pipeline", "") is None and _TASK in values.get("custom_pipelines", {}):
-            values["custom_pipelines"] = {_TASK: values["custom_pipelines"][_TASK]}
-        return values, unused
-
-    def to_dict(self) -> dict:
-        values = super().to_dict()  # type: ignore[misc]
-        # As at the top level: where the backbone came from may be a path of this machine.
-        if isinstance(values.get("backbone_config"), dict):
-            values["backbone_config"].pop("_name_or_path", None)
-        return values
-
-    @staticmethod
-    def _completed(kwargs: dict) -> dict:
-        """The arguments that `PreTrainedConfig` gets."""
-        kwargs.setdefault("initializer_range", 0.01)  # of heads and controllers, as all four papers have it
-        if kwargs.get("id2label"):
-            kwargs["label2id"] = {name: int(index) for index, name in kwargs["id2label"].items()}
-        # Where the package is installed its pipeline is in the registry; only remote code finds it by its file.
-        registered = PIPELINE_REGISTRY.supported_tasks[_TASK]["impl"]
-        if getattr(registered, "__name__", None) == MaskPipeline.__name__:
-            kwargs.pop("custom_pipelines", None)
-        return kwargs
 
 
 class PortableModel(PreTrainedModel):
@@ -125,9 +83,6 @@ class PortableModel(PreTrainedModel):
             except OSError:  # saved without one
                 pass
         return loaded
-
-    def _shows_hidden_states(self, asked: bool | None) -> bool:
-        return self.config.output_hidden_states if asked is None else asked
 
     def save_pretrained(  # type: ignore[override]
         self, save_directory, is_main_process: bool = True, push_to_hub: bool = False, **kwargs

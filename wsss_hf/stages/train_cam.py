@@ -12,9 +12,9 @@ from ..data.tagged import class_names, source_of
 from ..models.modeling_cam import CamClassifier
 from ..pseudo_labels.rules import check_columns
 from ..recipes import Recipe
-from ..training.build import build_on_backbone, build_processor
+from ..settings import MasksSettings
 from ..training.launcher import with_launcher
-from ..training.train import begin_training, train_model, with_superpixels
+from ..training.train import begin_training, build_on_backbone, build_processor, train_model, with_superpixels
 from .cache import Record, StageOutput
 from .fingerprint import model_fingerprint, rows_fingerprint
 from .results import TrainedModel
@@ -44,7 +44,8 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
     recipe = dataclasses.replace(recipe, cam=section)
     if section.saliency:
         check_saliency(rows, "cam.saliency")
-    check_columns(recipe.masks, rows)  # which come later, but nobody should train for them in vain
+    if recipe.masks.seeds != MasksSettings.seeds:  # they come later, but nobody should train for them in vain
+        check_columns(recipe.masks, rows)
     output = StageOutput(out, cam_record(data, recipe), force)
     if not output.done:
         with output.working() as folder:

@@ -26,9 +26,8 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 from ..progress import Progress
 from ..settings import RecipeError, TrainSettings
 from . import checkpoints
-from .failures import DIVERGED_ADVICE, TrainingError, ending_together, is_of_the_group
+from .endings import DIVERGED_ADVICE, Preemption, TrainingError, ending_together, is_of_the_group
 from .launcher import is_sharded
-from .preemption import Preemption
 from .tracking import TrainingLog
 
 _LOOK_AT_LOSSES = 10  # steps: every look lets a GPU run empty

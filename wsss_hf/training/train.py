@@ -1,4 +1,4 @@
-"""What every training stage does: augmented examples in, trained model, processor and log out."""
+"""What every training stage does: a model on a backbone and augmented examples in, trained model and log out."""
 
 from __future__ import annotations
 
@@ -15,19 +15,29 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset, concatenate_datasets
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.examples import TaggedExamples
 from ..data.superpixels import superpixel_column
 from ..data.transforms import TrainTransform
 from ..files import sync
 from ..inference.weights import diverged
+from ..models.image_processing_wsss import WsssImageProcessor
+from ..models.pictures import LONGEST
+from ..models.pretrained import backbone_normalization, resolve_backbone_config
 from ..progress import Progress, say
-from ..settings import FelzenszwalbSettings, TrainSettings
-from .failures import DIVERGED_ADVICE, TrainingError
+from ..settings import (
+    AffinitySettings,
+    CamSettings,
+    FelzenszwalbSettings,
+    ImageSettings,
+    RecipeError,
+    SegmenterSettings,
+    TrainSettings,
+)
+from .endings import DIVERGED_ADVICE, TrainingError
 from .launcher import build_accelerator, is_sharded
 from .loop import Training, enable_checkpointing
-from .pictures import MapPictures
 from .tracking import STEP_LOG_FILE, TRACKER_FOLDER, check_tracker
 
 LOG_FILE = "training_log.json"
@@ -47,6 +57,50 @@ def begin_training(settings: TrainSettings, seed: int, folder: Path) -> Accelera
     accelerator = build_accelerator(settings, folder)
     set_seed(seed)
     return accelerator
+
+
+def build_on_backbone(
+    model_class: Any,  # a model of this package
+    section: CamSettings | AffinitySettings | SegmenterSettings,
+    image: ImageSettings,
+    name: str,
+    **options: Any,
+) -> tuple[PreTrainedModel, list[float], list[float]]:
+    """A model on the backbone of a recipe's section: on published weights where it has a name, else on random ones.
+
+    Args:
+        name: of the section, for messages.
+        options: arguments of the model's configuration.
+
+    Returns:
+        the model, and the mean and standard deviation per channel that its images are normalised with.
+
+    Raises:
+        RecipeError: the section names no backbone.
+    """
+    if section.backbone is not None:
+        model = model_class.from_backbone(section.backbone, **options)
+        mean, std = model.image_processor.image_mean, model.image_processor.image_std
+    elif section.backbone_config is not None:
+        config = resolve_backbone_config(None, section.backbone_config)
+        model = model_class(model_class.config_class(backbone_config=config, **options))
+        mean, std = backbone_normalization(None, config)
+    else:
+        raise RecipeError(f"{name}.backbone: expected a directory or Hub id (--backbone), got null")
+    mean, std = list(image.mean or mean), list(image.std or std)
+    if hasattr(model.config, "image_mean"):
+        model.config.image_mean, model.config.image_std = mean, std
+    return model, mean, std
+
+
+def build_processor(size: int, image_mean: list[float], image_std: list[float]) -> WsssImageProcessor:
+    """The image processor that shows a model images at the scale it was trained at.
+
+    Args:
+        size: side of a training crop in pixels.
+    """
+    shape = {"shortest_edge": size, "longest_edge": LONGEST * size}
+    return WsssImageProcessor(size=shape, image_mean=image_mean, image_std=image_std)
 
 
 def train_model(
@@ -103,7 +157,11 @@ def train_model(
     # Of weights that the processes share out, the main process keeps a whole network to put them into at the end.
     sharded = is_sharded(accelerator)
     trained = copy.deepcopy(model) if sharded and accelerator.is_main_process else model
-    pictures = None if sharded else MapPictures(model, examples, **statistics)
+    pictures = None
+    if settings.track is not None and not sharded:
+        from .pictures import MapPictures  # for trackers alone
+
+        pictures = MapPictures(model, examples, **statistics)
     training = Training(model, examples, settings, accelerator, folder, seed, title, pictures)
     history = training.run()
     if sharded:
