@@ -1,7 +1,7 @@
 # Every target needs Python >= 3.10 and nothing else; the first one that runs builds .venv.
 PYTHON ?= python3
 VENV := .venv
-LOWEST := .venv-lowest
+LOWEST := .venv-lowest-$(notdir $(PYTHON))
 # Two processes share the cores: more threads in each only wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
@@ -23,7 +23,7 @@ test-exhaustive: $(VENV)/installed $(VENV)/crf
 test-fast: $(VENV)/installed
 	$(PYTEST) -n auto -m "not slow"
 
-# The whole suite with the lowest versions that pyproject.toml allows, in a venv of its own.
+# The whole suite with the lowest versions that pyproject.toml allows, in a venv of its own for each PYTHON.
 test-lowest: $(LOWEST)/installed
 	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n 2 -m "not exhaustive"
 
@@ -55,4 +55,4 @@ $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) runs build *.egg-info
+	rm -rf $(VENV) .venv-lowest-* runs build *.egg-info

@@ -16,16 +16,16 @@ ROOT = Path(__file__).parent.parent
 TORCH = ("torch", "2.6", "2.13.0")  # why: constraints-lowest.txt
 
 
-def floors() -> dict[str, str]:
-    """Name → lowest version, of all requirements in pyproject.toml."""
+def floors(other: str = "<") -> dict[str, str]:
+    """Name → lowest version, of all requirements in pyproject.toml; `other` is the Python that does not count."""
     text = (ROOT / "pyproject.toml").read_text()
     found = re.findall(r'"([\w-]+)>=([\d.]+)(?:; python_version (\S+) .*)?"', text)
-    return {name.lower(): version for name, version, python in found if python != "<"}
+    return {name.lower(): version for name, version, python in found if python != other}
 
 
-def pinned(file: str) -> dict[str, str]:
+def pinned(file: str, other: str = "<") -> dict[str, str]:
     lines = (ROOT / file).read_text().splitlines()
-    pairs = [re.match(r"([\w-]+)==([\d.]+)", line) for line in lines if "python_version <" not in line]
+    pairs = [re.match(r"([\w-]+)==([\d.]+)", line) for line in lines if f"python_version {other}" not in line]
     return {pair[1].lower().replace("_", "-"): pair[2] for pair in pairs if pair}
 
 
@@ -42,6 +42,13 @@ def test_the_lowest_versions_are_the_floors():
     assert {name: numbers(version) for name, version in wanted.items()} == {
         name: numbers(version) for name, version in lowest.items()
     }
+
+
+def test_the_lowest_versions_are_the_floors_with_python_310_too():
+    lowest, wanted = pinned("constraints-lowest.txt", ">="), floors(">=")
+    del wanted["setuptools"]
+    assert wanted.keys() == lowest.keys() and wanted["transformers"] == "5.20.2"
+    assert all(numbers(version) == numbers(lowest[name]) for name, version in wanted.items())
 
 
 def test_the_pinned_versions_are_not_below_the_floors():

@@ -135,6 +135,14 @@ def test_every_command_and_option_that_is_named_exists(page):
         assert f"\n{target}:" in makefile, target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_of_a_script_that_is_named_exists(page):
+    text = re.sub(r"\\\n\s*", " ", page.read_text())
+    for script, rest in re.findall(r"python (scripts/\w+\.py)([^`\n]*)", text):
+        options = re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text())
+        assert set(re.findall(r"--[a-z][a-z-]*", rest)) <= set(options), rest
+
+
 def test_every_python_function_of_the_table_of_stages_is_public():
     rows = re.findall(r"^\| `wsss ([a-z-]+)`.*\| `(\w+)` \|$", README, re.MULTILINE)
     assert len(rows) >= 7
