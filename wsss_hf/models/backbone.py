@@ -18,8 +18,7 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .components import COMPONENTS
 
-TASK = "image-segmentation"
-"""The pipeline of our models where none is named."""
+TASK = "image-segmentation"  # of our models where none is named
 
 
 def usable_config(backbone_config: PreTrainedConfig | dict) -> PreTrainedConfig:

@@ -61,7 +61,8 @@ class PortableModel(PreTrainedModel):
             hub_kwargs: `revision`, `token`, `cache_dir` … for the download.
             config_kwargs: arguments of the model's configuration.
         """
-        return _pretrained().from_backbone(cls, backbone, hub_kwargs, **config_kwargs)
+        pretrained = importlib.import_module("wsss_hf.models.pretrained")
+        return pretrained.from_backbone(cls, backbone, hub_kwargs, **config_kwargs)
 
     def get_input_embeddings(self):
         """None: there are no embeddings of tokens, which FSDP asks for."""
@@ -117,10 +118,6 @@ class PortableModel(PreTrainedModel):
         except ImportError:
             return super().push_to_hub(repo_id, **options)  # type: ignore[misc, arg-type]
         return importlib.import_module("wsss_hf.hub.push").push_loaded_model(self, repo_id, **options)
-
-
-def _pretrained():
-    return importlib.import_module("wsss_hf.models.pretrained")
 
 
 def processor_for(config, mean: list[float] | None = None, std: list[float] | None = None) -> WsssImageProcessor:
