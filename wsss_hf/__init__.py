@@ -12,6 +12,7 @@ from .models import registration as _registration  # noqa: F401  (what its impor
 from .models.attention import AttentionConfig
 from .models.configuration_cam import CamConfig
 from .models.configuration_segmenter import SegmenterConfig
+from .models.contrast import ContrastConfig
 from .models.d2cam import D2camConfig
 from .models.drs import DrsConfig
 from .models.icd import IcdConfig
@@ -70,6 +71,7 @@ __all__ = [
     "CamClassifier",
     "CamConfig",
     "CamOutput",
+    "ContrastConfig",
     "D2camConfig",
     "DrsConfig",
     "IcdConfig",

@@ -4,6 +4,7 @@ A model is saved with a copy of this file that names only what it uses, and with
 """
 
 from .attention import AttentionAffinity
+from .contrast import Contrast
 from .d2cam import D2cam
 from .drs import Drs
 from .icd import Icd
@@ -16,6 +17,7 @@ from .wide_resnet import WideResNet38Backbone
 
 COMPONENTS = [
     AttentionAffinity,
+    Contrast,
     D2cam,
     Drs,
     Icd,

@@ -27,8 +27,8 @@ class CamConfig(BackboneConfigMixin, PreTrainedConfig):
         background_threshold: where every normalised map is below it, `segmentation_scores` says background.
         tag_threshold: probability above which a tag counts as predicted.
         image_mean, image_std: the normalisation of `pixel_values`, per channel, for images in [0, 1].
-        attention, d2cam, drs, icd, plda, seam, toco: options of the methods, and under its name those of any other
-            registered method, as its dataclass ([`DrsConfig`] …) or a dict; None is off.
+        attention, contrast, d2cam, drs, icd, plda, seam, toco: options of the methods, and under its name those of any
+            other registered method, as its dataclass ([`DrsConfig`] …) or a dict; None is off.
         kwargs: `id2label` (object classes only; background is none of them), and whatever `PreTrainedConfig` takes.
 
     Raises:

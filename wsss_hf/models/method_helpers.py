@@ -1,4 +1,4 @@
-"""What several methods share: sums over training processes, normalised maps, checks of stages."""
+"""What several methods share: sums over training processes, normalised maps, a smaller view, checks of stages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -38,6 +39,12 @@ def min_max_normalize(maps: Tensor, eps: float = 1e-5) -> Tensor:
     maps = maps.relu()
     lowest, highest = maps.amin(dim=(2, 3), keepdim=True), maps.amax(dim=(2, 3), keepdim=True)
     return (maps - lowest - eps).relu() / (highest - lowest + eps)
+
+
+def smaller_view(pixel_values: Tensor, scale: float, patch_size: int = 1) -> Tensor:
+    """(B, 3, H, W) images at `scale`, corner on corner, in whole patches of a network of patches; at least one."""
+    height, width = (max(1, round(int(side * scale) / patch_size)) * patch_size for side in pixel_values.shape[-2:])
+    return F.interpolate(pixel_values, size=(height, width), mode="bilinear", align_corners=True)
 
 
 class _AllReduceSum(torch.autograd.Function):

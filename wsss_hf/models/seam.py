@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .method_helpers import check_stages, min_max_normalize
+from .method_helpers import check_stages, min_max_normalize, smaller_view
 from .methods import Method, TrainingStep, register_method
 from .options import Options, option
 
@@ -247,12 +247,7 @@ class Seam(Method):
         return pixel_correlation(suppressed_scores(cams.detach().float()), self.embedding(torch.cat(embedded, dim=1)))
 
     def second_view(self, pixel_values: Tensor) -> Tensor:
-        """The smaller view, in whole patches of a network of patches, which knows no part of one."""
-        height, width = (
-            max(1, round(int(side * self.config.scale) / self.patch_size)) * self.patch_size
-            for side in pixel_values.shape[-2:]
-        )
-        return resize(pixel_values, (height, width))
+        return smaller_view(pixel_values, self.config.scale, self.patch_size)
 
     def at_image_size(self, step: TrainingStep, classes: Tensor) -> tuple[Tensor, Tensor]:
         """(B, K, H, W) CAM logits and (B, 1 + K, H, W) refined scores of one view, of the `classes` (B, K)."""
