@@ -207,6 +207,16 @@ def test_gradients_reach_the_features_and_the_head_never_the_cams():
     assert all(parameter.grad.any() for parameter in method.parameters())
 
 
+def test_the_head_may_learn_alone():
+    method, step = make_method(train_backbone=False), make_step([[1, 0, 0], [0, 1, 1]])
+    losses = method.losses(step)
+    for name, loss in make_method().losses(step).items():
+        torch.testing.assert_close(losses[name], loss)
+    sum(losses.values()).backward()
+    assert step.features[0].grad is None
+    assert all(parameter.grad.any() for parameter in method.parameters())
+
+
 def test_batch_without_tags_is_harmless():
     method, step = make_method(), make_step([[0, 0, 0], [0, 0, 0]])
     method.losses(make_step([[1, 1, 1]]))

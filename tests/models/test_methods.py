@@ -15,10 +15,11 @@ OPTIONS = {
     "icd": {"hidden_channels": 8},
     "plda": {"hidden": [16, 8], "pamr_iterations": 2, "pamr_dilations": [1, 2]},
     "d2cam": {"embedding_channels": 8},
+    "contrast": {"scale": 0.5, "embedding": 8},
     "seam": {"projections": [8, 8], "embedding": 16, "scale": 0.5},
     "toco": {},
 }
-SUBSETS = [names for size in (0, 1, 2, 6) for names in itertools.combinations(OPTIONS, size)]
+SUBSETS = [names for size in (0, 1, 2, len(OPTIONS)) for names in itertools.combinations(OPTIONS, size)]
 TAGS = torch.tensor([[1.0, 0, 0], [0, 1, 1], [0, 0, 1], [1, 0, 0]])
 
 

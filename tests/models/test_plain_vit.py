@@ -48,6 +48,7 @@ FAMILIES = {
 SPECIAL_TOKENS = {"vit": 1, "deit": 2, "beit": 1, "dinov2": 1, "dinov2_with_registers": 4, "dinov3": 4, "clip": 1}
 METHODS = {
     "attention": {"learn_heads": True},
+    "contrast": {"scale": 0.5, "embedding": 8},
     "d2cam": {"embedding_channels": 8},
     "drs": {},
     "icd": {"hidden_channels": 8},

@@ -34,6 +34,7 @@ METHODS = {
     "drs": {},
     "icd": {"hidden_channels": 8},
     "plda": {"hidden": [8], "pamr_iterations": 1, "pamr_dilations": [1]},
+    "contrast": {"embedding": 8},
     "d2cam": {"embedding_channels": 8},
     "seam": {"projections": [8, 8], "embedding": 8},
     "toco": {},

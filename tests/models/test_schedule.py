@@ -14,6 +14,7 @@ METHODS = {
     "drs": {},
     "icd": {"hidden_channels": 8},
     "plda": {"hidden": [16, 8], "pamr_iterations": 2, "pamr_dilations": [1, 2], "dropout": 0.0},
+    "contrast": {"scale": 0.5, "embedding": 8, "intra_weight": 0.0},  # which draws pixels by chance
     "d2cam": {"embedding_channels": 8, "ramp": 1.0},
     "seam": {"projections": [8, 8], "embedding": 16, "scale": 0.5},
 }

@@ -33,6 +33,11 @@ class D2camConfig(Options):
         "Backbone stages that the projection head reads (negative ones count from the last); null takes the last two, "
         "or the one there is.",
     )
+    train_backbone: bool = option(
+        True,
+        "Whether the losses train the backbone too; false leaves it to the tags, and the head learns from features as "
+        "they are.",
+    )
     embedding_channels: int = option(128, "Length of a pixel's unit vector.", at_least=1)
     foreground_threshold: float = option(
         0.7, "A normalised CAM above it is certain foreground of its class.", above=0, below=1
@@ -201,8 +206,9 @@ def exclusivity_loss(maps: Tensor, tags: Tensor) -> Tensor:
 class D2cam(Method):
     """Double-decoupled CAM on one or more backbone stages.
 
-    The losses train the projection head and the backbone features; the CAMs are read without gradient. The last stage
-    knows the class and little else; an earlier one also knows what the rest of the object looks like.
+    The losses train the projection head and, by `train_backbone`, the features it reads; the CAMs are read without
+    gradient. The last stage knows the class and little else; an earlier one also knows what the rest of the object
+    looks like.
     """
 
     scheduled = True  # all weights ramp up
@@ -244,7 +250,10 @@ class D2cam(Method):
 
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
         config = self.config
-        embeddings = self.embeddings(step.features)
+        features = step.features
+        if not config.train_backbone:
+            features = tuple(stage.detach() for stage in features)
+        embeddings = self.embeddings(features)
         with torch.autocast(embeddings.device.type, enabled=False):
             cams = normalize_maps(step.cams.detach())
             foreground, background = certain_regions(
