@@ -59,7 +59,7 @@ from wsss_hf.refinement.crf import require_densecrf
 from wsss_hf.refinement.matting import closed_form_alphas
 from wsss_hf.refinement.steps import Note, build_refinement
 from wsss_hf.refinement.trimap import BACKGROUND, FOREGROUND, UNKNOWN
-from wsss_hf.training.train import build_on_backbone, build_processor
+from wsss_hf.training.build import build_on_backbone, build_processor
 
 SCALES = (0.75, 1.0, 1.25)
 

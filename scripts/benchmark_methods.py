@@ -30,8 +30,8 @@ from wsss_hf import CamClassifier
 from wsss_hf.cli.launch import keep_freed_memory
 from wsss_hf.models.methods import METHODS
 from wsss_hf.recipes import Recipe
+from wsss_hf.training.build import build_on_backbone
 from wsss_hf.training.loop import build_optimizer, freeze_batch_norm
-from wsss_hf.training.train import build_on_backbone
 
 LIMITS = {"drs": 1.15, "icd": 1.6, "d2cam": 1.3, "plda": 2.2, "seam": 1.5}
 

@@ -87,7 +87,9 @@ class TrainSettings(Options):
     fused: bool = speed(False, "The optimiser's fused kernels.")
     channels_last: bool = speed(True, "Memory order of convolutions that suits CPUs, and GPUs in half precision.")
     scale: list[float] = option([0.7, 1.4], "Random scale: lowest, highest.", above=0, length=2, ascending=True)
-    scaled_side: Literal["short", "long"] = option("short", "short | long: side that is image.size at scale 1.")
+    scaled_side: Literal["short", "long", "native"] = option(
+        "short", "short | long: side that is image.size at scale 1; native: the image is as it is at scale 1."
+    )
     flip: float = option(0.5, "Probability of the mirror image.", at_least=0, at_most=1)
     color_jitter: float = option(0.2, "Brightness, contrast and saturation by 1 ± this.", at_least=0, below=1)
     hue_jitter: float = option(0.0, "Hue by ± this, in turns of the colour circle.", at_least=0, at_most=0.5)
@@ -101,11 +103,20 @@ class TrainSettings(Options):
 
 @dataclass
 class FelzenszwalbSettings(Options):
-    """Felzenszwalb superpixels, computed at no more than `image.size`."""
+    """Felzenszwalb superpixels, and which of them are merged (ICD)."""
 
+    size: int | None = option(
+        None, "Short side, in pixels, that larger images are reduced to; null takes image.size.", at_least=1
+    )
     scale: float = option(100.0, "Larger values give larger superpixels.", above=0)
     sigma: float = option(0.5, "Smoothing before, in pixels.", at_least=0)
     min_size: int = option(20, "Pixels of the smallest superpixel.", at_least=1)
+    merge_to: int = option(
+        0,
+        "The two most alike, by the untrained backbone's features, are merged until so many are left; 0 merges none.",
+        at_least=0,
+    )
+    merge_stage: int = option(-1, "Stage of the backbone whose features are compared, from either end.")
 
 
 @dataclass
@@ -121,6 +132,10 @@ class CamSettings(Options):
     )
     dropout: float = option(
         0.0, "Probability of dropping a channel of the last features in training.", at_least=0, below=1
+    )
+    classifier_bias: bool = option(False, "The 1x1 convolution to the maps has a bias.")
+    classifier_std: float | None = option(
+        None, "It starts from N(0, this) without bias; null starts as torch's convolutions do.", above=0
     )
     backbone_layers: list[int] | None = option(
         None,
@@ -207,6 +222,9 @@ class MasksSettings(Options):
         "min-max.",
     )
     native: bool = option(False, "Scale 1 is the image as it is; false: image.size.")
+    pad: int = option(
+        0, "With native: the mean colour fills shorter sides up to so many pixels, as the network sees it.", at_least=0
+    )
     background_threshold: float | Literal["auto"] = option(
         0.4, "Of maps in [0, 1]; auto finds it on the maps, without any mask.", at_least=0, at_most=1
     )
@@ -228,6 +246,10 @@ class MasksSettings(Options):
     workers: int = speed(0, "Processes that refine by crf and matting, for each process.", at_least=0)
     batch_size: int = speed(16, "Images of an inference batch.", at_least=1)
     shard_size: int = speed(256, "Images after which finished masks are safe from a kill.", at_least=1)
+
+    def check(self) -> None:
+        if self.pad and not self.native:
+            raise ValueError(f"pad: expected native: true with it, got {self.pad} and native: false")
 
 
 @dataclass

@@ -73,6 +73,14 @@ def test_scale_one_brings_the_named_side_to_the_crop(side, columns):
     assert rows[0].diff().float().mean().item() == pytest.approx(4 * 60 / columns, abs=0.3)
 
 
+def test_the_native_scale_is_that_of_the_image():
+    image, mask = gradient(60, 30)
+    transform = TrainTransform(40, scale=(0.5, 0.5), flip=0, scaled_side="native", **PLAIN)
+    _, labels = transform(image, mask, np.random.default_rng(0))
+    inside = labels < 255
+    assert (inside.any(dim=1).sum(), inside.any(dim=0).sum()) == (15, 30)
+
+
 def test_the_hue_turns_and_nothing_else():
     image = Image.new("RGB", (8, 8), (200, 80, 40))
     red = colorsys.rgb_to_hsv(200 / 255, 80 / 255, 40 / 255)
@@ -121,7 +129,7 @@ def test_colors_are_jittered_and_normalised_and_the_mask_is_optional():
         ({"flip": 2}, r"flip: expected a number in \[0, 1\], got 2"),
         ({"color_jitter": 1}, r"color_jitter: expected a number in \[0, 1\), got 1"),
         ({"hue_jitter": 0.6}, r"hue_jitter: expected a number in \[0, 0.5\], got 0.6"),
-        ({"scaled_side": "wide"}, "scaled_side: expected short or long, got 'wide'"),
+        ({"scaled_side": "wide"}, "scaled_side: expected short or long or native, got 'wide'"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -121,7 +121,7 @@ def plda_weights(pamr=True, **kwargs):
 # what their networks compute
 
 
-def vgg_forward(weights, hidden, suppress=lambda name, hidden: hidden):
+def vgg_forward(weights, hidden, suppress=lambda name, hidden: hidden, pooling=(2, 2, 0)):
     maps = []
     for block, layers in LAYERS.items():
         dilation = 2 if block == "5" else 1
@@ -131,7 +131,7 @@ def vgg_forward(weights, hidden, suppress=lambda name, hidden: hidden):
             hidden = suppress(f"layer{block}_relu{place}", hidden)
         maps.append(hidden)
         if block in "123":
-            hidden = F.max_pool2d(hidden, 2, 2)
+            hidden = F.max_pool2d(hidden, *pooling)
         elif block == "4":
             hidden = F.max_pool2d(hidden, 3, 1, 1)
     return maps
@@ -365,8 +365,13 @@ def test_the_vgg_16_that_icd_starts_from_sees_levels_minus_127(tmp_path, pixels)
     assert config.converted_from == "an ImageNet VGG-16 of ICD"
     with torch.no_grad():
         maps = pretrained_body(str(folder), config).eval()(pixels).feature_maps
-    for actual, expected in zip(maps, vgg_forward(weights, pixels), strict=True):
-        near(actual, expected)
+    expected = vgg_forward(weights, pixels, pooling=(3, 2, 1))
+    hidden = F.avg_pool2d(F.max_pool2d(expected[-1], 3, 1, 1), 3, 1, 1)
+    for layer, padding in (("fc6", 1), ("fc7", 0)):
+        hidden = F.relu(F.conv2d(hidden, weights[f"{layer}.weight"], weights[f"{layer}.bias"], padding=padding))
+    for actual, known in zip(maps, [*expected, hidden], strict=True):
+        near(actual, known)
+    assert config.stage_names[-1] == "hidden" and maps[-1].shape[1] == 12
     processor = AutoImageProcessor.from_pretrained(folder)
     levels = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
     shown = processor(images=levels, do_resize=False, return_tensors="pt")["pixel_values"][0]

@@ -1,3 +1,4 @@
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from wsss_hf import CamClassifier, CamConfig
 from wsss_hf.models import icd
 from wsss_hf.models.icd import Icd, IcdConfig
 from wsss_hf.models.methods import TrainingStep
+from wsss_hf.training.build import start_layers
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "official_outputs.safetensors"
 
@@ -412,3 +414,120 @@ def test_seeds_of_several_tags_equal_a_plain_loop():
                     expected = 1 + (claims[0] if len(claims) == 1 else max(strength, key=strength.get))
                 assert seeds[image, y, x] == expected
     assert {0, 1, 2, 3, 4, 255} == set(seeds.unique().tolist())
+
+
+# on the pooled hidden layers of ICD's VGG-16
+
+VGG = {"model_type": "wsss_vgg16", "widths": [4, 4, 6, 6, 6], "hidden_channels": [8, 8], "pooling": 3}
+HIDDEN = ["hidden.fc6", "hidden.fc7"]
+
+
+def published_model(**options):
+    torch.manual_seed(0)
+    published = IcdConfig.from_dict({"hidden_channels": 8, "stage": 4, "hidden_from": HIDDEN} | options, "icd")
+    config = CamConfig(backbone_config=dict(VGG), num_labels=3, classifier_bias=True, icd=published, maps="icd")
+    model = CamClassifier(config)
+    start_layers(model, 0.01)
+    return model
+
+
+def test_new_layers_start_as_in_the_program():
+    model = published_model()
+    weights = model.state_dict()
+    for own, other in (("context", "fc6"), ("mix", "fc7")):
+        for kind in ("weight", "bias"):
+            copied = weights[f"backbone.body.hidden.{other}.{kind}"]
+            assert torch.equal(weights[f"methods.icd.top_down.{own}.{kind}"], copied)
+    assert model.new_parameters == {"classifier.weight", "classifier.bias", "methods.icd.top_down.classifier.weight"}
+    assert weights["classifier.weight"].std().item() == pytest.approx(0.01, rel=0.5)
+    assert not weights["classifier.bias"].any()
+    own = published_model(hidden_from=[])
+    assert "methods.icd.top_down.mix.weight" in own.new_parameters
+    assert not torch.equal(own.methods["icd"].top_down.mix.weight, own.backbone.body.hidden.fc7.weight)
+
+
+def test_a_training_step_on_hidden_layers_is_that_of_the_program():
+    """The program's network and losses, computed plainly; without dropout."""
+    model = published_model().train()
+    for module in model.backbone.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(2, 3, 41, 33, generator=generator)
+    superpixels = torch.randint(0, 5, (2, 6, 5), generator=generator)
+    fine = superpixels.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2)[:, :41, :33]
+    tags = torch.tensor([[1.0, 0, 0], [0, 1, 1]])
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    losses = model(pixels, tags=tags, superpixels=fine, progress=0.05).losses
+
+    hidden = pixels
+    for block, layers in enumerate(((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))):
+        for layer in layers:
+            kernel, bias = (weights[f"backbone.body.features.{layer}.{kind}"] for kind in ("weight", "bias"))
+            rate = 2 if block == 4 else 1
+            hidden = F.conv2d(hidden, kernel, bias, padding=rate, dilation=rate).relu()
+        if block < 4:
+            hidden = F.max_pool2d(hidden, 3, 2 if block < 3 else 1, 1)
+    conv5 = hidden
+    hidden = F.avg_pool2d(F.max_pool2d(conv5, 3, 1, 1), 3, 1, 1)
+    for layer, padding in (("fc6", 1), ("fc7", 0)):
+        kernel, bias = (weights[f"backbone.body.hidden.{layer}.{kind}"] for kind in ("weight", "bias"))
+        hidden = F.conv2d(hidden, kernel, bias, padding=padding).relu()
+    cams = F.conv2d(hidden, weights["classifier.weight"], weights["classifier.bias"])
+    entropy = F.binary_cross_entropy_with_logits(cams.mean(dim=(2, 3)), tags, reduction="sum") / 2
+    torch.testing.assert_close(losses["classification"] + losses["icd_classification"], entropy)
+
+    features = F.batch_norm(conv5, None, None, training=True)
+    directions = F.normalize(weights["methods.icd.directions"], dim=1)
+    scores = torch.einsum("bdhw,cd->bchw", features, directions)
+    energy = -5 * scores[0, 0].square().mean() / 2  # the first image alone has one tag
+    torch.testing.assert_close(losses["icd_bottom_up"], energy)
+
+    for label, image in ((0, 0), (1, 1), (2, 1)):
+        sides = [cams[image, label].relu()[scores[image, label] * sign > 0] for sign in (1, -1)]
+        positive, negative = (side.mean().item() if side.numel() else 0.0 for side in sides)
+        if positive < negative:
+            scores[:, label] *= -1
+    refined = refine_one_by_one(scores, superpixels, tags)
+    context = F.conv2d(features, weights["backbone.body.hidden.fc6.weight"], weights["backbone.body.hidden.fc6.bias"],
+                       padding=1).relu()  # fmt: skip
+    mix = F.conv2d(context, weights["backbone.body.hidden.fc7.weight"], weights["backbone.body.hidden.fc7.bias"])
+    everything = torch.cat([features, context, mix.relu()], dim=1)
+    logits = F.conv2d(everything, weights["methods.icd.top_down.classifier.weight"])
+    highest = refined.amax(dim=(2, 3), keepdim=True).clamp(min=1e-5)
+    lowest = (-refined).amax(dim=(2, 3), keepdim=True).clamp(min=1e-5)
+    shares = refined.relu() / highest - (-refined).relu() / lowest
+    entropy = F.binary_cross_entropy_with_logits(logits, (shares > 0).float(), reduction="none")
+    wanted = ((entropy * (shares.abs() > 0.2)).mean(dim=(2, 3)) * tags).sum() / 2
+    torch.testing.assert_close(losses["icd_top_down"], math.exp(-5) * wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage": 3}, None),
+        ({"stage": 2}, "icd.stage: expected a stage of stride 8, got 2"),
+        ({"stage": 6}, r"icd.stages: expected stages of this backbone \(-6 to 5\), got 6"),
+        ({"hidden_from": ["hidden.fc6"]}, "hidden_from: expected two names or none"),
+        (
+            {"hidden_from": ["hidden.fc7", "hidden.fc6"]},
+            r"icd.hidden_from: expected a layer with weights \(8, 6, 3, 3\), got hidden.fc7 with \(8, 8, 1, 1\)",
+        ),
+        ({"hidden_from": ["fc6", "fc7"]}, r"expected a layer with weights \(8, 6, 3, 3\), got fc6 with \(0,\)"),
+        ({"hidden_channels": 9}, r"expected a layer with weights \(9, 6, 3, 3\)"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(options, message):
+    if message is None:
+        published_model(**options)
+        return
+    with pytest.raises(ValueError, match=message):
+        published_model(**options)
+
+
+def test_superpixels_are_read_at_the_corners_where_the_network_looks_from_corner_to_corner():
+    superpixels = torch.arange(17 * 9).view(1, 17, 9)
+    found = icd._superpixels_at(superpixels, torch.zeros(1, 2, 3, 2))
+    assert found[0].tolist() == [[0, 8], [72, 80], [144, 152]]
+    found = icd._superpixels_at(superpixels[:, :16, :8], torch.zeros(1, 2, 2, 1))
+    assert found[0].tolist() == [[40], [112]]  # the middle of each half

@@ -16,7 +16,7 @@ from wsss_hf.models.pictures import (
     upright,
     upright_size,
 )
-from wsss_hf.training.train import build_processor
+from wsss_hf.training.build import build_processor
 
 PIXELS = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10  # 6 wide, 4 high
 # Where a viewer shows the pixel that is stored first: EXIF 2.32, tag Orientation ("the 0th row is at the …").

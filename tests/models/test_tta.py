@@ -5,7 +5,7 @@ from torch.nn import functional as F
 from wsss_hf.inference.cam_maps import average_maps, label_map, localize
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.maps import add_background
-from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.models.modeling_cam import CamClassifier, CamOutput
 from wsss_hf.models.tta import resize_images, views
 
 SIZE = (40, 56)
@@ -110,10 +110,20 @@ def test_a_map_that_is_zero_everywhere_stays_zero(model, images, tags):
     assert not labels.any() and confidence.isfinite().all()
 
 
+def as_probabilities(model):
+    """A network whose maps are those of the model's CAMs, less 1, as probabilities."""
+
+    def network(pixels):
+        found = model(pixels)
+        return CamOutput(logits=found.logits, cams=found.cams, maps=(found.cams - 1).sigmoid())
+
+    return network
+
+
 @pytest.mark.parametrize(("scales", "flip"), [((1.0,), False), ((0.75, 1.25), True)])
 def test_averages_are_those_of_the_plain_loop(model, images, tags, scales, flip):
-    maps, cams = average_maps(model, images, tags, SIZE, scales, flip)
-    assert torch.equal(maps, cams)  # of a classifier whose maps are its CAMs
+    logits, cams = average_maps(as_probabilities(model), images, tags, SIZE, scales, flip)
+    torch.testing.assert_close(logits, cams - 1, atol=1e-4, rtol=1e-4)
     views = []
     with torch.no_grad():
         for scale in scales:
@@ -123,6 +133,27 @@ def test_averages_are_those_of_the_plain_loop(model, images, tags, scales, flip)
                 view = view.flip(-1) if mirror else view
                 views.append(F.interpolate(view, size=SIZE, mode="bilinear")[tags.bool()])
     torch.testing.assert_close(cams, torch.stack(views).mean(dim=0), atol=1e-4, rtol=1e-4)
+
+
+def test_averages_want_probabilities(model, images, tags):
+    with pytest.raises(ValueError, match="maps that are probabilities.*cam.maps: icd"):
+        average_maps(model, images, tags, SIZE)
+
+
+@torch.no_grad()
+def test_padded_images_lie_at_the_top_left_and_the_rest_is_cut_off(model, images, tags):
+    logits, cams = average_maps(as_probabilities(model), images, tags, (48, 64), flip=False, pad=65)
+    maps, _ = localize(model, images, tags, (48, 64), flip=False, pad=65)
+    whole = torch.zeros(3, 3, 65, 65)
+    whole[:, :, :48, :64] = images
+    wanted = F.interpolate(model(whole).cams, size=(65, 65), mode="bilinear")[tags.bool()][:, :48, :64]
+    torch.testing.assert_close(cams, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, wanted - 1, atol=1e-4, rtol=1e-4)
+    positive = F.interpolate(model(whole).cams.relu(), size=(65, 65), mode="bilinear")[tags.bool()][:, :48, :64]
+    torch.testing.assert_close(maps, positive / positive.amax(dim=(1, 2), keepdim=True), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(maps, localize(model, images, tags, (48, 64), flip=False)[0], atol=0.01)
+    larger, _ = localize(model, images, tags, (48, 64), flip=False, pad=40)  # no side is shorter
+    assert torch.equal(larger, localize(model, images, tags, (48, 64), flip=False)[0])
 
 
 def test_an_unknown_fusion_is_refused(model, images, tags):

@@ -44,6 +44,31 @@ def test_it_stands_as_published_whatever_stride_is_allowed(output_stride):
     ]  # fmt: skip
 
 
+def test_icds_pooled_hidden_layers_are_a_stage_of_their_own():
+    torch.manual_seed(0)
+    backbone = Backbone(config(hidden_channels=[8, 9], pooling=3)).eval()
+    assert (backbone.channels, backbone.strides) == ([*WIDTHS, 9], [1, 2, 4, 8, 8, 8])
+    pixels = torch.randn(2, 3, 33, 41)
+    maps = backbone(pixels)
+    assert [tuple(m.shape[2:]) for m in maps] == [(33, 41), (17, 21), (9, 11), (5, 6), (5, 6), (5, 6)]
+    assert torch.equal(maps[-1], backbone(pixels)[-1])
+    backbone.train()
+    first, second = backbone(pixels), backbone(pixels)
+    assert torch.equal(first[-2], second[-2]) and not torch.equal(first[-1], second[-1])  # dropout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden_channels": [8]}, r"hidden_channels: expected two numbers, of fc6 and fc7, or none, got \[8\]"),
+        ({"pooling": 4}, "pooling: expected 2 or 3, got 4"),
+    ],
+)
+def test_unfit_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
+
+
 def test_maps_are_taken_before_the_pooling():
     model = Vgg16Backbone(config(extra_channels=[8], out_indices=[0, 1, 2, 3, 4, 5])).eval()
     hidden, pixels = {}, torch.randn(1, 3, 32, 32)

@@ -13,6 +13,7 @@ from wsss_hf.inference.load import load_labeler
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.maps import add_background
 from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.models.options import OptionError
 from wsss_hf.pseudo_labels.label_images import label_images
 from wsss_hf.pseudo_labels.rules import RuleError
 from wsss_hf.settings import MasksSettings
@@ -235,7 +236,7 @@ def test_maps_that_say_nothing_are_counted(labeler, toy_data, settings):
 
 def test_icd_seeds_want_maps_that_are_probabilities(labeler, toy_data, settings):
     pytest.importorskip("pydensecrf")
-    with pytest.raises(RuleError, match="maps that are probabilities"):
+    with pytest.raises(OptionError, match="maps that are probabilities"):
         list(label_images(*labeler, toy_data["train"].select(range(2)), replace(settings, seeds="icd")))
 
 

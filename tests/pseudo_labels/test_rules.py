@@ -50,10 +50,11 @@ def test_drs_labels_are_classes_of_the_data_set(evidence):
     assert {0, 2, 5, 255} == set(labels.unique().tolist())
 
 
-def test_icd_reads_maps_as_probabilities(evidence):
+def test_icd_reads_logits_of_maps(evidence):
     rule = build_rule("icd")
     assert rule.saliency == "optional" and rule.averages
     maps, cams = evidence.averages
+    evidence.averages = torch.logit(maps), cams
     evidence.saliency = evidence.saliency * 0.03
     seeds = seed_icd(torch.logit(maps), cams, evidence.saliency)
     assert torch.equal(rule.label(evidence), class_labels(seeds, evidence.classes))
@@ -68,18 +69,13 @@ def test_icd_without_saliency_closes_the_seeds(evidence):
     pytest.importorskip("pydensecrf")
     evidence.saliency = None
     maps, cams = evidence.averages
+    evidence.averages = torch.logit(maps), cams
     seeds = class_labels(seed_icd(torch.logit(maps), cams), evidence.classes)
     labels = build_rule("icd").label(evidence)
     np.testing.assert_array_equal(labels, refine_labels(seeds.numpy(), evidence.image, 7))
     evidence.scores, evidence.classes = evidence.scores[:1], evidence.classes[:0]
     evidence.averages = (maps[:0], cams[:0])
     assert not build_rule("icd").label(evidence).any()  # no tag, no object
-
-
-def test_icd_wants_probabilities(evidence):
-    evidence.averages = (evidence.averages[0] * 3, evidence.averages[1])
-    with pytest.raises(RuleError, match="maps that are probabilities.*cam.maps: icd"):
-        build_rule("icd").label(evidence)
 
 
 def test_what_is_not_there_is_named(monkeypatch):

@@ -33,7 +33,12 @@ TINY = [
         ("voc_drs", [f"cam.backbone_config={{model_type: wsss_vgg16, widths: {WIDTHS}, extra_channels: [4]}}"]),
         (
             "voc_icd",
-            [f"cam.backbone_config={{model_type: wsss_vgg16, widths: {WIDTHS}}}", "cam.methods.icd.hidden_channels=8"],
+            [
+                f"cam.backbone_config={{widths: {WIDTHS}, hidden_channels: [8, 8]}}",
+                "cam.methods.icd.hidden_channels=8",
+                "cam.felzenszwalb={size: 65, scale: 20.0, min_size: 4, merge_to: 6}",
+                "masks.pad=65",
+            ],
         ),
         ("voc_mat_label", [f"cam.backbone_config={{model_type: wsss_vgg16, widths: {WIDTHS}}}"]),
     ],

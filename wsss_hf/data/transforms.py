@@ -8,16 +8,16 @@ from PIL import Image
 
 from ..models.maps import IGNORE_INDEX
 
-_SIDES = {"short": min, "long": max}
+_SIDES = {"short": min, "long": max, "native": None}
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
 
 
 class TrainTransform:
     """Random scale, crop, flip and colour; then normalisation.
 
-    At scale 1 the short (or long, see `scaled_side`) side of the image is `crop_size`. Where the scaled image is
-    smaller than the crop it lies at a random place in it; the rest has pixel value 0 (after normalisation) and label
-    255.
+    At scale 1 the short (or long, see `scaled_side`) side of the image is `crop_size`; "native" leaves the image as it
+    is. Where the scaled image is smaller than the crop it lies at a random place in it; the rest has pixel value 0
+    (after normalisation) and label 255.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class TrainTransform:
         taken, as int64; float32 ones are interpolated.
         """
         size = self.crop_size
-        factor = size / self.scaled_side(image.size) * rng.uniform(*self.scale)
+        factor = size / self.scaled_side(image.size) if self.scaled_side else 1.0
+        factor *= rng.uniform(*self.scale)
         (left, width, x), (top, height, y) = (self._crop_axis(length, factor, rng) for length in image.size)
         box = (left, top, left + width / factor, top + height / factor)
         box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # no rounding beyond the border

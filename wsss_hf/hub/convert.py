@@ -98,9 +98,9 @@ def convert_checkpoint(
 ) -> Path:
     """Convert a published checkpoint to a model of this package, with its image processor.
 
-    ImageNet weights become a backbone (of ICD's VGG-16 the convolutions, without fc6 and fc7 on top), everything else
-    a [`CamClassifier`] or, on request, a [`MapRefiner`]. The configuration names the layout of the file under
-    `converted_from`. `out` appears complete or not at all.
+    ImageNet weights become a backbone (ICD's VGG-16 keeps its fc6 and fc7), everything else a [`CamClassifier`] or, on
+    request, a [`MapRefiner`]. The configuration names the layout of the file under `converted_from`. `out` appears
+    complete or not at all.
 
     Args:
         file: `.safetensors`; or `.pth`, `.pt` or `.bin` that holds nothing but tensors, numbers and strings; or
@@ -274,7 +274,7 @@ _DRS = (
     }
     | {f"extra_conv4.{kind}": f"classifier.{kind}" for kind in ("weight", "bias")}
 )
-_ICD_HIDDEN = [f"{layer}.{kind}" for layer in ("fc6", "fc7") for kind in ("weight", "bias")]
+_ICD_HIDDEN = {f"{layer}.{kind}": f"hidden.{layer}.{kind}" for layer in ("fc6", "fc7") for kind in ("weight", "bias")}
 _CONTROLLERS = {
     f"{name.replace('conv', 'relu')}.fc.0.weight": f"methods.drs.layers.features/{n + 1}.fc.weight"
     for name, n in _VGG_POSITIONS.items()
@@ -345,7 +345,7 @@ def _layouts(weights: Weights) -> list[Layout]:
             IMAGENET_SIZE,
             frozenset([*_VGG, *_ICD_HIDDEN]),
             _icd_vgg_backbone,
-            options=("extra_channels",),
+            options=(),
             ignored=("fc8.",),
             image_mean=(127 / 255,) * 3,  # the program subtracts 127 from the levels
             image_std=(1 / 255,) * 3,
@@ -404,12 +404,14 @@ def _icd_vgg_backbone(weights: Weights, options: CheckpointOptions) -> tuple[Pre
     if weights["fc6.weight"].ndim != 4:
         shape = tuple(weights["fc6.weight"].shape)
         raise ConvertError(f"fc6.weight: expected the 3×3 convolution of ICD's VGG-16, got the shape {shape}")
-    return _vgg_backbone({name: weights[name] for name in _VGG}, options)
+    hidden = [len(weights[f"{layer}.weight"]) for layer in ("fc6", "fc7")]
+    config = _vgg_config(weights, [], hidden_channels=hidden, pooling=3)
+    return config, {_ICD_HIDDEN.get(name, name): value for name, value in weights.items()}
 
 
-def _vgg_config(weights: Weights, extra_channels: list[int]) -> Vgg16Config:
+def _vgg_config(weights: Weights, extra_channels: list[int], **options: Any) -> Vgg16Config:
     widths = [len(weights[f"features.{_VGG_POSITIONS[f'layer{block}_conv1']}.weight"]) for block in range(1, 6)]
-    return Vgg16Config(widths=widths, extra_channels=extra_channels)
+    return Vgg16Config(widths=widths, extra_channels=extra_channels, **options)
 
 
 def _drs_classifier(weights: Weights, options: CheckpointOptions) -> tuple[PreTrainedConfig, Weights]:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..models.maps import fuse_maps, upsample
+from ..models.maps import fuse_maps, normalize_maps, upsample
 from ..models.method_helpers import min_max_normalize
+from ..models.options import OptionError
 from ..models.tta import views
 from .image_by_image import image_by_image
 
@@ -25,6 +27,7 @@ def localize(
     flip: bool = True,
     fusion: str = "mean",
     bf16: bool | None = None,
+    pad: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Normalised maps of images of one size, fused over scales and mirror images.
 
@@ -36,6 +39,8 @@ def localize(
         scales, flip: as of [`views`].
         fusion: "mean" or "max" over the views, see [`fuse_maps`], or "sum", see [`sum_maps`].
         bf16: compute the network in bfloat16; None does so on GPUs only. Maps are normalised and fused in float32.
+        pad: of images that are as large as their maps, `pixel_values` get zeros at the bottom and at the right up to
+            this side; what the maps have there is cut off before they are normalised again.
 
     Returns:
         maps (N, H, W) in [0, 1), one per tagged class of an image, in row-major order of `tags`; and the tag logits
@@ -51,16 +56,22 @@ def localize(
         shown.append(images.shape[-2:])
         return model(images)
 
+    padded = padded_images(pixel_values, pad)
+    whole = (padded.shape[-2], padded.shape[-1]) if pad else size
+    normalize = getattr(model, "normalizes_maps", True)
+
     def maps() -> Iterator[tuple[Tensor, tuple[int, int]]]:  # one view at a time, to spare memory
-        for view in views(network, pixel_values, scales, flip, _use_bf16(bf16, pixel_values)):
+        for view in views(network, padded, scales, flip, _use_bf16(bf16, padded)):
             logits.append(view.logits.float())
             yield view.maps, shown[-1]
 
     if fusion == "sum":
-        fused = sum_maps(maps(), tags, size)
+        fused = sum_maps(maps(), tags, whole)
     else:
-        normalize = getattr(model, "normalizes_maps", True)
-        fused = fuse_maps((view for view, _ in maps()), tags, size, fusion, normalize)
+        fused = fuse_maps((view for view, _ in maps()), tags, whole, fusion, normalize)
+    if whole != size:
+        fused = fused[:, : size[0], : size[1]]
+        fused = normalize_maps(fused[None])[0] if normalize else fused
     mean_logits = torch.stack(logits).mean(dim=0)
     if not (fused.isfinite().all() and mean_logits.isfinite().all()):
         raise ValueError("maps: expected finite ones, the classifier gives NaN or inf: its training has diverged")
@@ -102,25 +113,44 @@ def average_maps(
     scales: Sequence[float] = (1.0,),
     flip: bool = True,
     bf16: bool | None = None,
+    pad: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Maps and CAM logits as the model gives them, not normalised, averaged over scales and mirror images.
+    """Logits of the maps, which are probabilities, and CAM logits, averaged over scales and mirror images.
 
     Args:
-        model, pixel_values, tags, size, scales, flip, bf16: as of [`localize`].
+        model, pixel_values, tags, size, scales, flip, bf16, pad: as of [`localize`].
 
     Returns:
-        maps and CAM logits, both (N, H, W) float32, one per tagged class of an image.
+        both (N, H, W) float32, one per tagged class of an image.
+
+    Raises:
+        OptionError: a map has a value outside [0, 1].
     """
+    padded = padded_images(pixel_values, pad)
+    whole = (padded.shape[-2], padded.shape[-1]) if pad else size
     images, classes = tags.nonzero(as_tuple=True)
     total: Tensor | None = None
     count = 0
-    for view in views(model, pixel_values, scales, flip, _use_bf16(bf16, pixel_values)):
-        both = upsample(torch.stack([view.maps[images, classes], view.cams[images, classes]]), size)
+    for view in views(model, padded, scales, flip, _use_bf16(bf16, padded)):
+        maps = view.maps[images, classes].float()
+        if maps.numel() and not (maps.min() >= 0 and maps.max() <= 1):
+            raise OptionError(
+                "masks.seeds: expected maps that are probabilities, above 0.5 on the object, got others; "
+                "cam.maps: icd trains a classifier that has them"
+            )
+        both = torch.stack([maps.logit(eps=1e-6), view.cams[images, classes].float()])
+        both = upsample(both, whole)[..., : size[0], : size[1]]
         total, count = both if total is None else total + both, count + 1
     if total is None:
         raise ValueError("scales: expected at least one, got none")
     maps, cams = total / count
     return maps, cams
+
+
+def padded_images(pixel_values: Tensor, side: int) -> Tensor:
+    """(B, 3, h, w) → (B, 3, max(h, side), max(w, side)): zeros, the mean colour, at the bottom and at the right."""
+    height, width = pixel_values.shape[-2:]
+    return F.pad(pixel_values, (0, max(side - width, 0), 0, max(side - height, 0)))
 
 
 def _use_bf16(bf16: bool | None, pixel_values: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .maps import IGNORE_INDEX
-from .method_helpers import all_reduce_sum
+from .method_helpers import all_reduce_sum, check_stages
 from .methods import Method, TrainingStep, register_method
 from .options import Options, option
 
@@ -54,6 +54,17 @@ class IcdConfig(Options):
         "the backbone's, at least 64, so that a small backbone isn't outweighed by its classifier.",
         at_least=1,
     )
+    stage: int = option(-1, "Stage of the backbone that ICD works on, from either end; 4 is conv5 of a VGG-16.")
+    hidden_from: list[str] = option(
+        [],
+        "The backbone's 3x3 and 1x1 convolution that those two start from, as the program's [hidden.fc6, hidden.fc7]; "
+        "then all but the last layer learn at the rate of pretrained ones.",
+        length=0,
+    )
+
+    def check(self) -> None:
+        if len(self.hidden_from) not in (0, 2):
+            raise ValueError(f"hidden_from: expected two names or none, got {self.hidden_from}")
 
 
 def projection(features: Tensor, directions: Tensor) -> Tensor:
@@ -296,7 +307,7 @@ class TopDownClassifier(nn.Module):
 
 @register_method("icd", IcdConfig)
 class Icd(Method):
-    """Intra-class discriminator on the last backbone stage.
+    """Intra-class discriminator on one stage of the backbone, the last one by default.
 
     Losses are averaged over the images of the batch, as the authors' optimiser does. The bottom-up loss trains the
     directions only; the top-down loss trains its classifier and the backbone; neither reaches the CAMs. The
@@ -312,13 +323,17 @@ class Icd(Method):
 
     def __init__(self, config: IcdConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
-        channels = backbone.channels[-1]
+        check_stages("icd", [config.stage], backbone)
+        if backbone.strides[config.stage] != backbone.strides[-1]:
+            raise ValueError(f"icd.stage: expected a stage of stride {backbone.strides[-1]}, got {config.stage}")
+        channels = backbone.channels[config.stage]
         if config.hidden_channels is None:
             self.config = dataclasses.replace(config, hidden_channels=max(64, channels // 8))
         self.norm = FeatureNorm(channels)
         self.directions = nn.Parameter(torch.empty(num_classes, channels))
         self.top_down = TopDownClassifier(channels, self.config.hidden_channels, num_classes)
         self.register_buffer("running_means", torch.empty(num_classes, 2))
+        self._copies(backbone)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -326,9 +341,27 @@ class Icd(Method):
         nn.init.normal_(self.directions, std=0.01)
         nn.init.zeros_(self.running_means)
 
+    def _copies(self, backbone: Backbone) -> list[tuple[nn.Module, nn.Module]]:
+        """(own layer, layer of the backbone that it starts from), of one shape."""
+        found: list[tuple[nn.Module, nn.Module]] = []
+        for layer, name in zip((self.top_down.context, self.top_down.mix), self.config.hidden_from, strict=False):
+            other = dict(backbone.body.named_modules()).get(name)
+            expected, shape = tuple(layer.weight.shape), tuple(getattr(other, "weight", torch.empty(0)).shape)
+            if other is None or shape != expected:
+                raise ValueError(f"icd.hidden_from: expected a layer with weights {expected}, got {name} with {shape}")
+            found.append((layer, other))
+        return found
+
+    def start_from(self, backbone: Backbone) -> set[str]:
+        copies = self._copies(backbone)
+        for layer, other in copies:
+            layer.load_state_dict(other.state_dict())
+        names = {name for name, _ in self.named_parameters() if not name.startswith("top_down.classifier.")}
+        return names if copies else set()
+
     def losses(self, step: TrainingStep) -> dict[str, Tensor]:
         config = self.config
-        features = self.norm(step.features[-1])
+        features = self.norm(step.features[config.stage])
         logits = self.top_down(features)
         with torch.autocast(logits.device.type, enabled=False):
             tags = step.tags.float()
@@ -348,7 +381,7 @@ class Icd(Method):
 
     def scores(self, step: TrainingStep) -> Tensor:
         """(B, C, h, w) float32 top-down scores, positive on the object; what [`icd_seeds`] reads."""
-        return self.top_down(self.norm(step.features[-1])).float()
+        return self.top_down(self.norm(step.features[self.config.stage])).float()
 
     def maps(self, step: TrainingStep) -> Tensor:
         """(B, C, h, w) float32 in (0, 1): sigmoid of the top-down score, 0.5 on the learnt object boundary.
@@ -360,9 +393,17 @@ class Icd(Method):
 
 
 def _superpixels_at(superpixels: Tensor | None, scores: Tensor) -> Tensor:
-    """Superpixels (B, H, W) at the resolution of the scores; without any, each pixel is a superpixel of its own."""
+    """Superpixels (B, H, W) at the resolution of the scores; without any, each pixel is a superpixel of its own.
+
+    A network that pads all its strided layers alike looks from corner to corner; then so does this.
+    """
     batch, _, height, width = scores.shape
     if superpixels is None:
         return torch.arange(height * width, device=scores.device).view(1, height, width).expand(batch, -1, -1)
+    (down, rest_down), (across, rest_across) = (
+        divmod(whole - 1, max(part - 1, 1)) for whole, part in zip(superpixels.shape[1:], (height, width), strict=True)
+    )
+    if min(height, width) > 1 and not rest_down and not rest_across:
+        return superpixels[:, ::down, ::across]
     nearest = F.interpolate(superpixels[:, None].double(), size=(height, width), mode="nearest-exact")
     return nearest[:, 0].long()

@@ -104,6 +104,14 @@ class Method(nn.Module):
     def reset_parameters(self):
         """Initialise, with `torch.nn.init`, what needs other values than N(0, 0.01) or has no weight matrix."""
 
+    def start_from(self, backbone: Backbone) -> set[str]:
+        """Take, before a training, what starts from the weights of the backbone, which are loaded by now.
+
+        Returns:
+            the names of the method's parameters that learn at the rate of pretrained layers.
+        """
+        return set()
+
     @staticmethod
     def step(
         model: CamClassifier,

@@ -45,7 +45,7 @@ def certain_labels(
     """
     for batch in batches_by_size(rows, processor, masks.batch_size, native=masks.native):
         pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
-        augmentation = masks.scales, masks.flip, masks.fusion, masks.bf16
+        augmentation = masks.scales, masks.flip, masks.fusion, masks.bf16, masks.pad
         maps, _ = localize(model, pixel_values, tags, batch.size, *augmentation)
         maps_of = maps.split([int(count) for count in batch.tags.sum(dim=1)])
         images = [np.asarray(image) for image in batch.images]

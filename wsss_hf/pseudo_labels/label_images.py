@@ -75,21 +75,21 @@ def label_images(
     check_columns(settings, rows)
     has_saliency = reads_saliency(settings, rows)
     salient_above = rule.salient_above if has_saliency else 0.0
-    scales, flip, bf16 = settings.scales, settings.flip, settings.bf16
+    scales, flip, bf16, pad = settings.scales, settings.flip, settings.bf16, settings.pad
     for batch in batches_by_size(rows, processor, settings.batch_size, has_saliency, settings.native):
         pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
         counts = [int(count) for count in batch.tags.sum(dim=1)]
         images = [np.asarray(image) for image in batch.images]
         notes = [Note() for _ in images]
 
-        maps, logits = localize(model, pixel_values, tags, batch.size, scales, flip, settings.fusion, bf16)
+        maps, logits = localize(model, pixel_values, tags, batch.size, scales, flip, settings.fusion, bf16, pad)
         maps_of = maps.split(counts)
         scores = [add_background(one[None], threshold)[0] for one in maps_of]
         scores = refine.batch(scores, images, notes)
 
         averages: list[tuple[Tensor, Tensor] | None] = [None] * len(counts)
         if rule.averages:
-            both = average_maps(model, pixel_values, tags, batch.size, scales, flip, bf16)
+            both = average_maps(model, pixel_values, tags, batch.size, scales, flip, bf16, pad)
             averages = list(zip(*(part.split(counts) for part in both), strict=True))
         for i, index in enumerate(batch.indices):
             classes = tags[i].nonzero()[:, 0]

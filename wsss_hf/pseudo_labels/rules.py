@@ -43,7 +43,8 @@ class Evidence:
         num_classes: classes of the data set, background not among them.
         image: (H, W, 3) uint8.
         saliency: (H, W) in [0, 1], or None.
-        averages: maps and CAM logits, (K, H, W) each, see `tta.average_maps`; None where the rule does not use them.
+        averages: logits of the maps and of the CAMs, (K, H, W) each, see `cam_maps.average_maps`; None where the rule
+            does not use them.
     """
 
     scores: Tensor
@@ -179,13 +180,7 @@ class IcdRule(Rule):
 
     def label(self, evidence: Evidence) -> Tensor:
         assert evidence.averages is not None
-        maps, cams = evidence.averages
-        if maps.numel() and not (maps.min() >= 0 and maps.max() <= 1):
-            raise RuleError(
-                "masks.seeds: icd: expected maps that are probabilities, above 0.5 on the object, got others; "
-                "cam.maps: icd trains a classifier that has them"
-            )
-        labels = class_labels(seed_icd(torch.logit(maps, eps=1e-6), cams, evidence.saliency), evidence.classes)
+        labels = class_labels(seed_icd(*evidence.averages, evidence.saliency), evidence.classes)
         if evidence.saliency is not None:
             return labels
         num_labels = evidence.num_classes + 1

@@ -64,7 +64,7 @@ def auto_threshold(
     rows = rows.select(chosen[rank::world])
     for batch in batches_by_size(rows, processor, settings.batch_size, native=settings.native):
         pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
-        augmentation = settings.scales, settings.flip, settings.fusion, settings.bf16
+        augmentation = settings.scales, settings.flip, settings.fusion, settings.bf16, settings.pad
         found, _ = localize(model, pixel_values, tags, batch.size, *augmentation)
         maps_of = list(found.split([int(count) for count in batch.tags.sum(dim=1)]))
         pictures = [np.asarray(image) for image in batch.images]

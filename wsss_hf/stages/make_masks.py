@@ -37,7 +37,7 @@ from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_finge
 from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
 
-VERSION = 3
+VERSION = 4
 _COLUMNS = ("pseudo_mask", "confidence")
 
 

@@ -27,9 +27,10 @@ from ..recipes import Recipe
 from ..refinement.crf import require_densecrf
 from ..refinement.steps import RefinementChain, build_refinement
 from ..settings import AffinitySettings
+from ..training.build import build_on_backbone, build_processor
 from ..training.launcher import with_launcher
 from ..training.tracking import check_tracker
-from ..training.train import begin_training, build_on_backbone, build_processor, train_model
+from ..training.train import begin_training, train_model
 from .cache import Record, StageOutput
 from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
 from .results import TrainedModel
@@ -39,7 +40,7 @@ VERSION = 2
 _COLUMNS = ("image_id", "tags", "image")
 _LABELS = "certain_labels"
 _FEATURES = Features({_LABELS: ImageFeature(), "objects": Value("float64"), "background": Value("float64")})
-_MAP_SETTINGS = ("scales", "flip", "fusion", "native", "bf16")  # of the masks
+_MAP_SETTINGS = ("scales", "flip", "fusion", "native", "pad", "bf16")  # of the masks
 
 
 def train_affinity(

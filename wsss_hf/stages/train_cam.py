@@ -13,13 +13,14 @@ from ..models.modeling_cam import CamClassifier
 from ..pseudo_labels.rules import check_columns
 from ..recipes import Recipe
 from ..settings import MasksSettings
+from ..training.build import build_on_backbone, build_processor, start_layers
 from ..training.launcher import with_launcher
-from ..training.train import begin_training, build_on_backbone, build_processor, train_model, with_superpixels
+from ..training.train import begin_training, train_model, with_superpixels
 from .cache import Record, StageOutput
 from .fingerprint import model_fingerprint, rows_fingerprint
 from .results import TrainedModel
 
-VERSION = 2
+VERSION = 3
 
 
 def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: bool = False) -> TrainedModel:
@@ -57,6 +58,7 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
                 "cam",
                 output_stride=section.output_stride,
                 dropout=section.dropout,
+                classifier_bias=section.classifier_bias,
                 backbone_layers=section.backbone_layers,
                 id2label=dict(enumerate(class_names(rows))),
                 method_warmup=section.method_warmup,
@@ -65,13 +67,15 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
                 tag_threshold=section.tag_threshold,
                 **section.methods,
             )
+            start_layers(model, section.classifier_std)
             size = recipe.image.size
+            processor = build_processor(size, mean, std)
             if section.superpixels:
-                rows = with_superpixels(rows, size, section.felzenszwalb, accelerator, folder)
+                rows = with_superpixels(rows, size, section.felzenszwalb, accelerator, folder, model, processor)
             result = train_model(
                 accelerator,
                 model,
-                build_processor(size, mean, std),
+                processor,
                 rows,
                 section.train,
                 seed=recipe.seed,

@@ -24,9 +24,10 @@ from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
 from ..models.pretrained import NO_CODE, pinned
 from ..recipes import Recipe
 from ..settings import RefinerSettings
+from ..training.build import build_on_backbone, build_processor
 from ..training.launcher import with_launcher
 from ..training.tracking import check_tracker
-from ..training.train import begin_training, build_on_backbone, build_processor, train_model
+from ..training.train import begin_training, train_model
 from .cache import Record, StageOutput
 from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
 from .results import TrainedModel

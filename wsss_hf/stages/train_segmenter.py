@@ -18,10 +18,11 @@ from ..progress import Progress
 from ..pseudo_labels.area_prior import background_factor, labelled_objects, multiply_background, output_bias
 from ..recipes import Recipe
 from ..settings import SelfTrainingSettings
+from ..training.build import build_on_backbone, build_processor
 from ..training.launcher import with_launcher
 from ..training.library_segmenter import build_library_segmenter
 from ..training.losses import CrossEntropy, SegmentationObjective, build_loss
-from ..training.train import begin_training, build_on_backbone, build_processor, train_model
+from ..training.train import begin_training, train_model
 from .cache import Record, StageOutput
 from .fingerprint import model_fingerprint, rows_fingerprint
 from .results import TrainedModel

@@ -1,4 +1,4 @@
-"""What every training stage does: a model on a backbone and augmented examples in, trained model and log out."""
+"""What every training stage does: model and augmented examples in, trained model and log out."""
 
 from __future__ import annotations
 
@@ -10,31 +10,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset, concatenate_datasets
-from transformers import BaseImageProcessor, PreTrainedModel
+from PIL import Image
+from transformers import BaseImageProcessor
 
 from ..data.examples import TaggedExamples
 from ..data.superpixels import superpixel_column
 from ..data.transforms import TrainTransform
 from ..files import sync
+from ..inference.cam_maps import padded_images
 from ..inference.weights import diverged
-from ..models.image_processing_wsss import WsssImageProcessor
-from ..models.pictures import LONGEST
-from ..models.pretrained import backbone_normalization, resolve_backbone_config
 from ..progress import Progress, say
-from ..settings import (
-    AffinitySettings,
-    CamSettings,
-    FelzenszwalbSettings,
-    ImageSettings,
-    RecipeError,
-    SegmenterSettings,
-    TrainSettings,
-)
+from ..settings import FelzenszwalbSettings, RecipeError, TrainSettings
 from .endings import DIVERGED_ADVICE, TrainingError
 from .launcher import build_accelerator, is_sharded
 from .loop import Training, enable_checkpointing
@@ -57,50 +50,6 @@ def begin_training(settings: TrainSettings, seed: int, folder: Path) -> Accelera
     accelerator = build_accelerator(settings, folder)
     set_seed(seed)
     return accelerator
-
-
-def build_on_backbone(
-    model_class: Any,  # a model of this package
-    section: CamSettings | AffinitySettings | SegmenterSettings,
-    image: ImageSettings,
-    name: str,
-    **options: Any,
-) -> tuple[PreTrainedModel, list[float], list[float]]:
-    """A model on the backbone of a recipe's section: on published weights where it has a name, else on random ones.
-
-    Args:
-        name: of the section, for messages.
-        options: arguments of the model's configuration.
-
-    Returns:
-        the model, and the mean and standard deviation per channel that its images are normalised with.
-
-    Raises:
-        RecipeError: the section names no backbone.
-    """
-    if section.backbone is not None:
-        model = model_class.from_backbone(section.backbone, **options)
-        mean, std = model.image_processor.image_mean, model.image_processor.image_std
-    elif section.backbone_config is not None:
-        config = resolve_backbone_config(None, section.backbone_config)
-        model = model_class(model_class.config_class(backbone_config=config, **options))
-        mean, std = backbone_normalization(None, config)
-    else:
-        raise RecipeError(f"{name}.backbone: expected a directory or Hub id (--backbone), got null")
-    mean, std = list(image.mean or mean), list(image.std or std)
-    if hasattr(model.config, "image_mean"):
-        model.config.image_mean, model.config.image_std = mean, std
-    return model, mean, std
-
-
-def build_processor(size: int, image_mean: list[float], image_std: list[float]) -> WsssImageProcessor:
-    """The image processor that shows a model images at the scale it was trained at.
-
-    Args:
-        size: side of a training crop in pixels.
-    """
-    shape = {"shortest_edge": size, "longest_edge": LONGEST * size}
-    return WsssImageProcessor(size=shape, image_mean=image_mean, image_std=image_std)
 
 
 def train_model(
@@ -200,11 +149,25 @@ def pixel_statistics(processor: Any) -> dict[str, Any]:
 
 
 def with_superpixels(
-    rows: Dataset, size: int, options: FelzenszwalbSettings, accelerator: Accelerator, folder: Path
+    rows: Dataset,
+    size: int,
+    options: FelzenszwalbSettings,
+    accelerator: Accelerator,
+    folder: Path,
+    model: Any,
+    processor: BaseImageProcessor,
 ) -> Dataset:
     """`rows` with the column `superpixels`, its own or one that the processes compute, a part each, before training.
 
     A training that was broken off finds the parts in its folder.
+
+    Args:
+        size: short side of larger images, where the options name none.
+        model: whose backbone's features decide which superpixels are merged.
+        processor: how images are shown to it.
+
+    Raises:
+        RecipeError: the backbone has no such stage.
     """
     if "superpixels" in rows.features:
         return rows
@@ -213,7 +176,22 @@ def with_superpixels(
         (rows.shard(count, index, contiguous=True), folder / f"superpixels-{index}-of-{count}.arrow")
         for index in range(count)
     ]
-    compute = partial(superpixel_column, size=size, options=vars(options))
+    size, depth = options.size or size, len(model.backbone.channels)
+    if options.merge_to and not -depth <= options.merge_stage < depth:
+        raise RecipeError(
+            f"cam.felzenszwalb.merge_stage: expected a stage of this backbone ({-depth} to {depth - 1}), "
+            f"got {options.merge_stage}"
+        )
+
+    def features(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+        network = model.backbone.to(accelerator.device).eval()
+        pixels = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"]
+        pixels = padded_images(pixels.to(accelerator.device), size)
+        with torch.inference_mode():
+            return network(pixels)[options.merge_stage][0].float().cpu().numpy(), (pixels.shape[-2], pixels.shape[-1])
+
+    felzenszwalb = {name: getattr(options, name) for name in ("scale", "sigma", "min_size")}
+    compute = partial(superpixel_column, size=size, options=felzenszwalb, merge_to=options.merge_to, features=features)
     mine, file = parts[accelerator.process_index]
     if file.exists() and not _is_whole(file, len(mine)):
         say(f"{file} is damaged and made again")
