@@ -59,7 +59,8 @@ class TrainSettings(Options):
     )
     head_lr_factor: float = option(10.0, "Learning rate of new layers, relative to lr.", above=0)
     bias_lr_factor: float = option(1.0, "Learning rate of biases, relative to that of their layer.", above=0)
-    weight_decay: float = option(1e-4, "Not on biases and norms.", at_least=0)
+    weight_decay: float = option(1e-4, "Of weights.", at_least=0)
+    decay_biases: bool = option(False, "Biases and norms decay too.")
     momentum: float = option(0.9, "Of sgd.", at_least=0, below=1)
     nesterov: bool = option(True, "Of sgd.")
     schedule: Literal["poly", "step"] = option("poly", "poly | step")
@@ -87,8 +88,10 @@ class TrainSettings(Options):
     fused: bool = speed(False, "The optimiser's fused kernels.")
     channels_last: bool = speed(True, "Memory order of convolutions that suits CPUs, and GPUs in half precision.")
     scale: list[float] = option([0.7, 1.4], "Random scale: lowest, highest.", above=0, length=2, ascending=True)
-    scaled_side: Literal["short", "long", "native"] = option(
-        "short", "short | long: side that is image.size at scale 1; native: the image is as it is at scale 1."
+    scaled_side: Literal["short", "long", "both", "native"] = option(
+        "short",
+        "short | long: side that is image.size at scale 1; both: images become squares, then and later; native: scale "
+        "1 is the image as it is.",
     )
     flip: float = option(0.5, "Probability of the mirror image.", at_least=0, at_most=1)
     color_jitter: float = option(0.2, "Brightness, contrast and saturation by 1 ± this.", at_least=0, below=1)
@@ -137,6 +140,12 @@ class CamSettings(Options):
     classifier_std: float | None = option(
         None, "It starts from N(0, this) without bias; null starts as torch's convolutions do.", above=0
     )
+    new_layers: list[str] = option(
+        [],
+        "Layers of the backbone that no weights are published for, as shell patterns of names: they learn at the rate "
+        "of new ones.",
+        length=0,
+    )
     backbone_layers: list[int] | None = option(
         None,
         "Layers of a plain vision transformer that are the stages which methods read, from 1, negative ones from the "
@@ -168,6 +177,11 @@ class RefinerSettings(Options):
     fusion: Literal["mean", "max"] = option("max", "mean | max over scales and mirror images.")
     batch_size: int = speed(16, "Images of an inference batch.", at_least=1)
     from_cam: bool = option(False, "Start from the backbone of the trained CAM classifier.")
+    new_std: float | None = option(
+        None,
+        "The 1x1 convolution and cam.new_layers start from N(0, this) without bias; null: as the classifier's.",
+        above=0,
+    )
     train: TrainSettings = dataclasses.field(
         default_factory=lambda: TrainSettings(
             epochs=30, lr=1e-4, head_lr_factor=1.0, weight_decay=0.0, schedule="step"

@@ -73,6 +73,23 @@ def test_scale_one_brings_the_named_side_to_the_crop(side, columns):
     assert rows[0].diff().float().mean().item() == pytest.approx(4 * 60 / columns, abs=0.3)
 
 
+def test_both_sides_make_a_square():
+    image, mask = gradient(60, 30)
+    transform = TrainTransform(40, scale=(1, 1), flip=0, scaled_side="both", **PLAIN)
+    pixels, labels = transform(image, mask, np.random.default_rng(0))
+    assert (labels < 255).all()
+    squashed = np.asarray(image.resize((40, 40), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    assert np.abs(pixels.permute(1, 2, 0).numpy() - squashed).max() < 0.02
+    transform = TrainTransform(40, scale=(1.2, 1.2), flip=0, scaled_side="both", **PLAIN)  # squares of 48 pixels
+    places = set()
+    larger = np.asarray(image.resize((48, 48), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    for seed in range(10):
+        pixels = transform(image, mask, np.random.default_rng(seed))[0].permute(1, 2, 0).numpy()
+        errors = {x: np.abs(pixels - larger[4:44, x : x + 40]).mean() for x in range(9)}
+        places.add(min(errors, key=errors.get))
+    assert len(places) > 3
+
+
 def test_the_native_scale_is_that_of_the_image():
     image, mask = gradient(60, 30)
     transform = TrainTransform(40, scale=(0.5, 0.5), flip=0, scaled_side="native", **PLAIN)
@@ -129,7 +146,7 @@ def test_colors_are_jittered_and_normalised_and_the_mask_is_optional():
         ({"flip": 2}, r"flip: expected a number in \[0, 1\], got 2"),
         ({"color_jitter": 1}, r"color_jitter: expected a number in \[0, 1\), got 1"),
         ({"hue_jitter": 0.6}, r"hue_jitter: expected a number in \[0, 0.5\], got 0.6"),
-        ({"scaled_side": "wide"}, "scaled_side: expected short or long or native, got 'wide'"),
+        ({"scaled_side": "wide"}, "scaled_side: expected short or long or both or native, got 'wide'"),
     ],
 )
 def test_bad_options_are_named(options, message):

@@ -427,7 +427,7 @@ def published_model(**options):
     published = IcdConfig.from_dict({"hidden_channels": 8, "stage": 4, "hidden_from": HIDDEN} | options, "icd")
     config = CamConfig(backbone_config=dict(VGG), num_labels=3, classifier_bias=True, icd=published, maps="icd")
     model = CamClassifier(config)
-    start_layers(model, 0.01)
+    start_layers(model, std=0.01)
     return model
 
 

@@ -8,16 +8,16 @@ from PIL import Image
 
 from ..models.maps import IGNORE_INDEX
 
-_SIDES = {"short": min, "long": max, "native": None}
+_SIDES = ("short", "long", "both", "native")
 _LUMA = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
 
 
 class TrainTransform:
     """Random scale, crop, flip and colour; then normalisation.
 
-    At scale 1 the short (or long, see `scaled_side`) side of the image is `crop_size`; "native" leaves the image as it
-    is. Where the scaled image is smaller than the crop it lies at a random place in it; the rest has pixel value 0
-    (after normalisation) and label 255.
+    At scale 1 the short (or long, see `scaled_side`) side of the image is `crop_size`; "both" squashes the image to a
+    square, "native" leaves it as it is. Where the scaled image is smaller than the crop it lies at a random place in
+    it; the rest has pixel value 0 (after normalisation) and label 255.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class TrainTransform:
             raise ValueError(f"hue_jitter: expected a number in [0, 0.5], got {hue_jitter}")
         if scaled_side not in _SIDES:
             raise ValueError(f"scaled_side: expected {' or '.join(_SIDES)}, got {scaled_side!r}")
-        self.hue_jitter, self.scaled_side = hue_jitter, _SIDES[scaled_side]
+        self.hue_jitter, self.scaled_side = hue_jitter, scaled_side
         self.mean = torch.tensor(image_mean).view(3, 1, 1)
         self.std = torch.tensor(image_std).view(3, 1, 1)
         self.blue_first = blue_first  # channels of pixel_values in the order blue, green, red
@@ -64,10 +64,10 @@ class TrainTransform:
         taken, as int64; float32 ones are interpolated.
         """
         size = self.crop_size
-        factor = size / self.scaled_side(image.size) if self.scaled_side else 1.0
-        factor *= rng.uniform(*self.scale)
-        (left, width, x), (top, height, y) = (self._crop_axis(length, factor, rng) for length in image.size)
-        box = (left, top, left + width / factor, top + height / factor)
+        across, down = self._factors(image.size, rng.uniform(*self.scale))
+        left, width, x = self._crop_axis(image.width, across, rng)
+        top, height, y = self._crop_axis(image.height, down, rng)
+        box = (left, top, left + width / across, top + height / down)
         box = (*box[:2], min(box[2], image.width), min(box[3], image.height))  # no rounding beyond the border
         flip = rng.random() < self.flip
 
@@ -93,6 +93,16 @@ class TrainTransform:
 
         labels = None if mask is None else follow(mask, IGNORE_INDEX)
         return pixel_values, labels, *(follow(values, outside) for values, outside in followers)
+
+    def _factors(self, sides: tuple[int, int], scale: float) -> tuple[float, float]:
+        """How many times as wide and as high the scaled image is."""
+        if self.scaled_side == "native":
+            return scale, scale
+        width, height = (self.crop_size / side * scale for side in sides)
+        if self.scaled_side == "both":
+            return width, height
+        factor = max(width, height) if self.scaled_side == "short" else min(width, height)
+        return factor, factor
 
     def _crop_axis(self, length: int, factor: float, rng: np.random.Generator) -> tuple[float, int, int]:
         """One axis → where the crop begins in the image, its length in the output, where it is put in the output."""

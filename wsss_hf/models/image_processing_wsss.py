@@ -11,7 +11,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 class WsssImageProcessor(PilBackend):
     """Images of any mode and size → `pixel_values`: RGB, short side at `size`, normalised.
 
-    `size["shortest_edge"]` is the scale that the model was trained at; `longest_edge` bounds very long images.
+    `size` is that of training: `shortest_edge`, with a `longest_edge` for very long images, or `height` and `width`.
     """
 
     do_convert_rgb = True

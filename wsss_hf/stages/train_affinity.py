@@ -84,7 +84,7 @@ def train_affinity(
             result = train_model(
                 accelerator,
                 model,
-                build_processor(size, mean, std),
+                build_processor(size, mean, std, section.train.scaled_side),
                 concatenate_datasets([rows, labels], axis=1),
                 section.train,
                 seed=recipe.seed,

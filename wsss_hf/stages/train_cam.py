@@ -67,9 +67,9 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
                 tag_threshold=section.tag_threshold,
                 **section.methods,
             )
-            start_layers(model, section.classifier_std)
+            start_layers(model, section.new_layers, section.classifier_std)
             size = recipe.image.size
-            processor = build_processor(size, mean, std)
+            processor = build_processor(size, mean, std, section.train.scaled_side)
             if section.superpixels:
                 rows = with_superpixels(rows, size, section.felzenszwalb, accelerator, folder, model, processor)
             result = train_model(

@@ -24,7 +24,7 @@ from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
 from ..models.pretrained import NO_CODE, pinned
 from ..recipes import Recipe
 from ..settings import RefinerSettings
-from ..training.build import build_on_backbone, build_processor
+from ..training.build import build_on_backbone, build_processor, start_layers
 from ..training.launcher import with_launcher
 from ..training.tracking import check_tracker
 from ..training.train import begin_training, train_model
@@ -33,7 +33,7 @@ from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_finge
 from .results import TrainedModel
 from .shards import compute_shards
 
-VERSION = 2
+VERSION = 3
 _COLUMNS = ("image_id", "tags", "image")
 _MAP_STRIDE = 4  # network input / stored map: no CAM is finer than that
 _MAPS_AT_A_TIME = 256
@@ -66,7 +66,7 @@ def train_refiner(
     inputs = {"data": rows_fingerprint(rows, _COLUMNS, fingerprints), "cam": model_fingerprint(cam)}
     if recipe.cam.backbone is not None and not section.from_cam:
         inputs["backbone"] = model_fingerprint(recipe.cam.backbone)
-    network = {name: getattr(recipe.cam, name) for name in ("backbone_config", "output_stride")}
+    network = {name: getattr(recipe.cam, name) for name in ("backbone_config", "output_stride", "new_layers")}
     settings = {"seed": recipe.seed, "image": recipe.image, "network": network}
     settings["refiner"] = dataclasses.replace(section, use=True)  # which changes what `run` does, not the result
     output = StageOutput(out, Record("train-refiner", VERSION, settings, inputs, source_of(data)), force)
@@ -78,11 +78,12 @@ def train_refiner(
             )
             accelerator = begin_training(section.train, recipe.seed, folder)
             model, mean, std = _build(cam, recipe, class_names(rows))
+            start_layers(model, recipe.cam.new_layers, section.new_std, deep=True)
             size = recipe.image.size
             result = train_model(
                 accelerator,
                 model,
-                build_processor(size, mean, std),
+                build_processor(size, mean, std, section.train.scaled_side),
                 concatenate_datasets([rows, maps], axis=1),
                 section.train,
                 seed=recipe.seed,

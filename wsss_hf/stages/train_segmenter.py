@@ -121,7 +121,7 @@ def _build(
         model = Segmenter(SegmenterConfig(backbone_config=classifier.config.backbone_config, **options))
         model.backbone.load_state_dict(classifier.backbone.state_dict())
         mean, std = classifier.config.image_mean, classifier.config.image_std
-    return model, build_processor(_size(recipe), mean, std), None
+    return model, build_processor(_size(recipe), mean, std, section.train.scaled_side), None
 
 
 def _keep_area(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -47,30 +49,49 @@ def build_on_backbone(
     return model, mean, std
 
 
-def start_layers(model: Any, classifier_std: float | None) -> None:
-    """How the new layers of a CAM classifier start, before a training: methods may take weights of the backbone.
+def start_layers(model: Any, patterns: Sequence[str] = (), std: float | None = None, deep: bool = False) -> None:
+    """How the new layers of a CAM classifier or map refiner start, before a training.
+
+    Its methods take weights of the backbone; `model.new_parameters` becomes what learns at the rate of new layers.
 
     Args:
-        classifier_std: the 1×1 convolution starts from N(0, this), its bias at 0; None leaves it as it is.
+        patterns: shell patterns of the names of the backbone's layers that are new.
+        std: the 1×1 convolution starts from N(0, std), its bias at 0; None leaves it as it is.
+        deep: so do the backbone's new layers.
+
+    Raises:
+        RecipeError: the backbone has no such layers.
     """
-    if classifier_std is not None:
-        nn.init.normal_(model.classifier.weight, std=classifier_std)
-        if model.classifier.bias is not None:
-            nn.init.zeros_(model.classifier.bias)
+    layers = dict(model.backbone.body.named_modules())
+    new = {name for pattern in patterns for name in fnmatch.filter(layers, pattern)}
+    for pattern in patterns:
+        if not fnmatch.filter(layers, pattern):
+            raise RecipeError(f"cam.new_layers: expected layers of the backbone, got {pattern!r}, which fits none")
+    for layer in [model.classifier, *(layers[name] for name in sorted(new) if deep)]:
+        if std is not None and isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.normal_(layer.weight, std=std)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     known = {
         f"methods.{name}.{parameter}"
         for name, method in model.methods.items()
         for parameter in method.start_from(model.backbone)
     }
-    names = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
-    model.new_parameters = names - known
+    prefixes = tuple(f"backbone.body.{name}." for name in new)
+    names = (name for name, _ in model.named_parameters())
+    model.new_parameters = {n for n in names if not n.startswith("backbone.") or n.startswith(prefixes)} - known
 
 
-def build_processor(size: int, image_mean: list[float], image_std: list[float]) -> WsssImageProcessor:
+def build_processor(
+    size: int, image_mean: list[float], image_std: list[float], scaled_side: str = "short"
+) -> WsssImageProcessor:
     """The image processor that shows a model images at the scale it was trained at.
 
     Args:
         size: side of a training crop in pixels.
+        scaled_side: as of [`TrainTransform`]; "both" gives squares.
     """
     shape = {"shortest_edge": size, "longest_edge": LONGEST * size}
+    if scaled_side == "both":
+        shape = {"height": size, "width": size}
     return WsssImageProcessor(size=shape, image_mean=image_mean, image_std=image_std)

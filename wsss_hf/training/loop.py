@@ -399,7 +399,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
     """Groups by where a parameter comes from and what it is: pretrained or new, weight or bias.
 
     Pretrained layers learn `backbone_lr_factor` times as fast as `lr`, new ones `head_lr_factor` times, biases
-    `bias_lr_factor` times their layer; biases and norms do not decay.
+    `bias_lr_factor` times their layer; biases and norms do not decay unless `decay_biases`.
     """
     groups: dict[tuple[float, bool], list] = {}
     for name, parameter in model.named_parameters():
@@ -408,7 +408,7 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
         factor = settings.head_lr_factor if is_new(model, name) else settings.backbone_lr_factor
         if name.endswith(".bias"):
             factor *= settings.bias_lr_factor
-        groups.setdefault((factor, parameter.ndim > 1), []).append(parameter)
+        groups.setdefault((factor, parameter.ndim > 1 or settings.decay_biases), []).append(parameter)
     return [
         {
             "params": parameters,
