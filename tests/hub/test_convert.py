@@ -378,6 +378,37 @@ def test_the_vgg_16_that_icd_starts_from_sees_levels_minus_127(tmp_path, pixels)
     torch.testing.assert_close(shown, torch.from_numpy(levels).permute(2, 0, 1) - 127.0, atol=1e-3, rtol=0)
 
 
+def test_what_icds_program_writes_gives_its_scores(tmp_path, pixels):
+    weights = vgg_weights() | convolution("fc6", 11, 8) | convolution("fc7", 11, 11, kernel=1)
+    weights |= convolution("fc6_ft", 11, 8) | convolution("fc7_ft", 11, 11, kernel=1)
+    weights |= convolution("fc8", 3, 11, kernel=1) | convolution("conv_ft", 3, 8 + 11 + 11, kernel=1, bias=False)
+    weights |= {"icd_bu.weight": tensor(3, 8)}
+    norm = {"gamma": torch.ones(8), "beta": torch.randn(8), "moving_mean": torch.randn(8), "moving_var": torch.rand(8)}
+    means = torch.rand(3, 2)
+    named = as_mxnet(weights) | {"aux:icd_accum_resign_moving_mean": means.numpy()}
+    named |= {f"{'aux' if 'moving' in kind else 'arg'}:feat_bn_{kind}": value.numpy() for kind, value in norm.items()}
+    (tmp_path / "vgg16_icd-0019.params").write_bytes(params_file(named))
+    names = ["cat", "cow", "dog"]
+    folder = convert_checkpoint(tmp_path / "vgg16_icd-0019.params", tmp_path / "ours", class_names=names)
+    model = CamClassifier.from_pretrained(folder).eval()
+    with torch.no_grad():
+        output = model(pixels)
+
+    conv5 = vgg_forward(weights, pixels, pooling=(3, 2, 1))[-1]
+    hidden = F.avg_pool2d(F.max_pool2d(conv5, 3, 1, 1), 3, 1, 1)
+    for layer, padding in (("fc6", 1), ("fc7", 0)):
+        hidden = F.relu(F.conv2d(hidden, weights[f"{layer}.weight"], weights[f"{layer}.bias"], padding=padding))
+    near(output.cams, F.conv2d(hidden, weights["fc8.weight"], weights["fc8.bias"]))
+    features = F.batch_norm(conv5, norm["moving_mean"], norm["moving_var"], norm["gamma"], norm["beta"], eps=1e-5)
+    context = F.relu(F.conv2d(features, weights["fc6_ft.weight"], weights["fc6_ft.bias"], padding=1))
+    mix = F.relu(F.conv2d(context, weights["fc7_ft.weight"], weights["fc7_ft.bias"]))
+    scores = F.conv2d(torch.cat([features, context, mix], dim=1), weights["conv_ft.weight"])
+    near(output.maps, scores.sigmoid())
+    assert torch.equal(model.methods["icd"].running_means, means)
+    assert torch.equal(model.methods["icd"].directions, weights["icd_bu.weight"])
+    assert model.config.image_mean == [127 / 255] * 3 and model.config.converted_from == "ICD"
+
+
 def test_arrays_of_every_type_and_none_are_read(tmp_path):
     arrays = {f"a_{t}": np.arange(6).reshape(2, 3).astype(t) for t in ("f4", "f8", "f2", "u1", "i4", "i1", "i8")}
     content = params_file(arrays)

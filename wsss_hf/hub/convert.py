@@ -1,7 +1,8 @@
-"""Conversion of published checkpoints: ImageNet VGG-16 and Wide ResNet-38, and those of DRS, SEAM and PLDA.
+"""Conversion of published checkpoints: ImageNet VGG-16 and Wide ResNet-38, and those of DRS, ICD, SEAM and PLDA.
 
 A layout is recognised by the names in the file alone; widths, numbers of classes and so on follow from the shapes. The
-MXNet files that the programs of SEAM, PLDA (Wide ResNet-38) and ICD (VGG-16) start from are read without MXNet.
+MXNet files that the programs of SEAM, PLDA (Wide ResNet-38) and ICD (VGG-16) start from, and those that ICD's writes,
+are read without MXNet.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from ..data.voc import VOC_CLASSES
 from ..files import whole_folder
 from ..models.configuration_cam import CamConfig
 from ..models.drs import DrsConfig
+from ..models.icd import IcdConfig
 from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
@@ -36,7 +38,7 @@ from ..models.vgg import DEPTHS, Vgg16Backbone, Vgg16Config
 from ..models.wide_resnet import WideResNet38Backbone, WideResNet38Config
 from .mxnet_params import ParamsError, read_params
 
-IMAGENET_SIZE, DRS_SIZE, SEAM_SIZE = 224, 320, 448  # short side of the images they were trained at
+IMAGENET_SIZE, DRS_SIZE, ICD_SIZE, SEAM_SIZE = 224, 320, 321, 448  # short side of the images they were trained at
 KINDS = ("classifier", "refiner")
 _MODELS: dict[type, type] = {
     model.config_class: model for model in (CamClassifier, MapRefiner, Vgg16Backbone, WideResNet38Backbone)
@@ -275,6 +277,17 @@ _DRS = (
     | {f"extra_conv4.{kind}": f"classifier.{kind}" for kind in ("weight", "bias")}
 )
 _ICD_HIDDEN = {f"{layer}.{kind}": f"hidden.{layer}.{kind}" for layer in ("fc6", "fc7") for kind in ("weight", "bias")}
+_ICD = {
+    "fc8.weight": "classifier.weight",
+    "fc8.bias": "classifier.bias",
+    "icd_bu.weight": "methods.icd.directions",
+    "icd_accum_resign.running_mean": "methods.icd.running_means",
+    "conv_ft.weight": "methods.icd.top_down.classifier.weight",
+    **{f"feat_bn.{kind}": f"methods.icd.norm.{kind}" for kind in ("bias", "running_mean", "running_var")},
+    **{f"fc6_ft.{kind}": f"methods.icd.top_down.context.{kind}" for kind in ("weight", "bias")},
+    **{f"fc7_ft.{kind}": f"methods.icd.top_down.mix.{kind}" for kind in ("weight", "bias")},
+}
+_ICD_MEAN, _ICD_STD = (127 / 255,) * 3, (1 / 255,) * 3  # the program subtracts 127 from the levels
 _CONTROLLERS = {
     f"{name.replace('conv', 'relu')}.fc.0.weight": f"methods.drs.layers.features/{n + 1}.fc.weight"
     for name, n in _VGG_POSITIONS.items()
@@ -347,8 +360,17 @@ def _layouts(weights: Weights) -> list[Layout]:
             _icd_vgg_backbone,
             options=(),
             ignored=("fc8.",),
-            image_mean=(127 / 255,) * 3,  # the program subtracts 127 from the levels
-            image_std=(1 / 255,) * 3,
+            image_mean=_ICD_MEAN,
+            image_std=_ICD_STD,
+        ),
+        Layout(
+            "ICD",
+            ICD_SIZE,
+            frozenset([*_VGG, *_ICD_HIDDEN, *_ICD]),
+            _icd_classifier,
+            ignored=("feat_bn.weight",),  # fixed to 1
+            image_mean=_ICD_MEAN,
+            image_std=_ICD_STD,
         ),
         Layout("a DRS classifier", DRS_SIZE, frozenset(drs | set(_CONTROLLERS)), _drs_classifier),
         Layout(
@@ -407,6 +429,24 @@ def _icd_vgg_backbone(weights: Weights, options: CheckpointOptions) -> tuple[Pre
     hidden = [len(weights[f"{layer}.weight"]) for layer in ("fc6", "fc7")]
     config = _vgg_config(weights, [], hidden_channels=hidden, pooling=3)
     return config, {_ICD_HIDDEN.get(name, name): value for name, value in weights.items()}
+
+
+def _icd_classifier(weights: Weights, options: CheckpointOptions) -> tuple[PreTrainedConfig, Weights]:
+    backbone_config, body = _icd_vgg_backbone(weights, options)
+    names = _class_names(len(weights["fc8.weight"]), options.class_names)
+    config = CamConfig(
+        backbone_config=backbone_config,
+        classifier_bias=True,
+        icd=IcdConfig(
+            hidden_channels=len(weights["fc6_ft.weight"]), stage=4, hidden_from=["hidden.fc6", "hidden.fc7"]
+        ),
+        maps="icd",
+        background_threshold=0.5,  # of a probability
+        id2label=dict(enumerate(names)),
+        image_mean=list(_ICD_MEAN),
+        image_std=list(_ICD_STD),
+    )
+    return config, {_ICD.get(name, f"backbone.body.{name}"): value for name, value in body.items()}
 
 
 def _vgg_config(weights: Weights, extra_channels: list[int], **options: Any) -> Vgg16Config:
