@@ -103,6 +103,86 @@ def test_outputs_of_a_classifier_are_refused():
         WsssImageProcessor().post_process_semantic_segmentation(SimpleNamespace(logits=torch.zeros(2, 3)))
 
 
+def test_scores_come_with_the_label_maps_if_asked():
+    found = WsssImageProcessor().post_process_semantic_segmentation(
+        outputs(), [(20, 30), (7, 9)], return_segmentation_scores=True
+    )
+    plain = WsssImageProcessor().post_process_semantic_segmentation(outputs(), [(20, 30), (7, 9)])
+    for one, labels, size in zip(found, plain, [(20, 30), (7, 9)], strict=True):
+        assert torch.equal(one.segmentation, labels)
+        assert one.segmentation_scores.shape == (4, *size)
+        assert torch.equal(one.segmentation_scores.argmax(0), labels)
+
+
+def test_half_precision_gives_the_labels_of_single_precision():
+    half = SimpleNamespace(logits=outputs().logits.bfloat16())
+    exact = SimpleNamespace(logits=half.logits.float())
+    (labels, _), (wanted, _) = (
+        WsssImageProcessor().post_process_semantic_segmentation(o, [(40, 50)] * 2) for o in (half, exact)
+    )
+    assert torch.equal(labels, wanted)
+
+
+# label maps and batches of images of different sizes
+
+
+def test_label_maps_follow_their_images_and_keep_their_values():
+    processor = WsssImageProcessor(size={"shortest_edge": 20, "longest_edge": 96})
+    labels = np.zeros((40, 60), dtype=np.uint8)
+    labels[:20, 30:] = 3
+    labels[20:] = 255
+    for given in (labels, Image.fromarray(labels), labels.astype(np.int64)):
+        batch = processor(photograph(), segmentation_maps=given, return_tensors="pt")
+        assert batch["pixel_values"].shape == (1, 3, 20, 30) and batch["labels"].shape == (1, 20, 30)
+        assert batch["labels"].dtype == torch.int64
+        wanted = torch.zeros(20, 30, dtype=torch.int64)
+        wanted[:10, 15:] = 3
+        wanted[10:] = 255
+        assert torch.equal(batch["labels"][0], wanted)
+
+
+def test_images_of_different_sizes_are_padded_into_a_batch():
+    processor = WsssImageProcessor(size={"shortest_edge": 20, "longest_edge": 96})
+    images = [photograph(60, 40), photograph(40, 60)]
+    labels = [np.full((40, 60), 1, dtype=np.uint8), np.full((60, 40), 2, dtype=np.uint8)]
+    batch = processor(images, segmentation_maps=labels, do_pad=True, return_tensors="pt")
+    assert batch["pixel_values"].shape == (2, 3, 30, 30) and batch["labels"].shape == (2, 30, 30)
+    for i, (height, width) in enumerate([(20, 30), (30, 20)]):
+        alone = processor(images[i], segmentation_maps=labels[i], return_tensors="pt")
+        assert torch.equal(batch["pixel_values"][i, :, :height, :width], alone["pixel_values"][0])
+        assert (batch["labels"][i, :height, :width] == i + 1).all()
+        outside = torch.ones(30, 30, dtype=torch.bool)
+        outside[:height, :width] = False
+        assert (batch["labels"][i][outside] == 255).all() and (batch["pixel_values"][i][:, outside] == 0).all()
+    fixed = processor(images, do_pad=True, pad_size={"height": 32, "width": 40}, return_tensors="pt")
+    assert fixed["pixel_values"].shape == (2, 3, 32, 40) and "labels" not in fixed
+
+
+def test_without_padding_a_mixed_batch_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="padding"):
+        WsssImageProcessor()([photograph(60, 40), photograph(40, 60)], return_tensors="pt")
+
+
+def test_every_backend_that_is_asked_for_is_the_pil_one(tmp_path):
+    """There is no other; the Auto class says so where another one is asked for."""
+    WsssImageProcessor().save_pretrained(tmp_path)
+    SegmenterConfig(backbone_config=ResNetConfig()).save_pretrained(tmp_path)
+    for backend in ("pil", "torchvision", None):
+        loaded = AutoImageProcessor.from_pretrained(tmp_path, backend=backend)
+        assert type(loaded) is WsssImageProcessor and loaded.backend == "pil"
+
+
+def test_settings_saved_before_label_maps_were_taken_load(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "WsssImageProcessor", "do_resize": true, "do_rescale": true, "do_normalize": true, '
+        '"size": {"shortest_edge": 20, "longest_edge": 96}, "image_mean": [0.5, 0.5, 0.5], '
+        '"image_std": [0.5, 0.5, 0.5]}'
+    )
+    loaded = WsssImageProcessor.from_pretrained(tmp_path)
+    pixels = loaded(Image.new("RGB", (60, 40), "white"), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 20, 30) and torch.equal(pixels, torch.ones_like(pixels))
+
+
 # the normalisation of a backbone
 
 
