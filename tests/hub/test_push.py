@@ -149,6 +149,28 @@ def test_a_segmenter_of_the_library_is_pushed_as_one(hub, tmp_path, kind, config
     assert f"segmenter{call}" in card and "tags=" not in card
 
 
+@pytest.mark.parametrize("processor", [SegformerImageProcessorPil, WsssImageProcessor])
+def test_a_pushed_segmenter_of_the_library_takes_batches_of_any_photographs(hub, tmp_path, processor):
+    SegformerForSemanticSegmentation(SEGFORMER).save_pretrained(tmp_path / "segmenter")
+    processor(size={"shortest_edge": 32, "longest_edge": 64}, default_to_square=False).save_pretrained(
+        tmp_path / "segmenter"
+    )
+    push_model(tmp_path / "segmenter", "tester/plain")
+    for name, content in hub.files("tester/plain").items():
+        (tmp_path / "pushed" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "pushed" / name).write_bytes(content)
+    assert b"resized to squares" in hub.files("tester/plain")["README.md"]
+    segment = pipeline("image-segmentation", str(tmp_path / "pushed"))
+    draw, sizes = np.random.default_rng(0), ((50, 70), (90, 40), (64, 64), (50, 70))
+    images = [Image.fromarray(draw.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+    for image, together in zip(images, segment(images, batch_size=8), strict=True):
+        alone = segment(image)
+        assert [entry["label"] for entry in together] == [entry["label"] for entry in alone]
+        for one, other in zip(together, alone, strict=True):
+            assert one["mask"].size == image.size
+            assert np.mean(np.asarray(one["mask"]) != np.asarray(other["mask"])) < 0.01
+
+
 def test_nothing_of_this_machine_leaves_it(hub, run_folder):
     push_model(run_folder, "tester/pets")
     files = hub.files("tester/pets")
@@ -524,6 +546,7 @@ def test_a_stranger_gets_the_owners_outputs_bit_for_bit(hub, client_environment,
     push_model(run_folder, "tester/pets")
     push_model(run_folder / "cam", "tester/cam")
     push_model(tmp_path / "segformer", "tester/segformer")
+    WsssImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "segformer")  # as it was pushed
     sources = {"pets": (Segmenter, run_folder / "segmenter"), "cam": (CamClassifier, run_folder / "cam")}
     sources["segformer"] = (SegformerForSemanticSegmentation, tmp_path / "segformer")
     # Models that push themselves; they must be found as well as those of `wsss push`.

@@ -46,7 +46,7 @@ from wsss_hf.stages.evaluate import evaluate_segmenter, segmenter_gap
 from wsss_hf.stages.relabel import relabel
 from wsss_hf.stages.run import run
 from wsss_hf.stages.train_segmenter import train_segmenter
-from wsss_hf.training.library_segmenter import build_library_segmenter
+from wsss_hf.training.library_segmenter import build_library_segmenter, of_one_shape
 from wsss_hf.training.loop import freeze_batch_norm, parameter_groups
 from wsss_hf.training.losses import SegmentationObjective, build_loss
 from wsss_hf.training.train import pixel_statistics
@@ -216,6 +216,29 @@ def test_every_model_gets_our_classes_and_keeps_its_weights_and_normalisation(pu
     torch.testing.assert_close(trained, shown, atol=1e-5, rtol=1e-5)
     wide = processor(images=Image.new("RGB", (90, 60)), return_tensors="pt")["pixel_values"]
     assert wide.shape[-2:] == ((64, 64) if name == "dpt" or name.startswith("eomt") else (64, 96))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("eomt")])
+def test_the_librarys_pipeline_batches_photographs_of_any_size(published, name, tmp_path):
+    model, processor, _ = build_library_segmenter(str(published / name), NAMES, 64)
+    model.save_pretrained(tmp_path)
+    of_one_shape(processor).save_pretrained(tmp_path)
+    segment = pipeline("image-segmentation", str(tmp_path))
+    options = {"subtask": "semantic"} if name in MASK_CLASSIFIERS else {}
+    draw, sizes = np.random.default_rng(0), ((50, 70), (90, 40), (64, 64), (50, 70))
+    images = [Image.fromarray(draw.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+    for image, together in zip(images, segment(images, batch_size=8, **options), strict=True):
+        alone = segment(image, **options)
+        assert [entry["label"] for entry in together] == [entry["label"] for entry in alone]
+        assert sum(np.asarray(entry["mask"]).astype(bool).sum() for entry in together) == image.width * image.height
+        for one, other in zip(together, alone, strict=True):
+            assert np.mean(np.asarray(one["mask"]) != np.asarray(other["mask"])) < 0.01
+
+
+def test_a_processor_that_cuts_images_into_squares_still_does(published):
+    """The library's pipeline takes EoMT's images one by one."""
+    _, processor, _ = build_library_segmenter(str(published / "eomt"), NAMES, 64)
+    assert of_one_shape(processor) is processor and processor.do_split_image
 
 
 def test_an_encoder_alone_gets_a_new_head_that_learns_faster(published, tmp_path):

@@ -60,6 +60,7 @@ class CardSubject:
         is_classifier: a CAM classifier; otherwise a segmenter.
         classifies_masks: a mask classification model: its pipeline needs `subtask="semantic"` to label pixels.
         needs_code: it is loaded with `trust_remote_code=True`.
+        shows_squares: its image processor changes the aspect of photographs.
         on_true_masks: trained on true masks: the upper bound, not a weakly supervised model.
         on_tags: what is recorded shows that it rests on image tags and, where the recipe says so, saliency alone.
         architecture: model type, as transformers calls it.
@@ -74,6 +75,7 @@ class CardSubject:
     is_classifier: bool = False
     classifies_masks: bool = False
     needs_code: bool = True
+    shows_squares: bool = False
     on_true_masks: bool = False
     on_tags: bool = False
     architecture: str = ""
@@ -326,6 +328,11 @@ def _usage(subject: CardSubject) -> str:
         if subject.needs_code
         else "The architecture is the library's own: no code but transformers is run."
     )
+    if subject.shows_squares and not subject.needs_code:
+        words += (
+            " Photographs are resized to squares, so that any of them make a batch (`batch_size=8`); the figures "
+            "below were measured on images of their own aspect."
+        )
     lines = [
         "from transformers import pipeline",
         "",

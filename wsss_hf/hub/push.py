@@ -35,6 +35,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import get_token, httpx, validate_repo_id
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .. import models
 from ..data.tagged import class_names
@@ -45,6 +46,7 @@ from ..models.modeling_affinity import AffinityNetwork
 from ..models.options import unknown_name
 from ..models.portable_model import PortableModel
 from ..reporting.tables import markdown_text
+from ..training.library_segmenter import of_one_shape
 from .cards import RUNS, CardSubject, affinity_card, dataset_card, model_card
 from .portable import portable_values
 
@@ -121,6 +123,7 @@ def push_model(
             is_classifier=len(mask_names) > len(names),
             classifies_masks=model.config.model_type in MASK_CLASSIFIERS,
             needs_code=isinstance(model, PortableModel),
+            shows_squares="height" in json.loads((staged / IMAGE_PROCESSOR_NAME).read_text())["size"],
             on_true_masks=settings.get("mask_column") == "mask",
             on_tags=_rests_on_tags(settings, made),
             architecture=getattr(model.config, "backbone_config", model.config).model_type,
@@ -363,8 +366,10 @@ def _stage_model(folder: Path, staged: Path) -> PreTrainedModel:
     if odd:
         raise HubError(f"{folder}: the weights do not fit the configuration ({odd[0]} and {len(odd) - 1} more)")
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    if not isinstance(model, PortableModel) and isinstance(processor, WsssImageProcessor):
-        processor = _library_processor(processor)
+    if not isinstance(model, PortableModel):
+        if isinstance(processor, WsssImageProcessor):
+            processor = _library_processor(processor)
+        processor = of_one_shape(processor)
     _forget_paths(model)
     model.save_pretrained(staged)
     processor.save_pretrained(staged)

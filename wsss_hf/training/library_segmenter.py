@@ -139,3 +139,15 @@ def _own_processor(name: str, config, side: int, any_shape: bool, revision: dict
     elif hasattr(processor, "ignore_index"):
         options["ignore_index"] = IGNORE_INDEX
     return type(processor).from_dict(processor.to_dict() | options)
+
+
+def of_one_shape(processor: Any) -> Any:
+    """An image processor that shows squares where `processor` keeps the aspect of photographs.
+
+    The library's own pipeline batches images of one size only; so do its published models of these architectures.
+    EoMT's processor, which cuts images into squares, stays as it is.
+    """
+    side = processor.size.get("shortest_edge")
+    if side is None or getattr(processor, "do_split_image", False):
+        return processor
+    return type(processor).from_dict(processor.to_dict() | {"size": {"height": side, "width": side}})
