@@ -32,6 +32,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .data.sources import load_data
+    from .hub.trainer import WsssTrainer
     from .recipes import Recipe
     from .stages.add_saliency import add_saliency
     from .stages.compare import compare
@@ -44,11 +45,13 @@ if TYPE_CHECKING:
     from .stages.train_cam import train_cam
     from .stages.train_refiner import train_refiner
     from .stages.train_segmenter import train_segmenter
-    from .training.callbacks import ScheduleCallback
+    from .training.callbacks import ScheduleCallback, TagCollator
 
 _LAZY = {
     "Recipe": "recipes",
     "ScheduleCallback": "training.callbacks",
+    "TagCollator": "training.callbacks",
+    "WsssTrainer": "hub.trainer",
     "add_saliency": "stages.add_saliency",
     "compare": "stages.compare",
     "evaluate": "stages.evaluate",
@@ -86,11 +89,13 @@ __all__ = [
     "SeamConfig",
     "Segmenter",
     "SegmenterConfig",
+    "TagCollator",
     "TagPipeline",
     "TocoConfig",
     "TrainingStep",
     "WeakSegmentationPipeline",
     "WsssImageProcessor",
+    "WsssTrainer",
     "add_saliency",
     "compare",
     "evaluate",

@@ -3,9 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from transformers import ResNetConfig, Trainer, TrainingArguments, ViTConfig
+from datasets import Dataset
+from transformers import ResNetConfig, Trainer, TrainerCallback, TrainingArguments, ViTConfig
 
-from wsss_hf import CamClassifier, CamConfig, Segmenter, SegmenterConfig
+from wsss_hf import (
+    CamClassifier,
+    CamConfig,
+    SeamConfig,
+    Segmenter,
+    SegmenterConfig,
+    TagCollator,
+    WsssTrainer,
+)
 from wsss_hf.models.deeplab import HEADS
 
 RESNET = {
@@ -49,7 +58,7 @@ def rows(kind, count=8):
     return found
 
 
-def trainer(kind, folder, model=None, data=None, **options):
+def trainer(kind, folder, model=None, data=None, trainer_class=Trainer, more=None, **options):
     arguments = TrainingArguments(
         folder,
         max_steps=options.pop("max_steps", 4),
@@ -61,7 +70,7 @@ def trainer(kind, folder, model=None, data=None, **options):
         **options,
     )
     data = data or rows(kind)
-    return Trainer(model or build(kind), arguments, train_dataset=data, eval_dataset=data)
+    return trainer_class(model or build(kind), arguments, train_dataset=data, eval_dataset=data, **(more or {}))
 
 
 @pytest.mark.parametrize("kind", ["cam", "segmenter"])
@@ -92,6 +101,57 @@ def test_tags_and_labels_are_the_same(tmp_path):
     assert torch.equal(model(pixels, tags=tags).loss, model(pixels, labels=tags).loss)
     named = [{"pixel_values": row["pixel_values"], "tags": row["labels"]} for row in rows("cam")]
     run = trainer("cam", tmp_path, data=named, label_names=["tags"])
+    assert run.train().training_loss > 0 and run.evaluate()["eval_loss"] > 0
+
+
+def named_rows():
+    """The rows of the classifier with names as tags: none, one, or two of them, as a data set of the library."""
+    names = [["background"], ["cat", "cow"], ["cow"], []]
+    pixels = [row["pixel_values"].numpy() for row in rows("cam")]
+    return Dataset.from_dict({"pixel_values": pixels, "tags": names * 2})
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, WsssTrainer])
+def test_tags_may_be_names(trainer_class, tmp_path):
+    more = {"data_collator": TagCollator(list(NAMES.values()))} if trainer_class is Trainer else None
+    run = trainer("cam", tmp_path, data=named_rows(), trainer_class=trainer_class, more=more, max_steps=20)
+    before = run.predict(named_rows())
+    wanted = [[1, 0, 0], [0, 1, 1], [0, 0, 1], [0, 0, 0]] * 2
+    assert before.label_ids.tolist() == wanted
+    run.train()
+    assert run.evaluate()["eval_loss"] < 0.9 * before.metrics["test_loss"]
+
+
+def test_tags_may_be_indices_or_zeros_and_ones():
+    collate = TagCollator(["cat", "cow", "dog"])
+    forms = ([0, 2], ["cat", "dog"], np.array([2, 0]), torch.tensor([1.0, 0.0, 1.0]))
+    batch = collate([{"tags": tags, "pixel_values": torch.zeros(3, 4, 4)} for tags in forms])
+    assert batch["pixel_values"].shape == (4, 3, 4, 4) and "tags" not in batch
+    assert batch["labels"].tolist() == [[1.0, 0.0, 1.0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("tags", "words"), [(["horse"], r"of this model \(cat, cow\), got 'horse'"), ([2], r"indices 0\.\.1, got 2")]
+)
+def test_a_tag_of_no_class_is_refused(tags, words):
+    with pytest.raises(ValueError, match=words):
+        TagCollator(["cat", "cow"])([{"tags": tags}])
+
+
+def test_our_trainer_moves_the_schedule_of_methods(tmp_path):
+    seen = []
+
+    class Recorder(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(model.progress)
+
+    model = build("cam", seam=SeamConfig(projections=[4, 4], embedding=4), method_warmup=0.5)
+    trainer("cam", tmp_path, model, trainer_class=WsssTrainer, more={"callbacks": [Recorder()]}).train()
+    assert seen == [0.0, 0.25, 0.5, 0.75] and model.methods["seam"].active
+
+
+def test_our_trainer_leaves_label_maps_alone(tmp_path):
+    run = trainer("segmenter", tmp_path, trainer_class=WsssTrainer)
     assert run.train().training_loss > 0 and run.evaluate()["eval_loss"] > 0
 
 
@@ -151,7 +211,9 @@ def test_lora_trains_and_keeps_whole_heads(head, tmp_path):
     saved = "classifier" if head == "cam" else "head"
     targets = ["q_proj", "v_proj", "query", "value"]
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, modules_to_save=[saved], r=2))
-    trainer(kind, tmp_path / "run", adapted, label_names=["labels"]).train()
+    run = trainer(kind, tmp_path / "run", adapted, trainer_class=WsssTrainer)
+    assert run.evaluate()["eval_loss"] > 0
+    run.train()
     pixels = torch.stack([row["pixel_values"] for row in rows(kind, 2)])
     wanted = adapted.eval()(pixel_values=pixels).logits
     adapted.save_pretrained(tmp_path / "adapter")

@@ -159,13 +159,7 @@ def push_loaded_model(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if not api.file_exists(repo_id, "README.md", revision=revision):
-            own_tags = [*(model.model_tags or []), *(tags or [])]
-            card = (
-                affinity_card(repo_id, model.config)
-                if isinstance(model, AffinityNetwork)
-                else _short_card(model, repo_id, own_tags)
-            )
-            card.save(f"{folder}/README.md")
+            short_card(model, repo_id, tags or []).save(f"{folder}/README.md")
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -176,14 +170,18 @@ def push_loaded_model(
         )
 
 
-def _short_card(model: Any, repo_id: str, tags: list[str]) -> ModelCard:
-    """A card for a model of which nothing is known but itself."""
+def short_card(model: Any, repo_id: str, tags: list[str]) -> ModelCard:
+    """A card for a model of this package of which nothing is known but itself."""
+    if isinstance(model, AffinityNetwork):
+        return affinity_card(repo_id, model.config)
     kind, backbone = type(model).__name__, model.config.backbone_config.model_type
     classes = [label for value, label in sorted(model.mask_id2label.items()) if value > 0]
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation",
-        tags=list(dict.fromkeys(["wsss_hf", "weakly-supervised-semantic-segmentation", *tags])),
+        tags=list(
+            dict.fromkeys(["wsss_hf", "weakly-supervised-semantic-segmentation", *(model.model_tags or []), *tags])
+        ),
     )
     return ModelCard(f"""---
 {metadata.to_yaml()}
