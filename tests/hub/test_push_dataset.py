@@ -1,17 +1,20 @@
 """Pushing images with pseudo masks, and loading them from the Hub."""
 
 import json
+import shutil
 
 import datasets.config
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Image, load_dataset
+from datasets import Dataset, DatasetDict, Image, concatenate_datasets, load_dataset, load_from_disk
 from huggingface_hub import DatasetCard
 from loopback_hub import TOKEN
 
 from wsss_hf.cli.main import main
+from wsss_hf.data.saving import num_bytes, save_data
 from wsss_hf.data.sources import load_data
-from wsss_hf.data.tagged import class_names, undecoded
+from wsss_hf.data.tagged import DataError, class_names, undecoded
+from wsss_hf.hub import push as module
 from wsss_hf.hub.push import push_dataset
 from wsss_hf.models.label_colors import mask_image
 
@@ -110,6 +113,50 @@ def test_a_second_push_sends_nothing(hub, run_folder, capsys):
         main(["push", "--dataset", str(run_folder), "tester/masks"])
     assert not stopped.value.code and "already" in capsys.readouterr().out
     assert len(hub.uploads) == sent
+
+
+@pytest.fixture
+def named_images(run_folder, tmp_path):
+    """The run's masks again, beside images that are files in a folder; returns that folder."""
+    rows, folder = load_from_disk(str(run_folder / "masks")), tmp_path / "photos"
+    folder.mkdir()
+    for split, part in rows.items():
+        paths = [str(folder / f"{split}-{index}.png") for index in range(len(part))]
+        for path, image in zip(paths, part["image"], strict=True):
+            image.save(path)
+        column = Dataset.from_dict({"image": paths}).cast_column("image", Image())
+        rows[split] = concatenate_datasets([part.remove_columns("image"), column], axis=1)
+    save_data(rows, tmp_path / "named")
+    shutil.rmtree(run_folder / "masks")
+    (tmp_path / "named").rename(run_folder / "masks")
+    return folder
+
+
+def test_images_that_the_data_set_only_names_are_pushed_with_it(hub, run_folder, named_images, toy_data, tmp_path):
+    push_dataset(run_folder, "tester/masks", licence="mit")
+    shutil.rmtree(named_images)
+    rows = load_dataset("tester/masks", cache_dir=str(tmp_path / "cache"), token=TOKEN)
+    for split, part in rows.items():
+        for ours, theirs in zip(toy_data[split]["image"], part["image"], strict=True):
+            assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+    assert str(tmp_path).encode() not in hub.files("tester/masks", kind="dataset")["data/val-00000-of-00001.parquet"]
+    with pytest.raises(DataError, match="expected its image files, got no such file as .*train-0.png"):
+        push_dataset(run_folder, "tester/masks", licence="mit")
+
+
+def test_large_data_go_first_and_the_card_last(hub, run_folder, toy_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LARGE_BYTES", 0)
+    push_dataset(run_folder, "tester/masks", licence="mit")
+    assert [name.partition("-")[0] for name in hub.uploads[:2]] == ["data/train", "data/val"]
+    repository = hub.repositories["dataset", "tester/masks"]
+    assert repository.messages[1:] == ["Push pseudo masks: files", "Push pseudo masks"]
+    # Smaller shards take the place of the old ones.
+    monkeypatch.setattr(module, "SHARD_BYTES", 1 + num_bytes(load_from_disk(str(run_folder / "masks"))["train"]) // 2)
+    push_dataset(run_folder, "tester/masks", licence="mit")
+    names = [name for name in hub.files("tester/masks", kind="dataset") if name.startswith("data/train")]
+    assert names == ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]
+    rows = load_dataset("tester/masks", cache_dir=str(tmp_path / "cache"), token=TOKEN)
+    assert rows["train"]["image_id"][:] == toy_data["train"]["image_id"][:]
 
 
 def test_what_holds_no_masks_is_refused(hub, cam_folder):

@@ -6,12 +6,14 @@ from datasets import DatasetDict, concatenate_datasets, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from wsss_hf.data.tagged import check_dataset, class_names
+from wsss_hf.data.folder import load_folder
+from wsss_hf.data.tagged import check_dataset, class_names, undecoded
 from wsss_hf.inference.load import load_labeler
 from wsss_hf.pseudo_labels.label_images import label_images
 from wsss_hf.pseudo_labels.threshold import auto_threshold
 from wsss_hf.stages import make_masks as module
 from wsss_hf.stages.make_masks import make_masks
+from wsss_hf.stages.train_segmenter import train_segmenter
 
 
 @pytest.fixture
@@ -54,6 +56,21 @@ def test_every_row_gets_the_mask_that_labelling_makes_of_it(toy_data, cam_folder
     assert any(mask.any() for mask in wanted)
     for row, before in zip(data["val"], toy_data["val"], strict=True):
         assert row["image_id"] == before["image_id"] and np.array_equal(row["mask"], before["mask"])
+
+
+def test_images_in_a_folder_are_copied_only_on_request(toy_data, cam_folder, tiny_recipe, tmp_path):
+    for index, row in enumerate(toy_data["train"]):
+        file = tmp_path / "photos" / class_names(toy_data)[row["tags"][0]] / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        row["image"].save(file)
+    data = load_folder(tmp_path / "photos", class_names(toy_data))
+    out = make_masks(data, cam_folder, tiny_recipe, tmp_path / "masks")
+    rows = undecoded(out.data["train"])
+    assert all(row["image"]["bytes"] is None and row["pseudo_mask"]["bytes"] for row in rows)
+    train_segmenter(out.data, tiny_recipe, tmp_path / "segmenter")
+    again = make_masks(data, cam_folder, tiny_recipe, tmp_path / "masks", embed_images=True)
+    assert all(row["image"]["bytes"] for row in undecoded(again.data["train"]))
+    assert undecoded(again.data["train"])["pseudo_mask"][:] == rows["pseudo_mask"][:]
 
 
 def test_a_killed_run_goes_on_after_its_last_finished_shard(

@@ -47,6 +47,11 @@ Affinity = Annotated[
     str | None, typer.Option(help="Affinity network (directory or Hub id) for masks.refine=[walk], of train-affinity.")
 ]
 
+EmbedImages = Annotated[
+    bool,
+    typer.Option("--embed-images", help="Copy image files into the data set, which otherwise names where they are."),
+]
+
 app = typer.Typer(
     help="Image tags in, segmentation model out.",
     no_args_is_help=True,
@@ -95,6 +100,7 @@ def run(
     rounds: Annotated[
         int | None, typer.Option(help="Rounds of self-training: segmenters trained one after the other.")
     ] = None,
+    embed_images: EmbedImages = False,
     force: Force = False,
 ) -> None:
     """All stages in order: train-cam, train-refiner and train-affinity where the recipe has them, make-masks,
@@ -102,7 +108,7 @@ def run(
     from ..stages.run import run
 
     recipe = inputs.recipe if rounds is None else inputs.recipe.changed(f"self_training.rounds={rounds}")
-    run(inputs.data, recipe, out, force=force)
+    run(inputs.data, recipe, out, embed_images=embed_images, force=force)
 
 
 @app.command()
@@ -232,13 +238,14 @@ def make_masks(
         typer.Option(callback=folder_to_write, help="Folder: also write palette PNGs in the layout of a VOC devkit."),
     ] = None,
     export_coco: ExportCoco = None,
+    embed_images: EmbedImages = False,
     force: Force = False,
 ) -> None:
     """Tagged images and a CAM classifier → the data set with a column pseudo_mask."""
     from ..stages.make_masks import check_exports, export_masks, make_masks
 
     check_exports(export_voc, export_coco)
-    masks = make_masks(inputs.data, cam, inputs.recipe, out, affinity=affinity, force=force)
+    masks = make_masks(inputs.data, cam, inputs.recipe, out, affinity=affinity, embed_images=embed_images, force=force)
     export_masks(masks, export_voc, export_coco)
 
 

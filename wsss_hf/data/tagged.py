@@ -145,6 +145,8 @@ def _naming(where: str) -> Iterator[None]:
         yield
     except PictureError as error:
         raise DataError(f"{where}: {error}") from error
+    except FileNotFoundError as error:
+        raise DataError(f"{where}: expected an image, got no such file as {error.filename}") from error
     except _UNREADABLE as error:
         reason = str(error).split("<_io.")[0].strip() or type(error).__name__
         raise DataError(f"{where}: expected an image, got a file that can't be decoded ({reason})") from error

@@ -1,4 +1,7 @@
-"""Models and data sets → the Hub, in one commit each: a repository is whole, or it is what it was before."""
+"""Models and data sets → the Hub, in one commit each: a repository is whole, or it is what it was before.
+
+Large data sets are the exception: what has arrived is not sent again, and the card comes last.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .. import models
+from ..data.saving import num_bytes, with_embedded_images
 from ..data.tagged import class_names
 from ..metrics import boundary_f, mean_iou
 from ..models.image_processing_wsss import WsssImageProcessor
@@ -54,8 +58,10 @@ SEGMENTER_FOLDER, MASKS_FOLDER = "segmenter", "masks"  # inside a run's folder
 RESULTS_FILE, GALLERY_FILE, SETTINGS_FILE = "results.json", "gallery.png", "recipe.yaml"
 METRICS = {"mean_iou": mean_iou, "boundary_f": boundary_f}
 SHARD_BYTES = 500 * 2**20  # of a data set's Parquet files
+LARGE_BYTES = 5 * 2**30  # data sets above it go in several commits
 _KINDS = (".safetensors", ".json", ".yaml", ".md", ".py", ".png", ".parquet", ".html")
 _OWN_CODE = {path.name for path in Path(models.__file__).parent.glob("*.py")} - {"__init__.py"}
+_OWN_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|data/(train|val)-\d+-of-\d+\.parquet")
 _BRANCH = re.compile(r"(?!.*(\.\.|//|@\{|\.lock(/|$)))[A-Za-z0-9_][\w./-]*(?<![./])")
 
 
@@ -219,6 +225,8 @@ def push_dataset(
 ) -> Pushed:
     """Publish images with pseudo masks as Parquet files, which the Hub's viewer shows, with a card.
 
+    Image files that the data set names are read, and are in the Parquet files.
+
     Args:
         source: a run's folder (its `masks/` are meant), or the folder that `make-masks` wrote.
 
@@ -233,10 +241,10 @@ def push_dataset(
         made, settings = _stage_results(folder, staged, pictures=False)
         (staged / "data").mkdir()
         for split, part in rows.items():
-            shards = max(1, -(-part.with_format("arrow")[:].nbytes // SHARD_BYTES))
+            shards = max(1, -(-num_bytes(part) // SHARD_BYTES))
             for index in range(shards):
                 name = f"{split}-{index:05d}-of-{shards:05d}.parquet"
-                part.shard(shards, index, contiguous=True).to_parquet(staged / "data" / name)
+                with_embedded_images(part.shard(shards, index, contiguous=True)).to_parquet(staged / "data" / name)
         licence = licence or _licence_there(repo_id, "dataset", token)
         subject = CardSubject(
             repo_id=repo_id,
@@ -246,7 +254,9 @@ def push_dataset(
             licence=licence,
         )
         dataset_card(subject, rows, made).save(staged / "README.md")
-        return push_folder(staged, repo_id, "dataset", "Push pseudo masks", private, revision, token)
+        is_large = sum(file.stat().st_size for file in (staged / "data").iterdir()) > LARGE_BYTES
+        first = "data/*" if is_large else None
+        return push_folder(staged, repo_id, "dataset", "Push pseudo masks", private, revision, token, first)
 
 
 def push_metric(
@@ -396,11 +406,15 @@ def push_folder(
     private: bool = False,
     revision: str | None = None,
     token: str | None = None,
+    first: str | None = None,
     **create_options,
 ) -> Pushed:
     """Make the repository hold the files of `folder`, in one commit; files that it holds already are not sent.
 
-    Weights and code of ours that are no longer needed go in the same commit; foreign files stay.
+    Weights, code and data of ours that are no longer needed go in the same commit; foreign files stay.
+
+    Args:
+        first: a pattern of files that go before the others, in as many commits as they need.
 
     Raises:
         HubError: see `push_model`.
@@ -420,6 +434,15 @@ def push_folder(
         stale = [s.rfilename for s in before.siblings if _is_ours(s.rfilename) and s.rfilename not in files]
         operations: list = [CommitOperationAdd(name, path) for name, path in files.items()]
         operations += [CommitOperationDelete(name) for name in stale]
+        if first is not None:
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=f"{message}: files",
+                repo_type=repo_type,
+                revision=revision,
+                allow_patterns=first,
+            )
         commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision)
         url = f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
     return Pushed(url=url, commit=commit.oid, changed=commit.oid != before.sha)
@@ -445,7 +468,7 @@ def _files_to_push(folder: Path, token: str | None) -> dict[str, Path]:
 
 
 def _is_ours(name: str) -> bool:
-    return name in _OWN_CODE or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name) is not None
+    return name in _OWN_CODE or _OWN_FILES.fullmatch(name) is not None
 
 
 @contextmanager

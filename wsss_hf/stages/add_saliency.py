@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from ..data.saving import save_data
 from ..data.tagged import encode_png, source_of
 from ..files import file_digest
 from ..models.options import Options
@@ -98,7 +99,7 @@ def add_saliency(
         }
         if state.is_main_process:
             result = folder / "result"
-            DatasetDict({split: _with_column(rows, made[split]) for split, rows in data.items()}).save_to_disk(result)
+            save_data(DatasetDict({split: _with_column(rows, made[split]) for split, rows in data.items()}), result)
             kinds = Counter(kind for part in made.values() for kind in part["kind"])
             summary = {"saliency": told, "images": {split: len(part) for split, part in made.items()}}
             summary |= {kind: kinds[kind] for kind in ("constant", "empty", "all_salient")}

@@ -69,6 +69,11 @@ class Record:
         return f"{' and '.join(changed)} changed" if changed else None
 
 
+def embedding(embed_images: bool) -> dict[str, bool]:
+    """What a record says of the images in a data set: one that holds them serves those who ask for none, too."""
+    return {"embed_images": True} if embed_images else {}
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The record in the folder of a result; {} where there is none."""
     try:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from ..data.export import check_free, export_coco, export_voc, require_pycocotools
 from ..data.saliency import describe_saliency
+from ..data.saving import save_data
 from ..data.tagged import check_names, class_names, decode_mask, encode_png, source_of, undecoded
 from ..files import whole_file
 from ..inference.load import load_labeler
@@ -32,7 +33,7 @@ from ..pseudo_labels.rules import check_columns, reads_saliency
 from ..pseudo_labels.threshold import thresholds_of, with_threshold
 from ..recipes import Recipe
 from ..settings import AUTO, MasksSettings
-from .cache import Record, StageOutput, write_atomically
+from .cache import Record, StageOutput, embedding, write_atomically
 from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
 from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
@@ -48,6 +49,7 @@ def make_masks(
     out: str | os.PathLike,
     *,
     affinity: str | os.PathLike | None = None,
+    embed_images: bool = False,
     force: bool = False,
 ) -> LabelledData:
     """Write `data` with a column `pseudo_mask`, and `confidence` if wanted, in split "train".
@@ -63,6 +65,7 @@ def make_masks(
         recipe: its `masks` section is used.
         out: folder of the data set, as for [`train_cam`].
         affinity: an affinity network, a directory or Hub id, for steps `walk` of `masks.refine` that name none.
+        embed_images: copy the image files into the data set, see [`save_data`].
         force: make the masks again whatever is there.
 
     Returns:
@@ -81,7 +84,8 @@ def make_masks(
     for number, name in enumerate(dict.fromkeys(name or affinity for name in walk_models(settings))):
         if name is not None:
             inputs[f"affinity-{number}" if number else "affinity"] = model_fingerprint(name)
-    output = StageOutput(out, Record("make-masks", VERSION, {"masks": settings}, inputs, source_of(data)), force)
+    settled = {"masks": settings} | embedding(embed_images)
+    output = StageOutput(out, Record("make-masks", VERSION, settled, inputs, source_of(data)), force)
     settings = with_affinity(settings, affinity)
     if output.done:
         return LabelledData(output.path)
@@ -107,7 +111,7 @@ def make_masks(
             rows = rows.remove_columns([name for name in _COLUMNS if name in rows.column_names])
             labelled = concatenate_datasets([rows, made.remove_columns("fallbacks")], axis=1)
             result = folder / "result"
-            DatasetDict({**data, "train": labelled}).save_to_disk(result)
+            save_data(DatasetDict({**data, "train": labelled}), result, embed_images)
             if steps.is_dir():
                 shutil.copytree(steps, result / "steps")
             fallbacks = sum((Counter(json.loads(counts)) for counts in made["fallbacks"]), Counter())

@@ -13,6 +13,7 @@ from datasets import Dataset, DatasetDict, Features, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from ..data.saving import save_data
 from ..data.tagged import check_classes, encode_png, source_of
 from ..inference.load import load_segmenter
 from ..models.label_colors import mask_image
@@ -20,7 +21,7 @@ from ..pseudo_labels.area_prior import background_factor, labelled_objects
 from ..pseudo_labels.self_training import relabel_images
 from ..recipes import Recipe
 from ..settings import SelfTrainingSettings
-from .cache import Record, StageOutput
+from .cache import Record, StageOutput, embedding
 from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
 from .results import LabelledData
 from .shards import compute_shards
@@ -36,6 +37,7 @@ def relabel(
     recipe: Recipe,
     out: str | os.PathLike,
     *,
+    embed_images: bool = False,
     force: bool = False,
 ) -> LabelledData:
     """Write `data` with new columns `pseudo_mask` and `confidence` in split "train"; true masks are never read.
@@ -46,6 +48,7 @@ def relabel(
         recipe: its `self_training` section is used, but for the number of rounds; a window that is null there is that
             of its `evaluation` section.
         out: folder of the data set, as for [`train_cam`].
+        embed_images: copy the image files into the data set, see [`save_data`].
         force: relabel whatever is there.
 
     Returns:
@@ -63,7 +66,8 @@ def relabel(
     columns = ["image_id", "tags", "image", *(["pseudo_mask"] if keeps_area else [])]
     fingerprints = row_fingerprints(rows, columns)
     inputs = {"data": rows_fingerprint(rows, columns, fingerprints), "segmenter": model_fingerprint(segmenter)}
-    output = StageOutput(out, Record("relabel", VERSION, {"self_training": settings}, inputs, source_of(data)), force)
+    settled = {"self_training": settings} | embedding(embed_images)
+    output = StageOutput(out, Record("relabel", VERSION, settled, inputs, source_of(data)), force)
     if output.done:
         return LabelledData(output.path)
     state = PartialState()
@@ -82,7 +86,8 @@ def relabel(
         if state.is_main_process:
             rows = rows.remove_columns([name for name in _FEATURES if name in rows.column_names])
             result = folder / "result"
-            DatasetDict({**data, "train": concatenate_datasets([rows, made], axis=1)}).save_to_disk(result)
+            labelled = concatenate_datasets([rows, made], axis=1)
+            save_data(DatasetDict({**data, "train": labelled}), result, embed_images)
             output.finish(result)
     state.wait_for_everyone()
     return LabelledData(output.path)

@@ -44,7 +44,14 @@ RESULTS_FILE = "results.json"
 _ROUND = ("masks", "segmenter")
 
 
-def run(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: bool = False) -> RunResult:
+def run(
+    data: DatasetDict,
+    recipe: Recipe,
+    out: str | os.PathLike,
+    *,
+    embed_images: bool = False,
+    force: bool = False,
+) -> RunResult:
     """Train the CAM classifier and, if the recipe says so, map refiner and affinity network; make pseudo masks, train
     the segmenter, evaluate, report.
 
@@ -53,6 +60,7 @@ def run(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: boo
         out: gets `cam/`, perhaps `refiner/` and `affinity/`, `masks/`, `segmenter/`, `results.json`, `report.html` and
             `gallery.png`; with rounds of self-training also `masks-2/`, `segmenter-2/` … Stages whose inputs and
             settings have not changed are not run again.
+        embed_images: copy the image files into the data sets with pseudo masks, see [`save_data`].
         force: run all stages again.
 
     Raises:
@@ -66,20 +74,25 @@ def run(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: boo
     with only_run(out):
         cam = train_cam(data, recipe, out / "cam", force=force)
         refiner = train_refiner(data, cam, recipe, out / "refiner", force=force) if recipe.refiner.use else None
-        affinity = affinity_of_run(data, refiner or cam, recipe, out / "affinity", force=force)
-        masks = make_masks(data, refiner or cam, recipe, out / "masks", affinity=affinity, force=force)
+        labeler = refiner or cam
+        affinity = affinity_of_run(data, labeler, recipe, out / "affinity", force=force)
+        masks = make_masks(
+            data, labeler, recipe, out / "masks", affinity=affinity, embed_images=embed_images, force=force
+        )
         segmenter = train_segmenter(masks.data, recipe, out / "segmenter", cam=cam, force=force)
         rows = [
             masks_row("pseudo masks", masks.data),
             segmenter_row("segmenter trained on pseudo masks", segmenter, data, recipe.evaluation),
         ]
         result = RunResult(out, cam, refiner, affinity, masks, segmenter, rows)
-        result = self_train(data, result, recipe, force=force)
+        result = self_train(data, result, recipe, embed_images=embed_images, force=force)
         write_results(result, data, recipe)
     return result
 
 
-def self_train(data: DatasetDict, result: RunResult, recipe: Recipe, *, force: bool = False) -> RunResult:
+def self_train(
+    data: DatasetDict, result: RunResult, recipe: Recipe, *, embed_images: bool = False, force: bool = False
+) -> RunResult:
     """The rounds after the first: each segmenter relabels the tagged images, and a new one learns from that.
 
     Args:
@@ -91,7 +104,8 @@ def self_train(data: DatasetDict, result: RunResult, recipe: Recipe, *, force: b
     """
     masks, segmenter, rows = result.masks, result.segmenter, list(result.results)
     for number in range(2, recipe.self_training.rounds + 1):
-        labelled = relabel(result.masks.data, segmenter, recipe, result.folder / f"masks-{number}", force=force)
+        to = result.folder / f"masks-{number}"
+        labelled = relabel(result.masks.data, segmenter, recipe, to, embed_images=embed_images, force=force)
         masks = LabelledData(labelled.folder)
         folder = result.folder / f"segmenter-{number}"
         segmenter = train_segmenter(masks.data, recipe, folder, cam=result.cam, force=force)

@@ -1,0 +1,82 @@
+"""Saving tagged data: images that are files somewhere are named there, and copied only where that is asked for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
+from datasets import Image as ImageFeature
+from datasets.table import embed_table_storage
+
+from .text import DataError
+
+_STORED = {"bytes": Value("binary"), "path": Value("string")}  # what an image column holds
+_ROWS_AT_A_TIME = 100
+
+
+def save_data(data: DatasetDict, folder: Path, embed_images: bool = False) -> None:
+    """Write a data set that `datasets.load_from_disk(folder)` reads.
+
+    Args:
+        embed_images: copy the files of image columns into it, as `save_to_disk` does; it can then be moved to another
+            machine. Otherwise it holds their absolute paths, and is read wherever these lead to the files. Images
+            that are no files, those of Parquet shards and generated ones, are in it either way.
+    """
+    if embed_images:
+        data.save_to_disk(folder)
+        return
+    # The library embeds what it knows to be images: it writes plain columns, and is told afterwards what they are.
+    DatasetDict({split: _with_paths(rows) for split, rows in data.items()}).save_to_disk(folder)
+    for split, rows in data.items():
+        rows.info.write_to_directory(str(folder / split))
+
+
+def num_bytes(rows: Dataset) -> int:
+    """Size of the rows together with the image files that they name.
+
+    Raises:
+        DataError: one of these is missing.
+    """
+    paths = (path for name in _image_columns(rows) for path in _file_paths(rows, name) or ())
+    try:
+        return rows.data.nbytes + sum(os.path.getsize(path) for path in paths if path is not None)
+    except FileNotFoundError as error:
+        raise DataError(f"data set: expected its image files, got no such file as {error.filename}") from error
+
+
+def with_embedded_images(rows: Dataset) -> Dataset:
+    """`rows`, in memory, with the contents of the image files that they name."""
+    embedded = rows.with_format("arrow").map(
+        embed_table_storage, batched=True, batch_size=_ROWS_AT_A_TIME, keep_in_memory=True
+    )
+    return embedded.with_format(None)
+
+
+def _image_columns(rows: Dataset) -> list[str]:
+    return [name for name, feature in rows.features.items() if isinstance(feature, ImageFeature)]
+
+
+def _with_paths(rows: Dataset) -> Dataset:
+    """`rows` with the paths of image columns of files as plain columns."""
+    named = {}
+    for name in _image_columns(rows):
+        paths = _file_paths(rows, name)
+        if paths is not None:
+            named[name] = [path and {"bytes": None, "path": path} for path in paths]
+    if not named:
+        return rows
+    plain = Dataset.from_dict(named, features=Features({name: _STORED for name in named}))
+    return concatenate_datasets([rows.remove_columns(list(named)), plain], axis=1).select_columns(rows.column_names)
+
+
+def _file_paths(rows: Dataset, column: str) -> list[str | None] | None:
+    """The absolute paths in an image column, None for no image; None where it holds the bytes of any."""
+    found: list[str | None] = []
+    for table in rows.select_columns([column]).with_format("arrow").iter(_ROWS_AT_A_TIME):
+        values = table[column]
+        if pc.any(pc.struct_field(values, "bytes").is_valid()).as_py():
+            return None
+        found += pc.struct_field(values, "path").to_pylist()
+    return [path if path is None or "://" in path else os.path.abspath(path) for path in found]
