@@ -2,14 +2,18 @@ import errno
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 
 import psutil
 import pytest
+import typer
 from accelerate import PartialState
 
-from wsss_hf.cli.main import main
+from wsss_hf import CamClassifier, Segmenter, SegmenterConfig, WsssImageProcessor
+from wsss_hf.cli.main import app, main
+from wsss_hf.data.tagged import class_names
 from wsss_hf.stages import lock
 from wsss_hf.stages.lock import LOCK_FILE, OutputError, only_run
 
@@ -83,11 +87,22 @@ def test_a_lock_leaves_nothing_behind(tmp_path):
     for _ in range(2):
         with only_run(tmp_path / "new" / "folder"):
             assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == [LOCK_FILE]
-        assert not (tmp_path / "new" / "folder").exists()
+        assert not (tmp_path / "new").exists()
     with pytest.raises(KeyboardInterrupt):
         with only_run(tmp_path):
             raise KeyboardInterrupt
-    assert not (tmp_path / LOCK_FILE).exists()
+    assert tmp_path.is_dir() and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_a_killed_run_has_left_goes_and_one_that_holds_something_stays(tmp_path):
+    for name in ("left", "used"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / LOCK_FILE).touch()
+    (tmp_path / "used" / "result").touch()
+    for name in ("left", "used"):
+        with only_run(tmp_path / name):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["used", "result"]
 
 
 def test_what_fails_while_the_folder_is_made_ready_releases_it(tmp_path):
@@ -174,14 +189,69 @@ def test_all_processes_of_a_run_are_refused_together(tmp_path, in_two_processes)
     assert first == second and f"got process {os.getpid()} on" in first
 
 
-@pytest.mark.parametrize("command", [["train-cam"], ["run"], ["compare", "--recipes", "default"]])
-def test_a_second_command_is_one_line(tmp_path, capsys, monkeypatch, tiny_settings, command):
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+FOLDERS = [
+    (name, option)
+    for name, command in COMMANDS.items()
+    for parameter in command.params
+    for option in parameter.opts[-1:]
+    if option in ("--out", "--export-voc", "--save-masks")
+]
+
+
+@pytest.fixture(scope="module")
+def inputs(toy_data, cam_folder, tmp_path_factory):
+    """What commands read, by name."""
+    folder = tmp_path_factory.mktemp("inputs")
+    classifier = CamClassifier.from_pretrained(cam_folder)
+    classifier.backbone.body.save_pretrained(folder / "backbone")
+    names = dict(enumerate(["background", *class_names(toy_data)]))
+    segmenter = Segmenter(SegmenterConfig(backbone_config=classifier.config.backbone_config, rates=[1], id2label=names))
+    segmenter.save_pretrained(folder / "segmenter")
+    WsssImageProcessor.from_pretrained(cam_folder).save_pretrained(folder / "segmenter")
+    toy_data["train"][0]["image"].save(folder / "photo.png")
+    return {"cam": cam_folder} | {name: folder / name for name in ("backbone", "segmenter", "photo.png")}
+
+
+def arguments_of(name, inputs):
+    data = ["--data", "toy"]
+    return {
+        "demo": [],
+        "run": data,
+        "add-saliency": [*data, "--spectral", inputs["backbone"]],
+        "train-cam": data,
+        "train-refiner": [*data, inputs["cam"]],
+        "train-affinity": [*data, "--cam", inputs["cam"]],
+        "make-masks": [*data, "--cam", inputs["cam"]],
+        "train-segmenter": [*data, "--supervised"],
+        "evaluate": [*data, "--model", inputs["segmenter"]],
+        "predict": [inputs["photo.png"], "--model", inputs["cam"]],
+        "compare": [*data, "--recipes", "default"],
+        "convert": ["nothing.pth"],
+        "export-onnx": [inputs["cam"]],
+    }[name]
+
+
+@pytest.mark.parametrize(("name", "option"), FOLDERS)
+def test_a_second_command_is_one_line(tmp_path, capsys, monkeypatch, tiny_settings, inputs, name, option):
     monkeypatch.delenv("WSSS_TRACEBACK", raising=False)
-    out = tmp_path / ("cam.partial" if command == ["train-cam"] else "cam")
-    settings = [part for setting in tiny_settings for part in ("--set", setting)]
-    with only_run(out), pytest.raises(SystemExit) as stopped:
-        main([*command, "--data", "toy", "--out", str(tmp_path / "cam"), "--quiet", *settings])
+    out = tmp_path / "out"
+    # Some commands build their result in its folder, the others beside it.
+    held = out if name in ("demo", "run", "compare", "predict") else tmp_path / "out.partial"
+    command = [name, *arguments_of(name, inputs), option, out]
+    parameters = {option for parameter in COMMANDS[name].params for option in parameter.opts}
+    if "--set" in parameters:
+        command += [part for setting in tiny_settings for part in ("--set", setting)]
+    if option == "--export-voc":
+        command += ["--out", tmp_path / "masks", "--set", "masks.refine=[]"]
+    if "--quiet" in parameters:
+        command.append("--quiet")
+    with only_run(held):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(part) for part in command])
+        assert {path.name for path in held.iterdir()} == {LOCK_FILE}
     assert stopped.value.code == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"error: --out {out}: expected no other run in it, got process {os.getpid()} on ")
+    assert re.match(rf"error: \S+ {held}: expected no other run in it, got process {os.getpid()} on ", err)
     assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == (["masks"] if option == "--export-voc" else [])

@@ -36,6 +36,7 @@ from ..models.plda import PldaConfig
 from ..models.seam import SeamConfig
 from ..models.vgg import DEPTHS, Vgg16Backbone, Vgg16Config
 from ..models.wide_resnet import WideResNet38Backbone, WideResNet38Config
+from ..stages.lock import locked, partial_of
 from .mxnet_params import ParamsError, read_params
 
 IMAGENET_SIZE, DRS_SIZE, ICD_SIZE, SEAM_SIZE = 224, 320, 321, 448  # short side of the images they were trained at
@@ -120,6 +121,7 @@ def convert_checkpoint(
 
     Raises:
         ConvertError: the file can't be read, has another layout, or an option does not apply to it.
+        OutputError: another run writes there.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -130,18 +132,19 @@ def convert_checkpoint(
         None if extra_channels is None else list(extra_channels),
         kind,
     )
-    try:
-        model, layout, weights = _converted(read_weights(file), options)
-    except ConvertError as error:
-        raise ConvertError(f"{file}: {error}") from error
-    with whole_folder(out) as result:
-        model.save_pretrained(result, state_dict=weights)
-        processor = WsssImageProcessor(
-            size={"shortest_edge": layout.size, "longest_edge": LONGEST * layout.size},
-            image_mean=list(layout.image_mean),
-            image_std=list(layout.image_std),
-        )
-        processor.save_pretrained(result)
+    with locked(partial_of(out), "--to"):
+        try:
+            model, layout, weights = _converted(read_weights(file), options)
+        except ConvertError as error:
+            raise ConvertError(f"{file}: {error}") from error
+        with whole_folder(out) as result:
+            model.save_pretrained(result, state_dict=weights)
+            processor = WsssImageProcessor(
+                size={"shortest_edge": layout.size, "longest_edge": LONGEST * layout.size},
+                image_mean=list(layout.image_mean),
+                image_std=list(layout.image_std),
+            )
+            processor.save_pretrained(result)
     return out
 
 

@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from ..files import whole_folder
 from ..models.mask_classifiers import load_segmentation_model, square_side
 from ..models.pretrained import NO_CODE, pinned
+from ..stages.lock import locked, partial_of
 
 ONNX_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
 _SMALLEST_SIDE, _LARGEST_SIDE, _LARGEST_BATCH = 64, 4096, 1024
@@ -91,6 +92,7 @@ def export_onnx(
 
     Raises:
         ExportError: the model can't be exported, `out` is not empty, or the libraries are not installed.
+        OutputError: another run writes there.
     """
     try:
         import onnx  # noqa: F401
@@ -101,21 +103,22 @@ def export_onnx(
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"--to {out}: expected a folder that does not exist yet, got an existing one")
-    name, revision = pinned(source, NO_CODE)
-    assert name is not None  # as `source` is not
-    model = load_segmentation_model(name, **revision).float()
-    program, names = export_program(model, size)
-    with whole_folder(out) as result:
-        model.config.save_pretrained(result)
-        AutoImageProcessor.from_pretrained(name, **revision).save_pretrained(result)
-        config = json.loads((result / "config.json").read_text())
-        config["onnx"] = {"inputs": ["pixel_values"], "outputs": names, "size": size}
-        (result / "config.json").write_text(json.dumps(config, indent=2))
-        exported = torch.onnx.export(
-            program, dynamo=True, input_names=["pixel_values"], output_names=names, verbose=False
-        )
-        assert exported is not None  # None only where torch writes the file itself
-        exported.save(result / ONNX_FILE)
-        if int8:
-            quantize_dynamic(result / ONNX_FILE, result / INT8_FILE, weight_type=QuantType.QUInt8)
+    with locked(partial_of(out), "--to"):
+        name, revision = pinned(source, NO_CODE)
+        assert name is not None  # as `source` is not
+        model = load_segmentation_model(name, **revision).float()
+        program, names = export_program(model, size)
+        with whole_folder(out) as result:
+            model.config.save_pretrained(result)
+            AutoImageProcessor.from_pretrained(name, **revision).save_pretrained(result)
+            config = json.loads((result / "config.json").read_text())
+            config["onnx"] = {"inputs": ["pixel_values"], "outputs": names, "size": size}
+            (result / "config.json").write_text(json.dumps(config, indent=2))
+            exported = torch.onnx.export(
+                program, dynamo=True, input_names=["pixel_values"], output_names=names, verbose=False
+            )
+            assert exported is not None  # None only where torch writes the file itself
+            exported.save(result / ONNX_FILE)
+            if int8:
+                quantize_dynamic(result / ONNX_FILE, result / INT8_FILE, weight_type=QuantType.QUInt8)
     return out

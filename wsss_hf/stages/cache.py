@@ -25,7 +25,7 @@ from accelerate import PartialState
 from ..files import remove_unfinished, sync, sync_tree, whole_file
 from ..models.options import Options
 from ..progress import is_quiet
-from .lock import LOCK_FILE, OutputError, locked, only_run
+from .lock import LOCK_FILE, OutputError, locked, only_run, partial_of
 
 SETTINGS_FILE = "recipe.yaml"
 _MINUTES_FILE = ".minutes"
@@ -100,7 +100,7 @@ class StageOutput:
 
     def __init__(self, out: str | os.PathLike, record: Record, force: bool = False):
         self.path = Path(out)
-        self.partial = self.path.with_name(f"{self.path.name}.partial")
+        self.partial = partial_of(out)
         self.record, self.force = record, force
         finished = self._held(self.path)
         changed = None if finished is None else record.difference(finished)

@@ -29,12 +29,19 @@ class OutputError(ValueError):
     """`--out` can't be used; the message names it and says what was expected."""
 
 
+def partial_of(out: str | os.PathLike) -> Path:
+    """The folder that is locked while a result is made that becomes `out` when all of it is there."""
+    out = Path(out)
+    return out.with_name(f"{out.name}.partial")
+
+
 @contextmanager
-def only_run(folder: Path, prepare: Callable[[], None] = lambda: None) -> Iterator[None]:
+def only_run(folder: Path, prepare: Callable[[], None] = lambda: None, option: str = "--out") -> Iterator[None]:
     """Keep other runs out of `folder`, which is made if it is not there; call it in all processes of a run.
 
     Args:
         prepare: called in the main process when the lock is held. Where it fails, all processes do.
+        option: that names the folder, in the message.
 
     Raises:
         OutputError: another run works there; names its host and process.
@@ -45,7 +52,7 @@ def only_run(folder: Path, prepare: Callable[[], None] = lambda: None) -> Iterat
         failure: Exception | None = None
         if state.is_main_process:
             try:
-                held.enter_context(locked(folder))
+                held.enter_context(locked(folder, option))
                 prepare()
             except Exception as error:
                 failure = error
@@ -59,10 +66,11 @@ def only_run(folder: Path, prepare: Callable[[], None] = lambda: None) -> Iterat
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """What [`only_run`] does, for one process alone."""
+def locked(folder: Path, option: str = "--out") -> Iterator[None]:
+    """What [`only_run`] does, for one process alone. At the end folders that hold nothing by then go, too."""
     file = folder / LOCK_FILE
-    is_new = not folder.exists()
+    # An empty one is somebody's; one that only holds a lock is of a run that was killed.
+    ours = [] if _is_empty(folder) else [folder, *(above for above in folder.parents if not above.exists())]
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -72,7 +80,7 @@ def locked(folder: Path) -> Iterator[None]:
         _held.add(descriptor)
         try:
             if not _lock(descriptor):
-                raise OutputError(f"--out {folder}: expected no other run in it, got {_describe(file)}")
+                raise OutputError(f"{option} {folder}: expected no other run in it, got {_describe(file)}")
             if _is_file(descriptor, file):
                 break
         except BaseException:
@@ -88,11 +96,19 @@ def locked(folder: Path) -> Iterator[None]:
         if descriptor in _held:  # a child holds nothing
             try:
                 file.unlink(missing_ok=True)
-                if is_new:
-                    with suppress(OSError):  # something came of the run
-                        folder.rmdir()
+                with suppress(OSError):  # something came of the run
+                    for place in ours:
+                        with suppress(FileNotFoundError):
+                            place.rmdir()
             finally:
                 _release(descriptor)
+
+
+def _is_empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError:  # it is not there
+        return False
 
 
 def _lock(descriptor: int) -> bool:

@@ -35,6 +35,7 @@ from ..recipes import Recipe
 from ..settings import AUTO, MasksSettings
 from .cache import Record, StageOutput, embedding, write_atomically
 from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
+from .lock import locked, partial_of
 from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
 
@@ -147,12 +148,14 @@ def export_masks(
 
     Raises:
         DataError: one of them exists, or an image_id is no file name.
+        OutputError: another run writes to `voc`.
     """
     if not PartialState().is_main_process or (voc is None and coco is None):
         return
     rows = masks.data["train"]
     if voc is not None:
-        export_voc(voc, _pseudo_masks(rows), class_names(rows))
+        with locked(partial_of(voc), "--export-voc"):
+            export_voc(voc, _pseudo_masks(rows), class_names(rows))
     if coco is not None:
         export_coco(coco, _pseudo_masks(rows), class_names(rows))
 

@@ -38,8 +38,9 @@ from ..models.pretrained import NO_CODE, pinned
 from ..progress import Progress, is_quiet
 from ..refinement.steps import RefinementChain, build_refinement
 from ..settings import EvaluationSettings
-from .cache import SETTINGS_FILE, OutputError, Record, read_record, write_atomically
+from .cache import SETTINGS_FILE, Record, read_record, write_atomically
 from .fingerprint import digest, model_fingerprint
+from .lock import LOCK_FILE, OutputError, only_run
 from .results import StageResult
 
 VERSION = 2
@@ -141,7 +142,7 @@ def predict(
 
     Raises:
         DataError: there is no image where one is named, or two images have one NAME.
-        OutputError: `out` holds something else.
+        OutputError: `out` holds something else, or another run works there.
         OptionError: an unknown tag, or a setting that does not fit the model.
         OSError, ValueError: the model can't be loaded.
     """
@@ -153,16 +154,32 @@ def predict(
     labeler = _Labeler(os.fspath(model), settings, tags)
     made_from = {"evaluation": settings, "tags": labeler.tags}
     record = Record("predict", VERSION, made_from, {"model": model_fingerprint(model)})
-    _check_folder(out, record, force)
-    state.wait_for_everyone()  # all have looked at the folder before one writes to it
-    if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
+
+    def begin() -> None:
+        _check_folder(out, record, force)
         for folder in {out, *(file.parent for target in targets for file in (target.mask, target.overlay))}:
             remove_unfinished(folder)
         (out / COCO_FILE).unlink(missing_ok=True)
         write_atomically(out / SETTINGS_FILE, yaml.safe_dump(record.to_dict(), sort_keys=False))
         write_atomically(out / LABELS_FILE, json.dumps(dict(enumerate(labeler.names)), indent=1, ensure_ascii=False))
-    state.wait_for_everyone()
+
+    with only_run(out, begin):
+        failed = _label(targets, labeler, record, overlays, force)
+        found = [target for target in targets if target.name not in failed]
+        if coco and state.is_main_process:
+            first = 1 if labeler.has_background else 0  # the label that is COCO's category 1
+            label_maps = ((target.name, target.labels + np.uint8(1 - first)) for target in found)
+            export_coco(out / COCO_FILE, label_maps, labeler.names[first:])
+        state.wait_for_everyone()
+    failures = [Failure(target.image, failed[target.name]) for target in targets if target.name in failed]
+    return Predictions(out, labeler.names, found, failures)
+
+
+def _label(
+    targets: Sequence[Prediction], labeler: _Labeler, record: Record, overlays: bool, force: bool
+) -> dict[str, str]:
+    """Write what is not there yet; why images have no label map, by name, those of all processes."""
+    state = PartialState()
     mine = targets[state.process_index :: state.num_processes]
     fingerprints = {target: _fingerprint(target, record) for target in mine}
     finished = set() if force else {target for target in mine if _held_fingerprint(target) == fingerprints[target]}
@@ -174,7 +191,7 @@ def predict(
             (_labelled_before, [target for target in mine if target in undrawn])
         ]
         waiting = [target for target in mine if target not in finished]
-        size = 8 * settings.batch_size  # images among which those of one size are looked for
+        size = 8 * labeler.settings.batch_size  # images among which those of one size are looked for
         work += [(labeler.label, waiting[start : start + size]) for start in range(0, len(waiting), size)]
         for compute, part in work:
             for target, result in _with_failures(compute, part):
@@ -186,15 +203,7 @@ def predict(
                     image, labels = result
                     _write(target, image, labels, fingerprints[target], overlays, labeler.has_background)
                 progress.advance(1)
-    failed = dict(gather_object(list(failed.items())))
-    found = [target for target in targets if target.name not in failed]
-    if coco and state.is_main_process:
-        first = 1 if labeler.has_background else 0  # the label that is COCO's category 1
-        label_maps = ((target.name, target.labels + np.uint8(1 - first)) for target in found)
-        export_coco(out / COCO_FILE, label_maps, labeler.names[first:])
-    state.wait_for_everyone()
-    failures = [Failure(target.image, failed[target.name]) for target in targets if target.name in failed]
-    return Predictions(out, labeler.names, found, failures)
+    return dict(gather_object(list(failed.items())))
 
 
 def print_summary(predictions: Predictions) -> None:
@@ -268,7 +277,7 @@ def _images_matching(pattern: str) -> list[str]:
 
 
 def _check_folder(out: Path, record: Record, force: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not {path.name for path in out.iterdir()} - {LOCK_FILE}:
         return
     held = read_record(out)
     if held.get("stage") != record.stage:

@@ -18,6 +18,7 @@ from ..inference.load import load_segmenter
 from ..inference.segmenter import segment_images
 from ..progress import Progress
 from ..settings import EvaluationSettings
+from .lock import only_run, partial_of
 
 
 def predict_masks(
@@ -42,6 +43,7 @@ def predict_masks(
 
     Raises:
         DataError: a target exists or can't be written, the classes differ, or an image_id is no file name.
+        OutputError: another run writes there.
     """
     state, out = PartialState(), check_free(out, "--save-masks")
     names = class_names(rows)
@@ -50,36 +52,37 @@ def predict_masks(
     if coco is not None:
         check_free(coco, "--export-coco")
         require_pycocotools()
-    model, processor = load_segmenter(os.fspath(segmenter), state.device)
-    check_classes(model, rows)
-    partial = out.with_name(f"{out.name}.partial")
-    state.wait_for_everyone()  # all have looked at the targets before one writes to them
-    if state.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    state.wait_for_everyone()
-    mine = rows.select(range(state.process_index, len(rows), state.num_processes))
-    with Progress("label maps", len(mine), unit="image") as progress:
+    partial = partial_of(out)
+    with only_run(partial, option="--save-masks"):
+        model, processor = load_segmenter(os.fspath(segmenter), state.device)
+        check_classes(model, rows)
+        begun = partial / "masks"
+        if state.is_main_process:
+            shutil.rmtree(begun, ignore_errors=True)  # of a run that was killed
+        state.wait_for_everyone()
+        mine = rows.select(range(state.process_index, len(rows), state.num_processes))
+        with Progress("label maps", len(mine), unit="image") as progress:
 
-        def label_maps() -> Iterator[tuple[str, np.ndarray]]:
-            for segmented in segment_images(model, processor, mine, settings):
-                yield segmented.image_id, segmented.labels
-                progress.advance(1)
+            def label_maps() -> Iterator[tuple[str, np.ndarray]]:
+                for segmented in segment_images(model, processor, mine, settings):
+                    yield segmented.image_id, segmented.labels
+                    progress.advance(1)
 
-        try:
-            write_mask_pngs(partial, label_maps())
-        except Exception:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-    state.wait_for_everyone()
-    if state.is_main_process:
-        if out.is_dir():
-            out.rmdir()  # an empty folder that the user made
-        os.replace(partial, out)
-        if voc_archive is not None:
-            export_voc_results(voc_archive, _saved(out, rows), names)
-        if coco is not None:
-            export_coco(coco, _saved(out, rows), names)
-    state.wait_for_everyone()
+            try:
+                write_mask_pngs(begun, label_maps())
+            except BaseException:
+                shutil.rmtree(begun, ignore_errors=True)
+                raise
+        state.wait_for_everyone()
+        if state.is_main_process:
+            if out.is_dir():
+                out.rmdir()  # an empty folder that the user made
+            os.replace(begun, out)
+            if voc_archive is not None:
+                export_voc_results(voc_archive, _saved(out, rows), names)
+            if coco is not None:
+                export_coco(coco, _saved(out, rows), names)
+        state.wait_for_everyone()
     return out
 
 
