@@ -86,19 +86,20 @@ def process(root: Path, dies_at: int = 0) -> Iterator[Process]:
 
 
 def every_kill(
-    root: Path, work: Callable[[Path], object], prepare: Callable[[Path], object] = lambda folder: None
+    root: Path, work: Callable[[Path], object], prepare: Callable[[Path], object] = lambda folder: None, every: int = 1
 ) -> Iterator[tuple[str, Path]]:
     """Kill `work(folder)` before its first file operation, in the next folder before its second, and so on.
 
     Args:
         prepare: called before with each folder, and not killed.
+        every: only before each so-manieth operation.
 
     Yields:
         the operation that did not happen, and the folder as it was left, until one `work` lives on.
     """
     at = 0
     while True:
-        at += 1
+        at += every
         folder = root / f"{at:04d}"
         folder.mkdir()
         prepare(folder)

@@ -24,11 +24,12 @@ from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.relabel import relabel
 from wsss_hf.stages.run import run
 from wsss_hf.stages.shards import compute_shards
+from wsss_hf.stages.train_affinity import train_affinity
 from wsss_hf.stages.train_cam import train_cam
 from wsss_hf.stages.train_refiner import train_refiner
 from wsss_hf.stages.train_segmenter import train_segmenter
 
-VOLATILE = {"minutes", "images_per_second", "seconds_per_step", "label_seconds_per_image"}
+VOLATILE = {"minutes", "images_per_second", "seconds_per_step", "label_seconds_per_image", "memory_gb"}
 
 
 def without_times(values):
@@ -46,6 +47,8 @@ def contents(folder):
             found[name] = "a folder"
         elif path.suffix == ".json" and path.name != "state.json":
             found[name] = without_times(json.loads(path.read_text().replace(str(folder), "OUT")))
+        elif path.suffix == ".jsonl":
+            found[name] = without_times([json.loads(line) for line in path.read_text().splitlines()])
         elif path.suffix == ".yaml":
             found[name] = without_times(yaml.safe_load(path.read_text().replace(str(folder), "OUT")))
         elif path.suffix == ".safetensors":
@@ -64,15 +67,15 @@ def contents(folder):
     return found
 
 
-def all_resume(tmp_path, work, prepare=lambda folder: None):
-    """Kill `work(folder)` everywhere; how many kills there were."""
+def all_resume(tmp_path, work, prepare=lambda folder: None, every=1):
+    """Kill `work(folder)` everywhere, or before each so-manieth file operation; how many kills there were."""
     unbroken = tmp_path / "unbroken"
     unbroken.mkdir()
     prepare(unbroken)
     work(unbroken)
     wanted, kills = contents(unbroken), 0
     (tmp_path / "killed").mkdir()
-    for operation, folder in every_kill(tmp_path / "killed", work, prepare):
+    for operation, folder in every_kill(tmp_path / "killed", work, prepare, every):
         kills += 1
         work(folder)
         found = contents(folder)
@@ -150,6 +153,12 @@ SETTINGS = [
     "masks.shard_size=2",
     "masks.keep=2",
     "masks.refine=[]",
+    "affinity.refine=[]",
+    "affinity.from_cam=true",
+    "affinity.radius=2",
+    "affinity.background_threshold=0.5",
+    "affinity.train.epochs=2",
+    "affinity.train.batch_size=2",
     f"segmenter.backbone_config={BACKBONE}",
     "segmenter.train.epochs=2",
     "segmenter.train.batch_size=2",
@@ -189,6 +198,7 @@ def fresh_accelerator(monkeypatch):
 STAGES = {
     "train-cam": lambda data, recipe, done, out: train_cam(data, recipe, out / "cam"),
     "train-refiner": lambda data, recipe, done, out: train_refiner(data, done.cam, recipe, out / "refiner"),
+    "train-affinity": lambda data, recipe, done, out: train_affinity(data, done.cam, recipe, out / "affinity"),
     "make-masks": lambda data, recipe, done, out: make_masks(data, done.refiner, recipe, out / "masks"),
     "train-segmenter": lambda data, recipe, done, out: train_segmenter(done.masks.data, recipe, out / "segmenter"),
     "relabel": lambda data, recipe, done, out: relabel(done.masks.data, done.segmenter, recipe, out / "masks-2"),
@@ -196,11 +206,11 @@ STAGES = {
 
 
 @pytest.mark.slow
-@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("every", "count"), [(31, 0), pytest.param(1, 30, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_goes_on_after_any_kill(tmp_path, data, recipe, finished, stage):
-    assert all_resume(tmp_path, lambda out: STAGES[stage](data, recipe, finished, out)) > 30
+def test_every_stage_goes_on_after_any_kill(tmp_path, data, recipe, finished, stage, every, count):
+    assert all_resume(tmp_path, lambda out: STAGES[stage](data, recipe, finished, out), every=every) > count
 
 
 @pytest.mark.slow

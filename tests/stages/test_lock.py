@@ -206,7 +206,9 @@ def inputs(toy_data, cam_folder, tmp_path_factory):
     classifier = CamClassifier.from_pretrained(cam_folder)
     classifier.backbone.body.save_pretrained(folder / "backbone")
     names = dict(enumerate(["background", *class_names(toy_data)]))
-    segmenter = Segmenter(SegmenterConfig(backbone_config=classifier.config.backbone_config, rates=[1], id2label=names))
+    segmenter = Segmenter(
+        SegmenterConfig(backbone_config=classifier.config.backbone_config, rates=[1], id2label=names)
+    )
     segmenter.save_pretrained(folder / "segmenter")
     WsssImageProcessor.from_pretrained(cam_folder).save_pretrained(folder / "segmenter")
     toy_data["train"][0]["image"].save(folder / "photo.png")

@@ -99,13 +99,13 @@ def make_masks(
         settings = with_threshold(model, processor, rows, settings)
         names = _COLUMNS if settings.confidence else _COLUMNS[:1]
         features = Features({name: ImageFeature() for name in names} | {"fallbacks": Value("string")})  # as JSON
-        steps = folder / "steps"
         kept = {image_id: row for row, image_id in enumerate(rows["image_id"][: settings.keep])}
         rules = build_rules(settings)
-        compute = partial(_encoded, model, processor, settings=settings, rules=rules, kept=kept, steps=steps)
         thresholds = thresholds_of(settings)
         models = [value for name, value in inputs.items() if name != "data"]
         key, shards = digest([*models, json.dumps(thresholds)]), folder / "shards"
+        steps = folder / "steps" / key  # of these very thresholds, as the shards
+        compute = partial(_encoded, model, processor, settings=settings, rules=rules, kept=kept, steps=steps)
         with rules[0]:  # which may own worker processes
             made = compute_shards(compute, rows, fingerprints, features, shards, settings.shard_size, "masks", key)
         if state.is_main_process:
@@ -204,7 +204,7 @@ def _encoded(
 
 def _keep_steps(folder: Path, row: int, labelled: Labelled) -> None:
     """Write `<row>_<class index>_<step>.png`: the class's map and what refinement noted, as grey pictures."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     pictures = {"map": (255 * labelled.maps).round().astype(np.uint8)} | labelled.note.pictures
     for step, planes in pictures.items():
         for label, plane in zip(labelled.classes, planes, strict=True):

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
+from ..files import whole_file
 from ..settings import RecipeError, TrainSettings
 
 STEP_LOG_FILE = "log.jsonl"
@@ -44,8 +45,9 @@ class TrainingLog:
         self.file = folder / STEP_LOG_FILE
         folder.mkdir(parents=True, exist_ok=True)
         if accelerator.is_main_process and self.file.exists():
-            lines = self.file.read_text(errors="replace").splitlines(keepends=True)
-            self.file.write_text("".join(line for line in lines if _step_of(line) <= step))
+            lines = self.file.read_text(errors="replace").splitlines(keepends=True)  # the last may be cut off
+            with whole_file(self.file) as unfinished:
+                unfinished.write_text("".join(line for line in lines if _step_of(line) <= step))
 
     def __enter__(self) -> TrainingLog:
         if self.settings.track is not None:

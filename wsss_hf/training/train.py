@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -130,9 +130,10 @@ def train_model(
         trained.save_pretrained(result)
         processor.save_pretrained(result)
         (result / LOG_FILE).write_text(json.dumps(history, indent=1))
-        for name in (STEP_LOG_FILE, TRACKER_FOLDER):
-            if (folder / name).exists():
-                os.replace(folder / name, result / name)
+        # Copies: a result that a kill leaves half-written is made anew.
+        shutil.copy(folder / STEP_LOG_FILE, result)
+        if (folder / TRACKER_FOLDER).is_dir():
+            shutil.copytree(folder / TRACKER_FOLDER, result / TRACKER_FOLDER)
     accelerator.wait_for_everyone()
     return result
 
