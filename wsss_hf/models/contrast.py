@@ -234,27 +234,23 @@ class Contrast(Method):
         size = step.second_view.cams.shape[-2:]
         count = max(1, int(config.top_share * size.numel()))
         views = [self.view(view, size) for view in (step, step.second_view)]
+        found: dict[str, list[Tensor]] = {"cross_prototype": [], "cross_cam": [], "intra": []}
         with torch.autocast(step.cams.device.type, enabled=False):
-            labels = [pixel_labels(sure, config.background).flatten() for _, sure in views]
-            prototypes = [estimated_prototypes(embeddings.detach(), sure, count) for embeddings, sure in views]
             tagged = step.tags.any(dim=1).repeat_interleave(size.numel())
-            losses: dict[str, list[Tensor]] = {"cross_prototype": [], "cross_cam": [], "intra": []}
+            labels = [pixel_labels(sure, config.background).flatten() for _, sure in views]
+            prototypes = [estimated_prototypes(embeddings, sure, count) for embeddings, sure in views]
+            # A pixel counts where the class of its label has a prototype.
+            known = [exist.any(dim=1) for exist in prototypes]
             for own, other in ((0, 1), (1, 0)):
                 units = F.normalize(views[own][0].permute(0, 2, 3, 1).flatten(0, 2), dim=1)
-                within, across = (similarities(units, prototypes[k], config.temperature) for k in (own, other))
-                known, other_known = (prototypes[k].any(dim=1) for k in (own, other))
-                losses["cross_prototype"].append(
-                    cross_view_loss(across, labels[own], tagged & other_known[labels[own]])
-                )
-                losses["cross_cam"].append(cross_view_loss(within, labels[other], tagged & known[labels[other]]))
-                counted = tagged & known[labels[own]]
-                nearness = within.detach().gather(1, labels[own][:, None])[:, 0]
-                weights = hard_pixel_weights(
-                    nearness, labels[own], counted, within.shape[1], torch.rand_like(nearness)
-                )
-                losses["intra"].append((weights * semi_hard_loss(within, labels[own])).sum())
-            return {
-                "contrast_cross_prototype": config.cross_prototype_weight * sum(losses["cross_prototype"]) / 2,
-                "contrast_cross_cam": config.cross_cam_weight * sum(losses["cross_cam"]) / 2,
-                "contrast_intra": config.intra_weight * sum(losses["intra"]) / 2,
-            }
+                near, across = (similarities(units, prototypes[view], config.temperature) for view in (own, other))
+                mine, theirs = labels[own], labels[other]
+                found["cross_prototype"].append(cross_view_loss(across, mine, tagged & known[other][mine]))
+                found["cross_cam"].append(cross_view_loss(near, theirs, tagged & known[own][theirs]))
+                to_own, keys = near.gather(1, mine[:, None])[:, 0], torch.rand(len(mine), device=near.device)
+                weights = hard_pixel_weights(to_own, mine, tagged & known[own][mine], near.shape[1], keys)
+                found["intra"].append((weights * semi_hard_loss(near, mine)).sum())
+        return {
+            f"contrast_{name}": getattr(config, f"{name}_weight") * torch.stack(both).mean()
+            for name, both in found.items()
+        }
