@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from wsss_hf.data import superpixels
-from wsss_hf.data.tagged import DataError, class_names, tagged_features
+from wsss_hf.data.tagged import DataError, class_names, decode_gray, tagged_features, undecoded
 from wsss_hf.inference.load import load_segmenter
 from wsss_hf.inference.segmenter import segment_images
 from wsss_hf.models import checkpointing
@@ -19,7 +19,8 @@ from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.models.options import OptionError
 from wsss_hf.recipes import load_recipe
-from wsss_hf.settings import RecipeError
+from wsss_hf.settings import FelzenszwalbSettings, RecipeError
+from wsss_hf.stages import train_cam as train_cam_module
 from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.relabel import relabel
 from wsss_hf.stages.train_cam import train_cam
@@ -115,6 +116,25 @@ def test_methods_are_given_superpixels_and_saliency(toy_data, tiny_recipe, tmp_p
         assert batch["superpixels"].shape == batch["saliency"].shape == (4, 48, 48)
         assert batch["superpixels"].dtype == torch.int64 and batch["superpixels"].unique().numel() > 4
         assert batch["saliency"].max() == 1
+
+
+def test_superpixels_are_merged_by_features_of_the_untrained_backbone(toy_data, tiny_recipe, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(accelerator, model, processor, rows, *arguments, **options):
+        seen.append([len(np.unique(decode_gray(png, "row"))) for png in undecoded(rows)["superpixels"]])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_cam_module, "train_model", watched)
+    tiny_recipe.cam.superpixels = True
+    for count, folder in ((0, "plain"), (3, "merged")):
+        tiny_recipe.cam.felzenszwalb = FelzenszwalbSettings(scale=20.0, min_size=4, merge_to=count)
+        with pytest.raises(KeyboardInterrupt):
+            train_cam(toy_data, tiny_recipe, tmp_path / folder)
+    assert set(seen[1]) == {3} and min(seen[0]) > 3
+    tiny_recipe.cam.felzenszwalb = FelzenszwalbSettings(merge_to=3, merge_stage=7)
+    with pytest.raises(RecipeError, match=r"merge_stage: expected a stage of this backbone \(-4 to 3\), got 7"):
+        train_cam(toy_data, tiny_recipe, tmp_path / "wrong")
 
 
 def test_missing_saliency_is_named_before_anything_is_written(toy_data, tiny_recipe, tmp_path):
@@ -329,7 +349,7 @@ def test_pixels_without_confidence_teach_nothing(labelled, tiny_recipe, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"head": "fcn"}, "head: expected deeplab_v2 or deeplab_v3_plus, got 'fcn'"),
+        ({"head": "fcn"}, "head: expected deeplab_v1 or deeplab_v2 or deeplab_v3_plus, got 'fcn'"),
         ({"loss": "hinge"}, "segmenter.loss: 'hinge': unknown; expected cross_entropy, symmetric"),
         ({"loss_options": {"q": 1}}, "segmenter.loss_options.q: unknown; expected none"),
         ({"model": "nowhere/at-all"}, "segmenter.model: nowhere/at-all: We couldn't connect"),
