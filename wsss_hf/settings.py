@@ -276,8 +276,12 @@ class SegmenterSettings(Options):
     from_cam: bool = option(False, "Start from the backbone of the trained CAM classifier.")
     size: int | None = option(None, "As image.size, where the segmenter's differs.", at_least=1)
     output_stride: int | None = option(16, "As cam.output_stride.", at_least=1)
-    head: Literal["deeplab_v2", "deeplab_v3_plus"] = option("deeplab_v2", "deeplab_v2 | deeplab_v3_plus")
-    rates: list[int] = option([1, 3, 6, 9], "Dilations of the head's parallel 3x3 convolutions.", at_least=1)
+    head: Literal["deeplab_v1", "deeplab_v2", "deeplab_v3_plus"] = option(
+        "deeplab_v2", "deeplab_v1 | deeplab_v2 | deeplab_v3_plus"
+    )
+    rates: list[int] = option(
+        [1, 3, 6, 9], "Dilations of the head's parallel 3x3 convolutions; v1 has one.", at_least=1
+    )
     input_scales: list[float] = option(
         [1.0], "The largest logit over these scales counts, in training and afterwards.", above=0
     )

@@ -63,6 +63,22 @@ def test_the_loss_is_the_mean_over_the_pixels_that_count(build):
     torch.testing.assert_close(output.loss, torch.stack(counted).mean())
 
 
+@torch.no_grad()
+def test_v1_is_a_wide_view_and_a_point_on_the_deepest_map(build):
+    model, (pixels, _) = build(head="deeplab_v1", output_stride=8, rates=[3]).eval(), batch()
+    output = model(pixels, output_hidden_states=True)
+    weights = model.head.state_dict()
+    wide = F.conv2d(output.hidden_states[-1], weights["0.0.weight"], padding=3, dilation=3) / (1 + 1e-5) ** 0.5
+    point = F.conv2d(wide.relu(), weights["1.0.weight"]) / (1 + 1e-5) ** 0.5
+    torch.testing.assert_close(output.logits, F.conv2d(point.relu(), weights["3.weight"], weights["3.bias"]))
+    assert output.logits.shape == (2, 4, 8, 12) and weights["0.0.weight"].shape[0] == 512
+    first, second = model.train()(pixels).logits, model(pixels).logits
+    assert not torch.equal(first, second)  # dropout
+    assert SegmenterConfig(backbone_config=model.config.backbone_config, head="deeplab_v1").rates == [12]
+    with pytest.raises(ValueError, match=r"rates: expected one for deeplab_v1, got \[6, 12\]"):
+        build(head="deeplab_v1", rates=[6, 12])
+
+
 @pytest.mark.parametrize(("stride", "size"), [(8, (8, 12)), (16, (4, 6)), (None, (2, 3))])
 def test_v3_plus_pools_at_the_output_stride_and_decodes_at_stride_four(build, stride, size):
     model, (pixels, labels) = build(head="deeplab_v3_plus", output_stride=stride, rates=[2, 3, 5]), batch()
@@ -151,7 +167,7 @@ def test_trainer_takes_the_mean_loss_of_accumulated_batches(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"head": "deeplab_v4"}, "head: expected deeplab_v2 or deeplab_v3_plus, got 'deeplab_v4'"),
+        ({"head": "deeplab_v4"}, "head: expected deeplab_v1 or deeplab_v2 or deeplab_v3_plus, got 'deeplab_v4'"),
         ({"rates": [6, 0]}, r"rates: expected numbers > 0, got \[6, 0\]"),
         ({"input_scales": [-1, 1]}, r"input_scales: expected numbers > 0, got \[-1, 1\]"),
     ],

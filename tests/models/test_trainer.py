@@ -232,5 +232,5 @@ def test_a_head_is_one_module_that_another_may_wrap(head):
     model = build("segmenter", head=head)
     assert not isinstance(model.head, torch.nn.ModuleList | torch.nn.ModuleDict)
     names = [name for name, _ in model.head.named_parameters()]
-    wanted = {"deeplab_v2": "0.weight", "deeplab_v3_plus": "classifier.weight"}[head]
+    wanted = {"deeplab_v1": "3.weight", "deeplab_v2": "0.weight", "deeplab_v3_plus": "classifier.weight"}[head]
     assert wanted in names  # as in models that were saved before

@@ -60,7 +60,8 @@ def test_a_segmenters_recipe_goes_with_any_methods(recipe_file):
     assert both.segmenter.model == segmenter.segmenter.model
     trainings = [dataclasses.replace(recipe.segmenter.train, nesterov=True) for recipe in (both, segmenter)]
     assert trainings[0] == trainings[1]  # nothing of the method's own segmenter that AdamW would heed
-    for name in ("segformer", "dpt", "upernet", "eomt", "voc_deeplab_v3_plus"):  # each is tested by its own protocol
+    # Each is tested by its own protocol.
+    for name in ("segformer", "dpt", "upernet", "eomt", "voc_deeplab_v1", "voc_deeplab_v3_plus"):
         assert load_recipe(f"voc_icd+{name}").evaluation == load_recipe(name).evaluation
     mine = recipe_file("segmenter: {train: {steps: 7}}")
     assert load_recipe(f"segformer+{mine}").segmenter.train.steps == 7
@@ -70,7 +71,8 @@ def test_a_segmenters_recipe_goes_with_any_methods(recipe_file):
 
 @pytest.mark.parametrize("name", ["voc_drs", "voc_icd", "voc_mat_label", "voc_seam", "voc_plda"])
 def test_published_methods_end_in_the_published_segmenter(name):
-    recipe, published = load_recipe(name), load_recipe("voc_deeplab_v2")
+    version = "v1" if name in ("voc_seam", "voc_plda") else "v2"
+    recipe, published = load_recipe(name), load_recipe(f"voc_deeplab_{version}")
     assert recipe.segmenter == published.segmenter and recipe.evaluation == published.evaluation
 
 

@@ -42,6 +42,8 @@ _PAPERS = {
     "Supervised Semantic Segmentation”, CVPR 2018 (random walk).",
     "matting": "Wang et al., “Treating Pseudo-labels Generation as Image Matting for Weakly Supervised Semantic "
     "Segmentation”, ICCV 2023.",
+    "deeplab_v1": "Chen, Papandreou, Kokkinos, Murphy and Yuille, “Semantic Image Segmentation with Deep "
+    "Convolutional Nets and Fully Connected CRFs”, ICLR 2015.",
     "deeplab_v2": "Chen, Papandreou, Kokkinos, Murphy and Yuille, “DeepLab: Semantic Image Segmentation with Deep "
     "Convolutional Nets, Atrous Convolution, and Fully Connected CRFs”, TPAMI 2018.",
     "deeplab_v3_plus": "Chen, Zhu, Papandreou, Schroff and Adam, “Encoder-Decoder with Atrous Separable Convolution "

@@ -15,9 +15,9 @@ class SegmenterConfig(BackboneConfigMixin, PreTrainedConfig):
         backbone: directory or Hub id whose configuration is read; its weights come with `Segmenter.from_backbone`.
         backbone_config: the backbone's configuration itself (or a dict with `model_type`) instead.
         output_stride: largest allowed input size / deepest map size; None leaves the backbone as it is.
-        head: "deeplab_v2" or "deeplab_v3_plus".
+        head: "deeplab_v1", "deeplab_v2" or "deeplab_v3_plus".
         rates: dilations of the head's parallel 3×3 convolutions; None takes the paper's (6 12 18 24 for v2 at output
-            stride 8; 6 12 18 for v3+ at output stride 16).
+            stride 8; 6 12 18 for v3+ at output stride 16; the one of v1 is 12).
         input_scales: the logits are the maximum over the image at each of these scales (DeepLab v2, section 4.3, takes
             0.5 0.75 1); None is the image alone.
         kwargs: `id2label`, background at 0, and whatever `PreTrainedConfig` takes.

@@ -11,6 +11,37 @@ from torch.nn import functional as F
 LOW_LEVEL_STRIDE = 4
 
 
+class DeepLabV1Head(nn.Sequential):
+    """One dilated 3×3 convolution with a large field of view and a 1×1 one on the deepest map, then dropout.
+
+    Chen et al., "Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs", ICLR 2015,
+    section 3.1, with the widths and batch norms of SEAM's segmenter.
+
+    Args:
+        channels, strides, num_labels: as of [`DeepLabV2Head`].
+        rates: its dilation.
+
+    Raises:
+        ValueError: there is not one rate.
+    """
+
+    default_rates = (12,)
+
+    def __init__(self, channels: list[int], strides: list[int], num_labels: int, rates: list[int], width: int = 512):
+        if len(rates) != 1:
+            raise ValueError(f"rates: expected one for deeplab_v1, got {rates}")
+        super().__init__(
+            _convolution(channels[-1], width, 3, dilation=rates[0]),
+            _convolution(width, width, 1),
+            nn.Dropout(0.5),
+            nn.Conv2d(width, num_labels, kernel_size=1),
+        )
+
+    def forward(self, features: tuple[Tensor, ...]) -> Tensor:
+        """Stage maps (B, D_i, h_i, w_i) → logits (B, C+1, h, w) at the deepest stage's size."""
+        return super().forward(features[-1])
+
+
 class DeepLabV2Head(nn.Sequential):
     """Parallel dilated 3×3 convolutions on the deepest map, summed.
 
@@ -96,6 +127,7 @@ def _convolution(inputs: int, outputs: int, kernel: int, dilation: int = 1) -> n
 
 
 HEADS: dict[str, Any] = {
+    "deeplab_v1": DeepLabV1Head,
     "deeplab_v2": DeepLabV2Head,
     "deeplab_v3_plus": DeepLabV3PlusHead,
 }
