@@ -116,7 +116,8 @@ class FelzenszwalbSettings(Options):
     min_size: int = option(20, "Pixels of the smallest superpixel.", at_least=1)
     merge_to: int = option(
         0,
-        "The two most alike, by the untrained backbone's features, are merged until so many are left; 0 merges none.",
+        "The two most alike, by the untrained backbone's features of an image padded to that size, are merged until "
+        "so many are left; 0 merges none.",
         at_least=0,
     )
     merge_stage: int = option(-1, "Stage of the backbone whose features are compared, from either end.")
