@@ -23,6 +23,8 @@ from wsss_hf import (
     CamClassifier,
     CamConfig,
     DrsConfig,
+    MapRefiner,
+    MapRefinerConfig,
     MaskPipeline,
     Segmenter,
     SegmenterConfig,
@@ -474,3 +476,24 @@ def test_batches_of_tags_hold_photographs_of_any_size(models):
         alone = pipe(image)
         assert found(parts) == found(alone)
         assert [part["score"] for part in parts] == pytest.approx([part["score"] for part in alone], abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["map refiner", "segmenter on a vision transformer"])
+def test_batches_of_the_other_models_hold_photographs_of_any_size(kind, tmp_path):
+    torch.manual_seed(0)
+    if kind == "map refiner":
+        model = MapRefiner(MapRefinerConfig(backbone_config=backbone_config(), id2label=dict(enumerate(CLASSES))))
+    else:
+        sizes_of = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+        vit = ViTConfig(**sizes_of, image_size=32, patch_size=8)
+        names = dict(enumerate(["background", *CLASSES]))
+        model = Segmenter(SegmenterConfig(backbone_config=vit, rates=[1], id2label=names))
+    model.image_processor = WsssImageProcessor(size=SIZE)
+    model.save_pretrained(tmp_path)
+    pipe = pipeline("image-segmentation", model=str(tmp_path))
+    for image, together in zip(sizes(), pipe(sizes(), batch_size=8), strict=True):
+        alone = pipe(image)
+        assert found(together) == found(alone)
+        for part, other in zip(together, alone, strict=True):
+            assert part["mask"].size == image.size
+            assert np.mean(np.asarray(part["mask"]) != np.asarray(other["mask"])) < 0.01
