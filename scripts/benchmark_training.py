@@ -81,8 +81,11 @@ class Case:
     settings: TrainSettings
 
 
-def build_case(stage: str, recipe: Recipe, rows: Dataset) -> Case:
-    """The network and examples of a stage, as the stage itself builds them."""
+def build_case(stage: str, recipe: Recipe, rows: Dataset, steps: int = 1) -> Case:
+    """The network and examples of a stage, as the stage itself builds them.
+
+    Images are repeated until so many steps fit into an epoch: each but the last ends with a checkpoint.
+    """
     torch.manual_seed(recipe.seed)
     section, names = getattr(recipe, stage), class_names(rows)
     size, options = recipe.image.size, {"output_stride": section.output_stride}
@@ -113,6 +116,7 @@ def build_case(stage: str, recipe: Recipe, rows: Dataset) -> Case:
         **pixel_statistics(processor),
     )
     masks = None if stage == "cam" else "mask"
+    rows = rows.select(np.resize(np.arange(len(rows)), max(len(rows), steps * train.batch_size)))
     return Case(model, processor, TaggedExamples(rows, transform, mask_column=masks, seed=recipe.seed), train)
 
 
@@ -369,8 +373,9 @@ def main() -> None:
         data = load_data("voc", root=arguments.root, classes=classes, limit=arguments.images)
     rows = data["train"]
     stages = [stage for stage in STAGES if stage != "affinity" or needs_affinity(recipe.masks)]
-    cases = {stage: build_case(stage, recipe, rows) for stage in stages}
-    cam, steps = cases["cam"], arguments.steps
+    steps = arguments.steps
+    cases = {stage: build_case(stage, recipe, rows, steps) for stage in stages}
+    cam = cases["cam"]
     if "rate" in parts:
         alone = rate(cam, steps)
         if os.environ.get("RANK", "0") == "0":

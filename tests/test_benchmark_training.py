@@ -16,12 +16,16 @@ TINY = [
 
 
 @pytest.fixture
-def benchmark(monkeypatch, tmp_path):
-    """Runs the script with some parts → what it wrote as JSON."""
+def script(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.setenv("WSSS_QUIET", "1")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    script = importlib.import_module("benchmark_training")
+    return importlib.import_module("benchmark_training")
+
+
+@pytest.fixture
+def benchmark(script, monkeypatch, tmp_path):
+    """Runs the script with some parts → what it wrote as JSON."""
 
     def run(*parts, more=()):
         out = tmp_path / "training.json"
@@ -61,6 +65,25 @@ def test_waiting_and_processes_are_measured(benchmark):
     assert measured["wait"][0]["share"] > 0  # images are read where the network is trained
     assert measured["processes"]["count"] == 2
     assert measured["processes"]["one"] > 0 and measured["processes"]["many"] > 0
+
+
+@pytest.mark.slow
+def test_the_share_of_the_peak_is_of_the_compiled_network(benchmark, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")  # nothing to build
+    measured = benchmark("peak", more=["--peak", "0.05"])["peak"]
+    assert measured["ratio"] == pytest.approx(measured["bf16, compiled"] / measured["float32"])
+    done = measured["bf16, compiled"] * measured["GFLOP per image"] * 1e9
+    assert measured["share of peak"] == pytest.approx(done / 0.05e12)
+    assert 0.001 < measured["GFLOP per image"] < 1
+
+
+def test_images_are_repeated_until_a_turn_fits_into_an_epoch(script):
+    """Epochs end with checkpoints, which are no part of the loop."""
+    recipe = script.Recipe.load("toy", TINY)
+    rows = script.load_data("toy", toy={"num_train": 3, "num_val": 1, "image_size": 32})["train"]
+    examples = script.build_case("cam", recipe, rows, steps=4).examples
+    assert [row["image_id"] for row in examples.rows] == [rows[i % 3]["image_id"] for i in range(8)]
+    assert len(script.build_case("cam", recipe, rows).examples) == 3
 
 
 def test_a_table_needs_what_it_is_made_of(benchmark, tmp_path, capsys):
