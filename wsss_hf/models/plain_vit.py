@@ -64,6 +64,7 @@ class PlainVit(nn.Module):
         size = tuple(pixel_values.shape[-2:])
         patch = self.patch_size
         whole = tuple(max(1, (2 * side + patch - 1) // (2 * patch)) * patch for side in size)
-        if not torch.compiler.is_exporting() and size == whole:  # a program for images of any size knows none
+        is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # not in torch 2.6
+        if not is_exporting() and size == whole:  # a program for images of any size knows none
             return pixel_values
         return F.interpolate(pixel_values, size=whole, mode="bilinear", align_corners=False)
