@@ -57,14 +57,15 @@ def build(kind, backbone, seed=0, **kwargs):
 build_once = functools.cache(build)
 
 
-# Every kind of backbone under one of the models, the commonest under both.
+# Every kind of backbone under one of the models, the commonest under all.
 @pytest.fixture(
     params=[
         "cam-resnet",
         "cam-vit",
-        "cam-swin",
+        pytest.param("cam-swin", marks=pytest.mark.slow),
         "map_refiner-resnet",
-        *(f"segmenter-{name}" for name in ("resnet", *OTHERS)),
+        "segmenter-resnet",
+        *(pytest.param(f"segmenter-{name}", marks=pytest.mark.slow) for name in OTHERS),
     ]
 )
 def model(request):
@@ -333,7 +334,10 @@ def assert_close(actual, expected):
         torch.testing.assert_close(actual[name], value, msg=lambda words, name=name: f"{name}: {words}")
 
 
-@pytest.mark.parametrize("backbone", CHECKPOINTED)
+@pytest.mark.parametrize(
+    "backbone",
+    [name if name in ("resnet", "vit") else pytest.param(name, marks=pytest.mark.slow) for name in CHECKPOINTED],
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_gradient_checkpointing_computes_anew_instead_of_keeping_and_changes_nothing_else(kind, backbone):
     torch.manual_seed(0)
