@@ -103,7 +103,8 @@ def body_class(config: PreTrainedConfig) -> tuple[Any, dict]:
         config.out_indices = list(range(len(config.stage_names)))
         return AutoBackbone, {}
     model_class: Any = AutoModel._model_mapping[type(config)]
-    if getattr(config, "vision_use_head", False):
+    # With Python 3.10, transformers has the head where the configuration does not speak of it.
+    if getattr(config, "vision_use_head", config.model_type.startswith("siglip")):
         config.vision_use_head = False
     # A pooler would hold parameters that never get a gradient, which distributed training refuses.
     takes_pooler = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
