@@ -190,11 +190,15 @@ def test_plans_run_by_the_command_that_they_begin_with(wsss, tmp_path, monkeypat
     assert all(cell.recipe.cam.backbone or cell.recipe.cam.backbone_config for cell in cells)
 
 
+@pytest.mark.slow
 def test_rounds_are_an_option_of_a_run(wsss, tiny, tmp_path, photos):
-    arguments = ["run", "--data", photos, "--out", tmp_path / "run", "--quiet", *tiny]
-    code, out, err = wsss(*arguments, "--rounds", 2)
+    code, out, err = wsss("run", "--data", photos, "--out", tmp_path / "run", "--quiet", *tiny, "--rounds", 2)
     assert code == 0 and not err and "Results" in out
     assert {"masks-2", "segmenter-2"} < {path.name for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_run_has_at_least_one_round(wsss, tiny, tmp_path, photos):
+    arguments = ["run", "--data", photos, "--out", tmp_path / "run", "--quiet", *tiny]
     assert_one_line(wsss(*arguments, "--rounds", 0), "self_training.rounds: expected a whole number >= 1, got 0")
     result = wsss(*arguments, "--set", "self_training.rounds=0")
     assert_one_line(result, "self_training.rounds: expected a whole number >= 1, got 0")

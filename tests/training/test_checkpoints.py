@@ -84,7 +84,7 @@ def test_the_newest_stay(tmp_path, keep, left):
     assert newest(tmp_path).name == "step-00000003"
 
 
-@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("keep", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_kill_before_any_file_operation_loses_one_step_at_most(tmp_path, unbroken, keep):
     reached = []
 
