@@ -244,7 +244,9 @@ class MasksSettings(Options):
         0.4, "Of maps in [0, 1]; auto finds it on the maps, without any mask.", at_least=0, at_most=1
     )
     refine: list[Any] = option(
-        [], "Refinement steps in order: walk, pamr, crf, matting, with options as {crf: {iterations: 10}}.", length=0
+        [],
+        "Refinement steps in order: walk, pamr, crf, grid_crf, matting, with options as {crf: {iterations: 10}}.",
+        length=0,
     )
     seeds: str = option(
         "argmax",

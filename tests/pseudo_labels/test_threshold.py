@@ -30,6 +30,7 @@ from wsss_hf.pseudo_labels.threshold import (
     thresholds_of,
     with_threshold,
 )
+from wsss_hf.refinement.steps import build_refinement
 from wsss_hf.settings import MasksSettings
 
 
@@ -278,3 +279,24 @@ def test_the_found_threshold_is_nearly_the_best_on_photographs():
     best = max(mean_iou((level + 0.5) / 255) for level in range(255))
     assert len(rows) == 190 and best > 0.8
     assert mean_iou(saliency_threshold(rows)) > 0.97 * best
+
+
+def test_it_looks_at_the_maps_that_the_first_steps_make(labeler, toy_data, settings, monkeypatch):
+    rows = toy_data["train"].select(range(6))
+    seen = []
+    add = module.ThresholdSearch.add
+
+    def watched(search, maps, features):
+        seen.append(maps)
+        add(search, maps, features)
+
+    monkeypatch.setattr(module.ThresholdSearch, "add", watched)
+    auto_threshold(*labeler, rows, replace(settings, refine=[{"pamr": {"normalize": True}}, "pamr"]))
+    auto_threshold(*labeler, rows, replace(settings, refine=["pamr"]))
+    made, plain = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    refine = build_refinement([{"pamr": {"normalize": True}}])
+    assert len(made) == len(plain) == 6
+    for i, (own, before) in enumerate(zip(made, plain, strict=True)):
+        image = np.asarray(rows[i]["image"])
+        expected = refine(torch.cat([torch.full_like(before[:1], 0.5), before]), image)[1:]
+        torch.testing.assert_close(own, expected)

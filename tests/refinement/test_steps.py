@@ -12,6 +12,7 @@ from wsss_hf.models.pamr import pamr
 from wsss_hf.refinement import matting
 from wsss_hf.refinement import steps as steps_module
 from wsss_hf.refinement.crf import dense_crf
+from wsss_hf.refinement.grid_crf import grid_crf
 from wsss_hf.refinement.matting import closed_form_alphas
 from wsss_hf.refinement.steps import Matting, Note, RefinementChain, RefinementError, build_refinement, levels
 
@@ -55,6 +56,19 @@ def test_pamr_is_the_models_pamr(scores, image):
     expected = pamr(as_images(image), scores[None], iterations=2, dilations=[1, 3])[0]
     refined = refine([{"pamr": {"iterations": 2, "dilations": [1, 3]}}], scores, image)
     torch.testing.assert_close(refined, expected, atol=1e-6, rtol=0)
+
+
+def test_pamr_makes_maps_where_it_normalizes(scores, image):
+    refined = refine([{"pamr": {"normalize": True}}], scores, image)
+    assert torch.equal(refined[0], scores[0])
+    maps = pamr(as_images(image), scores[None, 1:])[0]
+    torch.testing.assert_close(refined[1:], maps / maps.amax(dim=(1, 2), keepdim=True), atol=1e-4, rtol=0)
+
+
+def test_grid_crf_takes_its_options(scores, image):
+    options = {"iterations": 2, "sxy": 30.0, "srgb": 20.0, "compat": 2.0, "grid": 5}
+    expected = grid_crf(scores, torch.from_numpy(image.copy()).permute(2, 0, 1), **options)
+    assert torch.equal(refine([{"grid_crf": options}], scores, image), expected)
 
 
 def test_crf_takes_its_options(scores, image):
@@ -216,12 +230,12 @@ def test_a_solver_that_does_not_converge_keeps_the_scores(scores, image, monkeyp
     ("steps", "message"),
     [
         ("pamr", r"refine: expected a list such as \[pamr, crf\], got 'pamr'"),
-        (["bilateral"], r"refine\[0\]: 'bilateral': unknown; expected walk, pamr, crf or matting"),
+        (["bilateral"], r"refine\[0\]: 'bilateral': unknown; expected walk, pamr, crf, grid_crf or matting"),
         (["crf", "pamir"], r"refine\[1\]: 'pamir': unknown; did you mean pamr"),
         ([["pamr"]], r"refine\[0\]: \['pamr'\]: unknown"),
         ([{"pamr": {}, "crf": {}}], "expected one name with its options"),
         ([{"pamr": 3}], r"refine\[0\].pamr: expected a mapping of options, got 3"),
-        ([{"pamr": {"steps": 3}}], r"refine\[0\].pamr.steps: unknown; expected iterations or dilations"),
+        ([{"pamr": {"steps": 3}}], r"refine\[0\].pamr.steps: unknown; expected iterations, dilations or normalize"),
         ([{"pamr": {"iterations": "many"}}], "pamr.iterations: expected a whole number >= 1, got 'many'"),
         ([{"pamr": {"iterations": 0}}], "pamr.iterations: expected a whole number >= 1, got 0"),
         ([{"crf": {"tolerance": 1.0}}], r"crf.tolerance: expected a number in \[0, 1\), got 1.0"),

@@ -36,6 +36,8 @@ _PAPERS = {
     "pamr": "Araslanov and Roth, “Single-Stage Semantic Segmentation from Image Labels”, CVPR 2020 (PAMR).",
     "crf": "Krähenbühl and Koltun, “Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials”, "
     "NeurIPS 2011.",
+    "grid_crf": "Krähenbühl and Koltun, “Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials”, "
+    "NeurIPS 2011 (one kernel, whose sums a grid of pixels estimates).",
     "irn": "Ahn, Cho and Kwak, “Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations”, CVPR "
     "2019 (random walk).",
     "affinitynet": "Ahn and Kwak, “Learning Pixel-level Semantic Affinity with Image-level Supervision for Weakly "

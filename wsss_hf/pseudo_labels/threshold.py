@@ -22,7 +22,7 @@ from ..models.maps import add_background
 from ..models.method_helpers import all_reduce_sum
 from ..models.modeling_cam import CamClassifier
 from ..progress import Progress
-from ..refinement.steps import Matting, Note, RefinementChain, Walk, build_refinement
+from ..refinement.steps import Matting, Note, RefinementChain, build_refinement
 from ..settings import AUTO, MasksSettings
 from .rules import build_rule, reads_saliency
 
@@ -34,11 +34,11 @@ def auto_threshold(
 ) -> float:
     """The background threshold for the maps of `rows`, found without any mask, see [`ThresholdSearch`].
 
-    Looks at `num_images` tagged images, evenly spaced. A walk that the refinement begins with makes the maps that are
-    looked at, since it does not depend on the threshold. Where the recipe refines further, the threshold is the one at
-    which the refined objects cover the same area as the plain ones at the plain threshold. (Matting takes its trimaps
-    from the levels of the scores, so neither it nor the steps after it count.) The processes of torch.distributed
-    share the images and get one number.
+    Looks at `num_images` tagged images, evenly spaced. Where the refinement begins with steps that make maps, such as
+    a walk, the maps that they make are looked at: these do not depend on the threshold. Where the recipe refines
+    further, the threshold is the one at which the refined objects cover the same area as these maps at theirs.
+    (Matting takes its trimaps from the levels of the scores, so neither it nor the steps after it count.) The
+    processes of torch.distributed share the images and get one number.
 
     Args:
         model: in eval mode, on the device to work on.
@@ -55,9 +55,9 @@ def auto_threshold(
     rank, world = _place()
     steps = build_refinement(settings.refine).steps
     steps = list(itertools.takewhile(lambda step: not isinstance(step, Matting), steps))
-    walks = list(itertools.takewhile(lambda step: isinstance(step, Walk) and not step.background_alpha, steps))
-    walk, steps = RefinementChain(walks), steps[len(walks) :]
-    walk.prepare()
+    first = RefinementChain(list(itertools.takewhile(lambda step: step.makes_maps, steps)))
+    first.prepare()
+    steps = steps[len(first.steps) :]
     search = ThresholdSearch(len(model.backbone.channels), model.device)
     maps: list[Tensor] = []
     images: list[np.ndarray] = []
@@ -68,9 +68,9 @@ def auto_threshold(
         found, _ = localize(model, pixel_values, tags, batch.size, *augmentation)
         maps_of = list(found.split([int(count) for count in batch.tags.sum(dim=1)]))
         pictures = [np.asarray(image) for image in batch.images]
-        if walks:
+        if first.steps:
             scores = [add_background(one[None], 0.5)[0] for one in maps_of]
-            maps_of = [one[1:] for one in walk.batch(scores, pictures, [Note() for _ in pictures])]
+            maps_of = [one[1:] for one in first.batch(scores, pictures, [Note() for _ in pictures])]
         with torch.inference_mode():
             features = list(zip(*_stage_maps(model.backbone, pixel_values), strict=True))
         for own, stages in zip(maps_of, features, strict=True):

@@ -28,6 +28,7 @@ from ..models.options import OptionError, Options, option, unknown_name
 from ..models.pamr import refine_pictures
 from ..models.pretrained import pinned
 from .crf import dense_crf, require_densecrf
+from .grid_crf import grid_crf
 from .matting import VitMatte, closed_form_alphas, knn_alphas
 from .trimap import BACKGROUND, FOREGROUND, trimaps
 
@@ -55,6 +56,11 @@ class Note:
 
 class RefinementStep(Options):
     """Turns scores into better scores with the help of the image; its fields are the step's options."""
+
+    @property
+    def makes_maps(self) -> bool:
+        """Whether it makes maps, each divided by its maximum, that do not depend on the background score."""
+        return False
 
     def prepare(self) -> None:
         """Load what the step needs.
@@ -107,10 +113,22 @@ class ImageStep(RefinementStep):
 
 @dataclass
 class Pamr(RefinementStep):
-    """Pixel-adaptive refinement on the device of the scores, see `models.pamr`."""
+    """Pixel-adaptive refinement on the device of the scores, see `models.pamr`.
+
+    With `normalize` it makes maps: it refines those of the classes, and divides each by its maximum.
+    """
 
     iterations: int = option(10, "Number of times.", at_least=1)
     dilations: list[int] = option([1, 2, 4, 8, 12, 24], "Distances to the neighbours in pixels.", at_least=1)
+    normalize: bool = option(
+        False,
+        "Divide each refined map by its maximum; masks.background_threshold: auto then looks at these where no other "
+        "step comes before.",
+    )
+
+    @property
+    def makes_maps(self) -> bool:
+        return self.normalize
 
     def refine(
         self, scores: list[Tensor], images: list[np.ndarray], notes: list[Note], workers: Workers
@@ -118,6 +136,8 @@ class Pamr(RefinementStep):
         refined = list(scores)
         for together, pictures, padded in _of_one_size(scores, images, _PAMR_PIXELS):
             results = refine_pictures(torch.from_numpy(pictures), padded, self.iterations, self.dilations)
+            if self.normalize:
+                results = torch.cat([padded[:, :1], normalize_maps(results[:, 1:])], dim=1)
             for i, result in zip(together, results, strict=True):
                 refined[i] = result[: len(scores[i])]
         return refined
@@ -160,6 +180,10 @@ class Walk(RefinementStep):
     background_alpha: float | None = option(
         None, "The background score (1 - largest map)^alpha walks along with the classes.", above=0
     )
+
+    @property
+    def makes_maps(self) -> bool:
+        return self.background_alpha is None
 
     def prepare(self) -> None:
         if not self.model:
@@ -223,6 +247,21 @@ class Crf(ImageStep):
     def refine_one(self, scores: Tensor, image: np.ndarray, note: Note) -> Tensor:
         refined = dense_crf(scores.cpu().numpy(), image, **dataclasses.asdict(self))
         return torch.from_numpy(refined).to(scores.device)
+
+
+@dataclass
+class GridCrf(ImageStep):
+    """A fully connected CRF in torch alone, see `grid_crf.grid_crf`; the scores become probabilities that sum to 1."""
+
+    iterations: int = option(5, "Number of times.", at_least=1)
+    sxy: float = option(80.0, "Width of the kernel in pixels.", above=0)
+    srgb: float = option(8.0, "Width of the kernel in colours of 0..255.", above=0)
+    compat: float = option(4.0, "Weight of the kernel.")
+    grid: int = option(16, "Pixels along the longer side that all pixels are compared with.", at_least=1)
+
+    def refine_one(self, scores: Tensor, image: np.ndarray, note: Note) -> Tensor:
+        colours = torch.from_numpy(np.array(image)).permute(2, 0, 1).to(scores.device)
+        return grid_crf(scores, colours, **dataclasses.asdict(self))
 
 
 @dataclass
@@ -320,7 +359,13 @@ def levels(scores: np.ndarray) -> np.ndarray:
     return np.where((maps < background) | (maps == 0), below, 1 + above) / 2
 
 
-STEPS: dict[str, type[RefinementStep]] = {"walk": Walk, "pamr": Pamr, "crf": Crf, "matting": Matting}
+STEPS: dict[str, type[RefinementStep]] = {
+    "walk": Walk,
+    "pamr": Pamr,
+    "crf": Crf,
+    "grid_crf": GridCrf,
+    "matting": Matting,
+}
 
 
 class Workers:
@@ -427,8 +472,8 @@ def build_refinement(steps: Sequence[str | Mapping], where: str = "masks.refine"
 
     Args:
         steps: names, or one-key mappings of a name to its options: `[]`, `[pamr]`, `[{crf: {iterations: 10}}]`,
-            `[pamr, {matting: {method: knn}}]`. The options are the fields of `Walk`, `Pamr`, `Crf` and
-            `Matting`.
+            `[pamr, {matting: {method: knn}}]`. The options are the fields of `Walk`, `Pamr`, `Crf`, `GridCrf`
+            and `Matting`.
         where: the option that names them; begins the messages.
         workers: as of [`RefinementChain`].
 
