@@ -283,11 +283,12 @@ def test_the_found_threshold_is_nearly_the_best_on_photographs():
 
 def test_it_looks_at_the_maps_that_the_first_steps_make(labeler, toy_data, settings, monkeypatch):
     rows = toy_data["train"].select(range(6))
-    seen = []
+    seen, looks_at = [], []
     add = module.ThresholdSearch.add
 
     def watched(search, maps, features):
         seen.append(maps)
+        looks_at.append(len(features))
         add(search, maps, features)
 
     monkeypatch.setattr(module.ThresholdSearch, "add", watched)
@@ -296,7 +297,18 @@ def test_it_looks_at_the_maps_that_the_first_steps_make(labeler, toy_data, setti
     made, plain = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     refine = build_refinement([{"pamr": {"normalize": True}}])
     assert len(made) == len(plain) == 6
+    assert looks_at[:6] == [0] * 6 and min(looks_at[6:]) > 0  # PAMR's maps have seen the colours already
     for i, (own, before) in enumerate(zip(made, plain, strict=True)):
         image = np.asarray(rows[i]["image"])
         expected = refine(torch.cat([torch.full_like(before[:1], 0.5), before]), image)[1:]
         torch.testing.assert_close(own, expected)
+
+
+def test_maps_alone_decide_where_there_are_no_features():
+    maps = blurred_disc(radius=14, low=0.05, high=0.9, slope=6)
+    search = module.ThresholdSearch(0)
+    search.add(maps, ())
+    threshold = search.threshold()
+    assert 0.05 < threshold < 0.9
+    disc = (maps > threshold).float().mean()
+    assert abs(disc - np.pi * 14**2 / 80**2) < 0.03

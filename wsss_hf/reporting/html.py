@@ -95,6 +95,9 @@ def write_report(
 def write_gallery(path: str | Path, examples: Sequence[ReportExample], side: int = 240) -> Path:
     """Writes the examples as one PNG contact sheet: a row per image, each picture at most `side` pixels.
 
+    Arrows lead from image and tags to the map, the masks that are made of it, and the segmenter's mask. Words stay
+    legible at half the size.
+
     Raises:
         ValueError: there is no example, or a label map has another size than its image.
     """
@@ -105,23 +108,27 @@ def write_gallery(path: str | Path, examples: Sequence[ReportExample], side: int
         for row in map(_pictures, map(_one_map, examples))
     ]
     columns = _columns(rows)
-    gap, header, caption = 12, 40, 34
+    gap, header, caption = 12, 44, 44
     heights = [max(picture.height for picture in row.values()) + caption for row in rows]
     sheet = Image.new("RGB", (gap + len(columns) * (side + gap), header + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    font, bold = ImageFont.load_default(13), ImageFont.load_default(16)
+    font, bold = ImageFont.load_default(18), ImageFont.load_default(20)
     lefts = {column: gap + index * (side + gap) for index, column in enumerate(columns)}
     for column, left in lefts.items():
-        draw.text((left + side / 2, header / 2), column, fill="#1c2430", font=bold, anchor="mm")
+        words = "Image and tags" if column == IMAGE else column
+        draw.text((left + side / 2, header / 2), words, fill="#1c2430", font=bold, anchor="mm")
+        if column in _ORDER[1:]:
+            tip = left - gap / 2 + 8, header / 2
+            draw.polygon([tip, (tip[0] - 14, tip[1] - 8), (tip[0] - 14, tip[1] + 8)], fill="#3566d6")
     top = header
     for example, row, height in zip(examples, rows, heights, strict=True):
         for column, picture in row.items():
             sheet.paste(picture, (lefts[column] + (side - picture.width) // 2, top))
         top += height
-        words = " ".join(f"{example.image_id}: {', '.join(example.tags) or 'no tag'}".split())
+        words = " ".join(f"tags: {', '.join(example.tags) or 'none'}   ({example.image_id})".split())
         while draw.textlength(words, font=font) > sheet.width - 2 * gap:
             words = words[:-2] + "…"
-        draw.text((gap, top - caption + 11), words, fill="#566072", font=font, anchor="lm")
+        draw.text((gap, top - caption + 16), words, fill="#566072", font=font, anchor="lm")
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", optimize=True)
     return _write_whole(path, buffer.getvalue())
