@@ -293,9 +293,7 @@ def test_an_image_cut_short_is_named():
         DataError, match=r"^row 'x': expected an image, got a file that can't be decoded \(.*truncated.*\)$"
     ):
         decode_image({"bytes": whole[: len(whole) // 2], "path": None}, "row 'x'")
-    with pytest.raises(
-        DataError, match=r"^row 'x': expected an image, got a file that can't be decoded \(.*gone\.jpg"
-    ):
+    with pytest.raises(DataError, match=r"^row 'x': expected an image, got no such file as gone\.jpg$"):
         decode_image({"bytes": None, "path": "gone.jpg"}, "row 'x'")
 
 

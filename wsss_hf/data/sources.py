@@ -14,8 +14,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, List, Value, load_dataset
 from .coco import load_coco
 from .folder import SPLIT_NAMES, load_folder
 from .metadata import SEPARATOR
+from .prepared import check_once, read_once
 from .saliency import with_saliency
-from .tagged import DataError, TaggedData, check_dataset, class_names, has_value
+from .tagged import DataError, TaggedData, class_names, has_value
 from .toy import make_toy
 from .voc import load_voc
 
@@ -82,30 +83,10 @@ def load_data(
     if separator != SEPARATOR and not is_folder:
         raise DataError(f"separator: expected a directory of tagged images, got {str(source)!r}")
     name = str(source)
-    if source == "toy":
-        dataset = _with_classes(make_toy(**(toy or {})), classes)
-    elif source == "voc":
-        if root is None:
-            raise DataError("root: expected the VOC2012 folder of a devkit for 'voc', got none")
-        dataset = load_voc(root, classes, masks)
-    elif source == "coco":
-        if root is None:
-            raise DataError("root: expected the folder of annotations, train2017 and val2017 for 'coco', got none")
-        dataset = load_coco(root, classes, masks, partial(_limit_rows, limit=limit, seed=seed))
-    elif is_saved:
-        dataset = _unify(_load_saved(name), name, classes, columns or {})
-    elif is_folder:
-        dataset = load_folder(path, classes, separator, skip=None if isinstance(saliency, Mapping) else saliency)
-    else:
+    if not (is_built_in or is_saved or is_folder):
         name, revision = _split_revision(name, revision)
-        dataset = _unify(_load_from_hub(name, revision), name, classes, columns or {})
-    if isinstance(saliency, str | Path):
-        dataset = with_saliency(dataset, saliency, count_others=limit is None)
-        saliency = str(saliency)
-    elif any("saliency" in rows.features and has_value(rows, "saliency").any() for rows in dataset.values()):
-        saliency = dict(saliency or _recorded_saliency(path, name))
-    else:
-        saliency = None
+    maps = saliency if isinstance(saliency, str | Path) else None
+    limited = partial(_limit_rows, limit=limit, seed=seed)
     arguments: dict[str, Any] = {
         "source": name,
         "root": None if root is None else str(root),
@@ -117,14 +98,40 @@ def load_data(
         "toy": None if toy is None else dict(toy),
         "revision": revision,
         "separator": None if separator == SEPARATOR else separator,
-        "saliency": saliency,
+        "saliency": None if maps is None else str(maps),
     }
-    loaded = TaggedData(
-        {split: _limit_rows(rows, limit, seed) for split, rows in dataset.items()},
-        {argument: value for argument, value in arguments.items() if value is not None},
-    )
-    check_dataset(loaded)
-    return loaded
+
+    def read() -> DatasetDict:
+        if source == "toy":
+            dataset = _with_classes(make_toy(**(toy or {})), classes)
+        elif source == "voc":
+            if root is None:
+                raise DataError("root: expected the VOC2012 folder of a devkit for 'voc', got none")
+            dataset = load_voc(root, classes, masks)
+        elif source == "coco":
+            if root is None:
+                raise DataError("root: expected the folder of annotations, train2017 and val2017 for 'coco', got none")
+            dataset = load_coco(root, classes, masks, limited)
+        elif is_folder:
+            dataset = load_folder(path, classes, separator, skip=maps)
+        else:
+            found = _load_saved(name) if is_saved else _load_from_hub(name, revision)
+            dataset = _unify(found, name, classes, columns or {})
+        if maps is not None:
+            dataset = with_saliency(dataset, maps, count_others=limit is None)
+        return DatasetDict({split: limited(rows) for split, rows in dataset.items()})
+
+    folders = [folder for folder in (root, None if is_built_in else path, maps) if folder is not None]
+    if is_folder or source == "voc":
+        dataset = read_once(read, arguments, *folders)
+    else:
+        dataset = read()
+        check_once(dataset, arguments, *folders)
+    if maps is None and any(
+        "saliency" in rows.features and has_value(rows, "saliency").any() for rows in dataset.values()
+    ):
+        arguments["saliency"] = dict(saliency or _recorded_saliency(path, name))  # type: ignore[arg-type]
+    return TaggedData(dataset, {argument: value for argument, value in arguments.items() if value is not None})
 
 
 def _recorded_saliency(folder: Path, name: str) -> dict[str, Any]:

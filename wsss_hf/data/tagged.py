@@ -22,6 +22,7 @@ from .palette import check_palette
 from .text import DataError, brief, is_line
 
 _MAX_CLASSES = IGNORE_INDEX - 1
+_ROWS_AT_A_TIME = 1000
 _UNREADABLE = (
     ArithmeticError,
     EOFError,
@@ -136,7 +137,8 @@ def undecoded(dataset: Dataset) -> Dataset:
 
 def has_value(dataset: Dataset, column: str) -> np.ndarray:
     """Where a nullable column is filled → bool (rows,)."""
-    return np.asarray(dataset.select_columns([column]).with_format("arrow")[:][column].is_valid())
+    tables = dataset.select_columns([column]).with_format("arrow").iter(_ROWS_AT_A_TIME)
+    return np.concatenate([np.zeros(0, dtype=bool), *(np.asarray(table[column].is_valid()) for table in tables)])
 
 
 @contextmanager

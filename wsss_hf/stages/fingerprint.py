@@ -50,12 +50,12 @@ def _image(value: dict | None) -> str:
         return ""
     if value.get("bytes") is not None:
         return hashlib.blake2b(value["bytes"], digest_size=16).hexdigest()
-    path = Path(value["path"])
+    name = os.path.basename(value["path"])
     try:
-        state = path.stat()
+        state = os.stat(value["path"])
     except OSError:  # whoever opens it will say so
-        return path.name
-    return f"{path.name} {state.st_size} {state.st_mtime_ns}"
+        return name
+    return f"{name} {state.st_size} {state.st_mtime_ns}"
 
 
 def model_fingerprint(name: str | os.PathLike) -> str:

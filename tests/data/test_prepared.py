@@ -1,0 +1,77 @@
+import os
+
+import pytest
+from datasets import config
+from PIL import Image
+
+from wsss_hf.data import prepared, sources
+from wsss_hf.data.folder import load_folder
+from wsss_hf.data.sources import load_data
+from wsss_hf.data.tagged import DataError, undecoded
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder of four images that is worth to be remembered, in a cache of its own."""
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(prepared, "_WORTHWHILE", 4)
+    for name in ("cat/a.png", "cat/b.png", "dog/c.png", "dog/d.png"):
+        file = tmp_path / "photos" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 6)).save(file)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """How often a folder was read, and rows were checked."""
+    count = {"read": 0, "checked": 0}
+
+    def counting(name, function):
+        def wrapper(*arguments, **options):
+            count[name] += 1
+            return function(*arguments, **options)
+
+        return wrapper
+
+    monkeypatch.setattr(sources, "load_folder", counting("read", load_folder))
+    monkeypatch.setattr(prepared, "check_dataset", counting("checked", prepared.check_dataset))
+    return count
+
+
+def test_a_folder_is_read_once_and_then_memory_mapped(photos, readings):
+    first, second = load_data(photos), load_data(photos)
+    assert readings == {"read": 1, "checked": 1}
+    assert undecoded(first["train"])[:] == undecoded(second["train"])[:]
+    assert first.source == second.source == {"source": str(photos)}
+    assert second["train"].cache_files and undecoded(second["train"])[3]["image"]["path"] == str(photos / "dog/d.png")
+    assert len(load_data(photos, limit=2)["train"]) == 2 and readings["read"] == 2
+
+
+def test_it_is_read_again_when_a_file_has_changed_or_is_new(photos, readings):
+    load_data(photos)
+    os.utime(photos / "cat" / "a.png", ns=(0, 0))
+    load_data(photos)
+    assert readings["read"] == 2
+    Image.new("RGB", (8, 6)).save(photos / "dog" / "e.png")
+    assert len(load_data(photos)["train"]) == 5
+    (photos / "dog" / "c.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="dog/c.png"):
+        load_data(photos)
+
+
+def test_saved_data_are_checked_once(photos, toy_data, readings, tmp_path):
+    toy_data.save_to_disk(tmp_path / "saved")
+    first, second = load_data(tmp_path / "saved"), load_data(tmp_path / "saved")
+    assert readings["checked"] == 1 and first["val"]["image_id"][:] == second["val"]["image_id"][:]
+
+
+def test_few_rows_leave_nothing_behind(photos, readings, monkeypatch):
+    monkeypatch.setattr(prepared, "_WORTHWHILE", 5)
+    load_data(photos), load_data(photos)
+    assert readings == {"read": 2, "checked": 2} and not config.HF_DATASETS_CACHE.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(photos, readings, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    assert len(load_data(photos)["train"]) == 4 == len(load_data(photos)["train"])

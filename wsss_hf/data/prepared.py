@@ -1,0 +1,100 @@
+"""Rows and image headers are read and checked once: later commands, and other processes, find the result on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import DatasetDict, config, load_from_disk
+
+from ..files import whole_folder
+from .saving import save_data
+from .tagged import check_dataset
+
+_VERSION = 1  # of what is checked
+_WORTHWHILE = 1000  # rows; fewer are read in no time
+
+
+def read_once(read: Callable[[], DatasetDict], arguments: Mapping[str, Any], *folders: str | Path) -> DatasetDict:
+    """The checked data that `read` gives: memory-mapped from the datasets' cache where they are in it.
+
+    They are used again as long as no file in `folders` has another name, size or time of change, and for the same
+    `arguments`. Images are not copied. Of several processes the main one reads first.
+
+    Raises:
+        DataError: as of `read` and [`check_dataset`].
+    """
+    with _main_process_first():
+        place = _place("rows", arguments, *map(_tree_state, folders))
+        if place.is_dir():
+            return load_from_disk(str(place))
+        data = read()
+        check_dataset(data)
+        if not _is_worthwhile(data):
+            return data
+        try:
+            with whole_folder(place) as folder:
+                save_data(data, folder)
+        except OSError:  # no place to keep them
+            return data
+        return load_from_disk(str(place))
+
+
+def check_once(data: DatasetDict, arguments: Mapping[str, Any], *folders: str | Path) -> None:
+    """[`check_dataset`] for data that are in files of their own already, in `folders` or in the datasets' cache.
+
+    Raises:
+        DataError: as of [`check_dataset`].
+    """
+    with _main_process_first():
+        identities = [rows._fingerprint for rows in data.values()]
+        mark = _place("checked", arguments, identities, *map(_tree_state, folders))
+        if mark.is_dir():
+            return
+        check_dataset(data)
+        if _is_worthwhile(data):
+            try:
+                mark.mkdir(parents=True, exist_ok=True)
+            except OSError:  # no place to keep it
+                return
+
+
+def _is_worthwhile(data: DatasetDict) -> bool:
+    return sum(map(len, data.values())) >= _WORTHWHILE
+
+
+def _place(kind: str, *identity: Any) -> Path:
+    key = hashlib.blake2b(json.dumps([_VERSION, *identity], default=str).encode(), digest_size=16).hexdigest()
+    return Path(config.HF_DATASETS_CACHE) / f"wsss_hf_{kind}" / key
+
+
+def _tree_state(folder: str | Path) -> str:
+    """A digest of the names, sizes and times of change of all files in a folder, and of where it is."""
+    state = hashlib.blake2b(os.path.abspath(folder).encode(), digest_size=16)
+    for path, size, changed in sorted(_files(os.fspath(folder))) if os.path.isdir(folder) else ():
+        state.update(f"{path}\0{size}\0{changed}\n".encode(errors="surrogateescape"))
+    return state.hexdigest()
+
+
+def _files(folder: str) -> Iterator[tuple[str, int, int]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files(entry.path)
+            else:
+                found = entry.stat()
+                yield entry.path, found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def _main_process_first() -> Iterator[None]:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    with PartialState().main_process_first() if several else nullcontext():
+        yield
