@@ -45,9 +45,9 @@ def generate(folder: Path, count: int, side: int) -> None:
         (folder / part).mkdir(parents=True)
     lines = ["file_name,tags,mask"]
     for number in range(count):
-        image, mask, name = pictures[number % PICTURES]
-        (folder / "images" / f"{number:07d}.png").write_bytes(image)
-        (folder / "masks" / f"{number:07d}.png").write_bytes(mask)
+        image_png, mask_png, name = pictures[number % PICTURES]
+        (folder / "images" / f"{number:07d}.png").write_bytes(image_png)
+        (folder / "masks" / f"{number:07d}.png").write_bytes(mask_png)
         lines.append(f"images/{number:07d}.png,{name},masks/{number:07d}.png")
     (folder / "metadata.csv").write_text("\n".join(lines))
 

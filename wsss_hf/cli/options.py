@@ -89,7 +89,7 @@ Source = Annotated[
     str,
     typer.Option(
         "--data",
-        help="toy | voc | coco | a folder of tagged images | a saved data set | a Hub id.",
+        help="toy | voc | coco | a folder of tagged images | a saved data set | Parquet or .tar shards | a Hub id.",
         rich_help_panel="Data",
     ),
 ]

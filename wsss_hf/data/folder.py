@@ -14,7 +14,7 @@ from .metadata import IMAGE_SUFFIXES, SEPARATOR, find_file, normal_form, read_me
 from .tagged import DataError, open_image, tagged_features
 
 _MAPS = ("mask", "saliency")  # optional columns
-_METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
+METADATA_NAMES = ("metadata.csv", "metadata.jsonl")
 _LAYOUTS = (
     "either metadata.csv or metadata.jsonl with the columns file_name and tags (and, if known, mask and saliency), "
     "or one subfolder of images per class"
@@ -135,7 +135,7 @@ def _split_folders(path: Path) -> dict[str, Path]:
 
 
 def _metadata(folder: Path) -> Path | None:
-    found = [folder / name for name in _METADATA_NAMES if (folder / name).is_file()]
+    found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
     if len(found) > 1:
         raise DataError(f"{folder}: expected one metadata file, got {found[0].name} and {found[1].name}")
     return found[0] if found else None

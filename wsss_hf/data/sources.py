@@ -9,10 +9,21 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
-from datasets import ClassLabel, Dataset, DatasetDict, List, Value, load_dataset, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    List,
+    Value,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetsError
 
 from .coco import load_coco
-from .folder import SPLIT_NAMES, load_folder
+from .folder import METADATA_NAMES, SPLIT_NAMES, load_folder
 from .metadata import SEPARATOR
 from .prepared import check_once, read_once
 from .saliency import with_saliency
@@ -22,9 +33,10 @@ from .voc import load_voc
 
 _SOURCES = (
     "'toy', 'voc' or 'coco' (with root), a directory saved by save_to_disk, a directory of tagged images, "
-    "or a Hub data set id"
+    "a directory of .parquet or WebDataset .tar shards, or a Hub data set id"
 )
 _SAVED_MARKS = ("dataset_dict.json", "dataset_info.json")
+_SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # suffix → loader of datasets
 _RECORD = "recipe.yaml"  # of a stage that has saved the data
 _COLUMNS = ("image_id", "image", "tags", "mask", "saliency", "superpixels", "pseudo_mask")
 
@@ -50,11 +62,14 @@ def load_data(
     Args:
         source: "toy", "voc" (`root` = a devkit's VOC2012 folder), "coco" (`root` = the folder of annotations,
             train2017 and val2017), a directory saved by save_to_disk, a directory of tagged images (see
-            [`load_folder`]), or the id of a data set on the Hub, also with a revision: owner/name@revision.
+            [`load_folder`]), a file or directory of Parquet or WebDataset shards (splits by their names, train-*,
+            validation-*; of tar files the columns are the suffixes of the members), or the id of a data set on the
+            Hub, also with a revision: owner/name@revision.
         root: where VOC or COCO is.
         classes: names in the order of their indices. VOC and COCO are restricted to them; elsewhere they must cover
-            every tag and, where the data bring class names, be the same.
-        columns: column here → its name in the source, for saved and Hub data sets: {"image": "img", "tags": "labels"}.
+            every tag and, where the data bring class names, be the same. Multi-hot tags get their names from them.
+        columns: column here → its name in the source, for shards, saved and Hub data sets: {"image": "img", "tags":
+            "objects.category"}; a dot leads into a column of structures or of lists of them.
         limit: at most so many rows per split, drawn by `seed`: some for every class if possible, then rows with masks.
         seed: of `limit`.
         masks: "evaluation" or "all", see [`load_voc`] and [`load_coco`].
@@ -77,13 +92,14 @@ def load_data(
         raise DataError(f"limit: expected at least 1 row, got {limit}")
     is_saved = any((path / mark).is_file() for mark in _SAVED_MARKS)
     is_built_in = source in ("toy", "voc", "coco")
-    is_folder = not is_built_in and not is_saved and path.is_dir()
+    is_sharded = not is_built_in and not is_saved and _shard_loader(path) is not None
+    is_folder = not is_built_in and not is_saved and not is_sharded and path.is_dir()
     if columns and (is_built_in or is_folder):
         raise DataError(f"columns: expected a saved or Hub data set, got {str(source)!r}")
     if separator != SEPARATOR and not is_folder:
         raise DataError(f"separator: expected a directory of tagged images, got {str(source)!r}")
     name = str(source)
-    if not (is_built_in or is_saved or is_folder):
+    if not (is_built_in or is_saved or is_folder or is_sharded):
         name, revision = _split_revision(name, revision)
     maps = saliency if isinstance(saliency, str | Path) else None
     limited = partial(_limit_rows, limit=limit, seed=seed)
@@ -115,8 +131,10 @@ def load_data(
         elif is_folder:
             dataset = load_folder(path, classes, separator, skip=maps)
         else:
-            found = _load_saved(name) if is_saved else _load_from_hub(name, revision)
-            dataset = _unify(found, name, classes, columns or {})
+            load = (
+                _load_saved if is_saved else _load_shards if is_sharded else partial(_load_from_hub, revision=revision)
+            )
+            dataset = _unify(load(name), name, classes, columns or {})
         if maps is not None:
             dataset = with_saliency(dataset, maps, count_others=limit is None)
         return DatasetDict({split: limited(rows) for split, rows in dataset.items()})
@@ -160,6 +178,28 @@ def _load_saved(name: str) -> Dataset | DatasetDict:
         raise DataError(f"{name}: expected a data set saved by save_to_disk, got a damaged one ({reason})") from error
 
 
+def _shard_loader(path: Path) -> str | None:
+    """The loader of datasets for a file, or for the files of a directory and those below it."""
+    if path.is_file():
+        return _SHARDS.get(path.suffix)
+    if any((path / name).is_file() for name in METADATA_NAMES):
+        return None
+    found = (suffix for suffix in _SHARDS for _ in (*path.glob(f"*{suffix}"), *path.glob(f"*/*{suffix}")))
+    return _SHARDS.get(next(found, ""))
+
+
+def _load_shards(name: str) -> DatasetDict:
+    path = Path(name)
+    files = {"data_files": name} if path.is_file() else {"data_dir": name}
+    try:
+        return load_dataset(str(_shard_loader(path)), **files)
+    except (OSError, ValueError, DatasetsError) as error:  # a damaged file
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise DataError(
+            f"{name}: expected Parquet or WebDataset shards, got some that can't be read ({reason})"
+        ) from error
+
+
 def _load_from_hub(source: str, revision: str | None) -> DatasetDict:
     if source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).exists():
         raise DataError(f"source: expected {_SOURCES}, got {source!r}")
@@ -187,6 +227,7 @@ def _map_columns(rows: Dataset, source: str, columns: Mapping[str, str]) -> Data
     for column, given in columns.items():
         if column not in _COLUMNS:
             raise DataError(f"columns: expected one of {', '.join(_COLUMNS)}, got {column!r}")
+        rows = _with_nested(rows, given)
         if given not in rows.features:
             raise DataError(f"columns: expected a column of {source!r}, {', '.join(rows.features)}, got {given!r}")
     renamed = {given: column for column, given in columns.items() if column != given}
@@ -200,8 +241,25 @@ def _map_columns(rows: Dataset, source: str, columns: Mapping[str, str]) -> Data
     return rows.select_columns([name for name in _COLUMNS if name in rows.features])
 
 
+def _with_nested(rows: Dataset, name: str) -> Dataset:
+    """`rows` with a column "a.b" from the field b of a column a of structures or of lists of them, if there is one."""
+    outer, _, field = name.partition(".")
+    feature = rows.features.get(outer)
+    if isinstance(feature, List) and isinstance(feature.feature, dict) and field in feature.feature:
+        values = [[part[field] for part in parts or ()] for parts in rows[outer]]
+        found = Dataset.from_dict({name: values}, features=Features({name: List(feature.feature[field])}))
+    elif isinstance(feature, dict):
+        found = rows.select_columns([outer]).flatten()
+    else:
+        return rows
+    if name in rows.features or name not in found.features:
+        return rows
+    return concatenate_datasets([rows, found.select_columns([name])], axis=1)
+
+
 def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] | None) -> dict[str, Dataset]:
-    """Tags as names, a name, ClassLabels or a ClassLabel → lists of ClassLabels, the same in every split."""
+    """Tags as names, a name, ClassLabels, a ClassLabel or, with `classes`, multi-hot → lists of ClassLabels, the same
+    in every split."""
     feature = splits["train"].features["tags"]
     if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
         return splits
@@ -218,9 +276,17 @@ def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] 
         if unknown:
             raise DataError(f"{source!r}: tags: expected names from {', '.join(names)}, got {unknown[0]!r}")
         tags = {split: [[index[name] for name in value] for value in values] for split, values in tags.items()}
+    elif isinstance(feature, List) and isinstance(label, Value) and classes:
+        names = list(classes)
+        if any(len(value) != len(names) or not set(value) <= {0, 1} for values in tags.values() for value in values):
+            raise DataError(
+                f"{source!r}, column 'tags': expected 0 or 1 for each of {len(names)} classes in every row, got others"
+            )
+        tags = {split: [np.flatnonzero(value).tolist() for value in values] for split, values in tags.items()}
     else:
         raise DataError(
-            f"{source!r}, column 'tags': expected class names or ClassLabels, one or a list, got {feature}"
+            f"{source!r}, column 'tags': expected class names or ClassLabels, one or a list, or, with --classes, "
+            f"0 or 1 for each class, got {feature}"
         )
     wanted = List(ClassLabel(names=names))
     return {

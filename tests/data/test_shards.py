@@ -1,0 +1,99 @@
+"""Parquet and WebDataset shards, and tags as others write them."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, List, Value, config
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from wsss_hf.data.sources import load_data
+from wsss_hf.data.tagged import DataError, class_names
+
+PICTURES = [Image.new("RGB", (6, 4), (40 * number, 0, 0)) for number in range(4)]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def rows(tags, feature, column="tags"):
+    return Dataset.from_dict(
+        {"image": PICTURES[: len(tags)], column: tags}, features=Features({"image": ImageFeature(), column: feature})
+    )
+
+
+def add(archive, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def test_a_folder_of_parquet_shards_has_the_splits_of_their_names(tmp_path):
+    data = rows([["cat"], ["dog"], [], ["cat", "dog"]], List(Value("string")))
+    (tmp_path / "shards" / "data").mkdir(parents=True)
+    for index in range(2):
+        part = data.shard(2, index, contiguous=True)
+        part.to_parquet(tmp_path / "shards" / "data" / f"train-{index:05d}-of-00002.parquet")
+    data.select([1]).to_parquet(tmp_path / "shards" / "data" / "validation-00000-of-00001.parquet")
+    found = load_data(tmp_path / "shards")
+    assert found["train"]["tags"][:] == [[0], [1], [], [0, 1]] and found["val"]["tags"][:] == [[1]]
+    assert all(np.array_equal(a, b) for a, b in zip(found["train"]["image"], PICTURES, strict=True))
+    assert found["train"].cache_files  # and not in memory
+    one = load_data(tmp_path / "shards" / "data" / "train-00001-of-00002.parquet", classes=["cat", "dog"])
+    assert one["train"]["tags"][:] == [[], [0, 1]]
+
+
+def test_tar_shards_of_webdataset(tmp_path):
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(tmp_path / "shards" / f"train-{shard}.tar", "w") as archive:
+            for number in (2 * shard, 2 * shard + 1):
+                stream = io.BytesIO()
+                PICTURES[number].save(stream, format="PNG")
+                add(archive, f"{number:04d}.png", stream.getvalue())
+                add(archive, f"{number:04d}.json", json.dumps({"tags": ["cat", "dog"][: number % 2 + 1]}).encode())
+    found = load_data(tmp_path / "shards", columns={"image_id": "__key__", "image": "png", "tags": "json.tags"})
+    assert found["train"]["image_id"][:] == ["0000", "0001", "0002", "0003"]
+    assert class_names(found) == ["cat", "dog"] and found["train"]["tags"][:] == [[0], [0, 1], [0], [0, 1]]
+    assert np.array_equal(found["train"]["image"][3], PICTURES[3])
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 no more")
+    with pytest.raises(DataError, match=f"^{tmp_path}/rows.parquet: expected Parquet or WebDataset shards, got some"):
+        load_data(tmp_path / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    ("objects", "feature"),
+    [
+        ([{"name": [0, 1]}, {"name": [1]}], {"name": List(ClassLabel(names=["cat", "dog"]))}),
+        (
+            [[{"name": 0, "box": [1.0]}, {"name": 1, "box": [2.0]}], [{"name": 1, "box": []}]],
+            List({"name": ClassLabel(names=["cat", "dog"]), "box": List(Value("float32"))}),
+        ),
+        ([[{"name": "cat"}, {"name": "dog"}], [{"name": "dog"}]], List({"name": Value("string")})),
+    ],
+)
+def test_a_dot_leads_into_a_column(objects, feature, tmp_path):
+    rows(objects, feature, "objects").save_to_disk(tmp_path / "saved")
+    found = load_data(tmp_path / "saved", columns={"tags": "objects.name"})
+    assert found["train"]["tags"][:] == [[0, 1], [1]] and class_names(found) == ["cat", "dog"]
+    with pytest.raises(DataError, match="expected a column of .*image, objects, got 'objects.size'"):
+        load_data(tmp_path / "saved", columns={"tags": "objects.size"})
+
+
+@pytest.mark.parametrize("kind", ["int8", "float32", "bool"])
+def test_multi_hot_tags_take_their_names_from_the_classes(kind, tmp_path):
+    rows([[1, 0, 1], [0, 0, 0], [0, 1, 0]], List(Value(kind))).save_to_disk(tmp_path / "saved")
+    found = load_data(tmp_path / "saved", classes=["cat", "dog", "cow"])
+    assert found["train"]["tags"][:] == [[0, 2], [], [1]] and class_names(found) == ["cat", "dog", "cow"]
+    with pytest.raises(DataError, match="expected 0 or 1 for each of 2 classes in every row"):
+        load_data(tmp_path / "saved", classes=["cat", "dog"])
+    with pytest.raises(DataError, match="with --classes, 0 or 1 for each class, got List"):
+        load_data(tmp_path / "saved")
