@@ -32,6 +32,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .data.sources import load_data
+    from .data.streams import load_stream
     from .hub.trainer import WsssTrainer
     from .recipes import Recipe
     from .stages.add_saliency import add_saliency
@@ -56,6 +57,7 @@ _LAZY = {
     "compare": "stages.compare",
     "evaluate": "stages.evaluate",
     "load_data": "data.sources",
+    "load_stream": "data.streams",
     "make_masks": "stages.make_masks",
     "predict": "stages.predict",
     "relabel": "stages.relabel",
@@ -100,6 +102,7 @@ __all__ = [
     "compare",
     "evaluate",
     "load_data",
+    "load_stream",
     "make_masks",
     "option",
     "predict",

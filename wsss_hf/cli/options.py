@@ -118,6 +118,14 @@ SaliencyMaps = Annotated[
         rich_help_panel="Data",
     ),
 ]
+Streaming = Annotated[
+    bool,
+    typer.Option(
+        "--streaming",
+        help="Of train-cam and train-segmenter: read shards or Hub data while training; wants train.steps.",
+        rich_help_panel="Data",
+    ),
+]
 Limit = Annotated[int | None, typer.Option(help="At most this many images per split.", rich_help_panel="Data")]
 Revision = Annotated[str | None, typer.Option(help="Revision of data from the Hub.", rich_help_panel="Data")]
 Token = Annotated[
@@ -167,6 +175,7 @@ def load_inputs(
     separator: Separator = ";",
     saliency: SaliencyMaps = None,
     limit: Limit = None,
+    streaming: Streaming = False,
     revision: Revision = None,
     token: Token = None,
     cache_dir: CacheDir = None,
@@ -189,6 +198,13 @@ def load_inputs(
     resolved = Recipe.load(name, [*(changes or []), *tracked], backbone=backbone, seed=seed)
     check_tracker(resolved.cam.train)
     options = data_options(source, root, classes, columns, separator, saliency, limit, revision)
+    if streaming:
+        odd = [name for name in options if name not in ("source", "classes", "columns", "revision")]
+        if odd:
+            raise RecipeError(f"--streaming: expected no --{odd[0]} beside it")
+        from ..data.streams import load_stream
+
+        return Inputs(load_stream(**options), resolved)
     toy = vars(resolved.toy) if source == "toy" else None
     return Inputs(load_data(**options, seed=resolved.seed, masks=masks, toy=toy), resolved)
 
@@ -264,6 +280,10 @@ def with_inputs(command: Callable) -> Callable:
     @functools.wraps(command)
     def wrapper(**options: Any) -> None:
         prepare(options.pop("quiet"))
+        if options["streaming"] and command.__name__ not in ("train_cam", "train_segmenter"):
+            raise RecipeError(
+                f"--streaming: expected train-cam or train-segmenter, got {command.__name__.replace('_', '-')}"
+            )
         shared_options = {name: options.pop(name) for name in names}
         # Only the supervised upper bound and, on request, the evaluation may see the masks of all training images.
         masks: Literal["evaluation", "all"] = "evaluation"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
+from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch import Tensor
 
@@ -28,6 +30,9 @@ from .tagged import (
 MAPS = {"superpixels": "cam.superpixels", "saliency": "cam.saliency", "confidence": "segmenter.confidence"}
 
 
+BUFFER = 1000  # rows of a stream
+
+
 class TaggedExamples(torch.utils.data.Dataset):
     """Item i → {"pixel_values": float32 (3, S, S), "tags": float32 (C,)}; with masks also "labels": int64 (S, S).
 
@@ -46,7 +51,7 @@ class TaggedExamples(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Dataset | IterableDataset,
         transform: Callable[..., tuple[Any, ...]],
         mask_column: str | None = None,
         seed: int = 0,
@@ -66,9 +71,7 @@ class TaggedExamples(torch.utils.data.Dataset):
         if mask_column is not None:
             if mask_column not in dataset.features:
                 raise DataError(f"data set: expected a column {mask_column!r}, got {', '.join(dataset.features)}")
-            dataset = dataset.select(np.flatnonzero(has_value(dataset, mask_column)))
-            if not len(dataset):
-                raise DataError(f"column {mask_column!r}: expected a mask in at least one row, got none")
+            dataset = _with_masks(dataset, mask_column)
             columns.append(mask_column)
         self.targets = targets
         self.num_classes = len(class_names(dataset))
@@ -83,7 +86,10 @@ class TaggedExamples(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        row = self.rows[index]
+        return self.example(self.rows[index], np.random.default_rng((self.seed, int(self._epoch), index)))
+
+    def example(self, row: dict, rng: np.random.Generator) -> dict[str, Tensor]:
+        """The item of a row."""
         where = f"row {row['image_id']!r}"
         image = decode_image(row["image"], f"{where}, {row['image'] and row['image']['path'] or 'column image'}")
         mask = None
@@ -95,7 +101,6 @@ class TaggedExamples(torch.utils.data.Dataset):
                 raise DataError(
                     f"{where}: {self.mask_column}: expected labels 0..{self.num_classes} and 255, got {outside[0]}"
                 )
-        rng = np.random.default_rng((self.seed, int(self._epoch), index))
         followers = self._followers(row, image.size, where)
         if "confidence" in followers:
             _check_size(followers["confidence"][0], image, f"{where}: confidence")
@@ -128,6 +133,46 @@ class TaggedExamples(torch.utils.data.Dataset):
             for tag, png in zip(row["tags"], row["localization_maps"], strict=True):
                 followers[tag] = _unit_range(decode_gray({"bytes": png}, f"{where}, localization_maps")), 0
         return followers
+
+
+class StreamedExamples(TaggedExamples, torch.utils.data.IterableDataset):
+    """The items of a stream without end: after its last row it begins again, in another order.
+
+    Rows are drawn from a buffer of `BUFFER`, and shards in an order of their own, by seed and pass. The processes get
+    different shards where their number divides by that of the processes, else every so-manyth row.
+
+    Attributes:
+        start: items that are left out, for a training that goes on: their rows are read again, and not decoded.
+        process, processes: whose items these are.
+
+    Raises:
+        DataError: as of [`TaggedExamples`]; a process finds no row at all.
+    """
+
+    start, process, processes = 0, 0, 1
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        shuffled = self.rows.shuffle(seed=self.seed, buffer_size=BUFFER)
+        rows = split_dataset_by_node(shuffled, rank=self.process, world_size=self.processes)
+        done = 0
+        for number in itertools.count():
+            rows.set_epoch(number)
+            before = done
+            for row in rows:
+                if done >= self.start:
+                    yield self.example(row, np.random.default_rng((self.seed, self.process, done)))
+                done += 1
+            if done == before:
+                raise DataError(f"stream: expected rows for each of {self.processes} processes, got none for one")
+
+
+def _with_masks(rows: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:
+    if isinstance(rows, IterableDataset):
+        return rows.filter(lambda row: row[column] is not None)
+    rows = rows.select(np.flatnonzero(has_value(rows, column)))
+    if not len(rows):
+        raise DataError(f"column {column!r}: expected a mask in at least one row, got none")
+    return rows
 
 
 def _unit_range(values: np.ndarray) -> np.ndarray:

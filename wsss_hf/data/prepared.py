@@ -32,7 +32,7 @@ def read_once(read: Callable[[], DatasetDict], arguments: Mapping[str, Any], *fo
         DataError: as of `read` and [`check_dataset`].
     """
     with _main_process_first():
-        place = _place("rows", arguments, *map(_tree_state, folders))
+        place = _place("rows", arguments, *map(tree_state, folders))
         if place.is_dir():
             return load_from_disk(str(place))
         data = read()
@@ -55,7 +55,7 @@ def check_once(data: DatasetDict, arguments: Mapping[str, Any], *folders: str | 
     """
     with _main_process_first():
         identities = [rows._fingerprint for rows in data.values()]
-        mark = _place("checked", arguments, identities, *map(_tree_state, folders))
+        mark = _place("checked", arguments, identities, *map(tree_state, folders))
         if mark.is_dir():
             return
         check_dataset(data)
@@ -75,9 +75,12 @@ def _place(kind: str, *identity: Any) -> Path:
     return Path(config.HF_DATASETS_CACHE) / f"wsss_hf_{kind}" / key
 
 
-def _tree_state(folder: str | Path) -> str:
-    """A digest of the names, sizes and times of change of all files in a folder, and of where it is."""
+def tree_state(folder: str | Path) -> str:
+    """A digest of a file, or of all files in a folder: their names, sizes and times of change, and where they are."""
     state = hashlib.blake2b(os.path.abspath(folder).encode(), digest_size=16)
+    if os.path.isfile(folder):
+        found = os.stat(folder)
+        state.update(f"{found.st_size}\0{found.st_mtime_ns}".encode())
     for path, size, changed in sorted(_files(os.fspath(folder))) if os.path.isdir(folder) else ():
         state.update(f"{path}\0{size}\0{changed}\n".encode(errors="surrogateescape"))
     return state.hexdigest()

@@ -92,7 +92,7 @@ def load_data(
         raise DataError(f"limit: expected at least 1 row, got {limit}")
     is_saved = any((path / mark).is_file() for mark in _SAVED_MARKS)
     is_built_in = source in ("toy", "voc", "coco")
-    is_sharded = not is_built_in and not is_saved and _shard_loader(path) is not None
+    is_sharded = not is_built_in and not is_saved and shard_loader(path) is not None
     is_folder = not is_built_in and not is_saved and not is_sharded and path.is_dir()
     if columns and (is_built_in or is_folder):
         raise DataError(f"columns: expected a saved or Hub data set, got {str(source)!r}")
@@ -178,7 +178,7 @@ def _load_saved(name: str) -> Dataset | DatasetDict:
         raise DataError(f"{name}: expected a data set saved by save_to_disk, got a damaged one ({reason})") from error
 
 
-def _shard_loader(path: Path) -> str | None:
+def shard_loader(path: Path) -> str | None:
     """The loader of datasets for a file, or for the files of a directory and those below it."""
     if path.is_file():
         return _SHARDS.get(path.suffix)
@@ -192,7 +192,7 @@ def _load_shards(name: str) -> DatasetDict:
     path = Path(name)
     files = {"data_files": name} if path.is_file() else {"data_dir": name}
     try:
-        return load_dataset(str(_shard_loader(path)), **files)
+        return load_dataset(str(shard_loader(path)), **files)
     except (OSError, ValueError, DatasetsError) as error:  # a damaged file
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(
@@ -264,7 +264,7 @@ def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] 
     if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
         return splits
     label = feature.feature if isinstance(feature, List) else feature
-    tags = {split: [_as_list(value) for value in rows["tags"]] for split, rows in splits.items()}
+    tags = {split: [as_list(value) for value in rows["tags"]] for split, rows in splits.items()}
     if isinstance(label, ClassLabel):
         names = label.names
     elif isinstance(label, Value) and label.dtype in ("string", "large_string"):
@@ -295,7 +295,8 @@ def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] 
     }
 
 
-def _as_list(value: object) -> list:
+def as_list(value: object) -> list:
+    """One tag, a list of tags or none → a list."""
     return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 

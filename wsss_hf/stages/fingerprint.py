@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from datasets import Image as ImageFeature
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from ..data.tagged import class_names, undecoded
+from ..data.prepared import tree_state
+from ..data.tagged import class_names, source_of, undecoded
 from ..files import file_digest
 from ..models.pretrained import pinned
 
@@ -43,6 +44,15 @@ def row_fingerprints(rows: Dataset, columns: Sequence[str]) -> list[str]:
 def rows_fingerprint(rows: Dataset, columns: Sequence[str], fingerprints: Sequence[str] | None = None) -> str:
     """One fingerprint of rows in their order, and of the classes; `fingerprints` are those of the rows, if known."""
     return digest([*class_names(rows), *(fingerprints or row_fingerprints(rows, columns))])
+
+
+def data_fingerprint(data: DatasetDict, columns: Sequence[str]) -> str:
+    """[`rows_fingerprint`] of split "train". A stream is not read for it: it is known by its name and, where its
+    shards are files here, by their sizes and times of change."""
+    if not isinstance(data["train"], IterableDataset):
+        return rows_fingerprint(data["train"], columns)
+    source = source_of(data)
+    return digest([*class_names(data), source, tree_state(source["source"])])
 
 
 def _image(value: dict | None) -> str:

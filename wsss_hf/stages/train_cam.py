@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from datasets import DatasetDict
+from datasets import DatasetDict, IterableDataset
 
 from ..data.saliency import check_saliency
-from ..data.tagged import class_names, source_of
+from ..data.tagged import DataError, class_names, source_of
 from ..models.modeling_cam import CamClassifier
 from ..pseudo_labels.rules import check_columns
 from ..recipes import Recipe
@@ -17,7 +17,7 @@ from ..training.build import build_on_backbone, build_processor, start_layers
 from ..training.launcher import with_launcher
 from ..training.train import begin_training, train_model, with_superpixels
 from .cache import Record, StageOutput
-from .fingerprint import model_fingerprint, rows_fingerprint
+from .fingerprint import data_fingerprint, model_fingerprint
 from .results import TrainedModel
 
 VERSION = 3
@@ -27,7 +27,7 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
     """Train a CAM classifier on the tags of split "train"; masks are never read.
 
     Args:
-        data: tagged images, see [`load_data`].
+        data: tagged images, see [`load_data`] and, for a stream, [`load_stream`].
         recipe: its `image` and `cam` sections are used.
         out: folder of the model. A result that was made from the same images, tags, settings and backbone is used
             again; an interrupted training goes on.
@@ -43,10 +43,14 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
     """
     section, rows = with_launcher(recipe.cam), data["train"]
     recipe = dataclasses.replace(recipe, cam=section)
-    if section.saliency:
-        check_saliency(rows, "cam.saliency")
-    if recipe.masks.seeds != MasksSettings.seeds:  # they come later, but nobody should train for them in vain
-        check_columns(recipe.masks, rows)
+    if isinstance(rows, IterableDataset):
+        if section.superpixels:
+            raise DataError("cam.superpixels: expected data that are not streamed")
+    else:
+        if section.saliency:
+            check_saliency(rows, "cam.saliency")
+        if recipe.masks.seeds != MasksSettings.seeds:  # they come later, but nobody should train for them in vain
+            check_columns(recipe.masks, rows)
     output = StageOutput(out, cam_record(data, recipe), force)
     if not output.done:
         with output.working() as folder:
@@ -91,7 +95,7 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
 def cam_record(data: DatasetDict, recipe: Recipe) -> Record:
     """What a classifier of this recipe and data is made from."""
     section = with_launcher(recipe.cam)
-    inputs = {"data": rows_fingerprint(data["train"], ["image_id", "tags", "image", *_columns(recipe)])}
+    inputs = {"data": data_fingerprint(data, ["image_id", "tags", "image", *_columns(recipe)])}
     if section.backbone is not None:
         inputs["backbone"] = model_fingerprint(section.backbone)
     settings = {"seed": recipe.seed, "image": recipe.image, "cam": section}

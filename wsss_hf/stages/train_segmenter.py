@@ -6,7 +6,7 @@ import os
 from functools import partial
 from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.tagged import class_names, source_of
@@ -24,7 +24,7 @@ from ..training.library_segmenter import build_library_segmenter
 from ..training.losses import CrossEntropy, SegmentationObjective, build_loss
 from ..training.train import begin_training, train_model
 from .cache import Record, StageOutput
-from .fingerprint import model_fingerprint, rows_fingerprint
+from .fingerprint import data_fingerprint, model_fingerprint
 from .results import TrainedModel
 
 VERSION = 2
@@ -43,7 +43,7 @@ def train_segmenter(
     """Train a segmenter on the pseudo masks of split "train".
 
     Args:
-        data: what [`make_masks`] wrote.
+        data: what [`make_masks`] wrote, also as a stream, see [`load_stream`].
         recipe: its `image` and `segmenter` sections are used.
         out: folder of the model, as for [`train_cam`].
         mask_column: "mask" trains on true masks instead, for the fully supervised upper bound; the loss is then
@@ -63,7 +63,7 @@ def train_segmenter(
     by_confidence = not supervised and bool(section.confidence or section.min_confidence)
     from_cam = cam if section.from_cam and section.model is None else None
     masks = ["image_id", mask_column, *(["confidence"] if by_confidence else [])]
-    inputs = {"data": rows_fingerprint(rows, ["image_id", "tags", "image"]), "masks": rows_fingerprint(rows, masks)}
+    inputs = {"data": data_fingerprint(data, ["image_id", "tags", "image"]), "masks": data_fingerprint(data, masks)}
     for name, start in (("cam", from_cam), ("backbone", section.backbone), ("model", section.model)):
         if start is not None and (name != "backbone" or from_cam is None):
             inputs[name] = model_fingerprint(start)
@@ -125,7 +125,11 @@ def _build(
 
 
 def _keep_area(
-    rows: Dataset, mask_column: str, batch_size: int, objective: SegmentationObjective, processor: BaseImageProcessor
+    rows: Dataset | IterableDataset,
+    mask_column: str,
+    batch_size: int,
+    objective: SegmentationObjective,
+    processor: BaseImageProcessor,
 ) -> dict:
     """Add a logit bias to the background, so that the predicted object area is not below that of the labels.
 
@@ -134,6 +138,8 @@ def _keep_area(
     """
     model = objective.model.eval()
     bias = output_bias(model, processor)
+    if isinstance(rows, IterableDataset):
+        rows = Dataset.from_list(list(rows.take(_AREA_IMAGES)), features=rows.features)
     rows = labelled_objects(rows, mask_column, _AREA_IMAGES)
     if bias is None or not len(rows):
         return {}

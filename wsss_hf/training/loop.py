@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.data_loader import SeedableRandomSampler
-from accelerate.utils import DistributedType, find_batch_size, set_seed
+from accelerate.utils import DistributedType, find_batch_size, send_to_device, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
 from torch import nn, optim
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
+from ..data.examples import StreamedExamples
 from ..progress import Progress
 from ..settings import RecipeError, TrainSettings
 from . import checkpoints
@@ -62,7 +63,8 @@ class Training:
     Args:
         model: `model(**example_batch)` gives an output with `loss` and, if it has several, a dict `losses`. It is
             trained in place.
-        examples: items are the model's keyword arguments; `set_epoch` is called where it exists.
+        examples: items are the model's keyword arguments; `set_epoch` is called where it exists. [`StreamedExamples`]
+            are one epoch of `settings.steps`; on another number of processes, they would be other items.
         settings: a recipe's `train` section.
         accelerator: of `build_accelerator`.
         folder: keeps `checkpoints/` and `log.jsonl`.
@@ -86,14 +88,16 @@ class Training:
     ):
         self.examples, self.settings, self.accelerator = examples, settings, accelerator
         self.folder, self.seed, self.title, self.pictures = folder, seed, title, pictures
-        self.batch_size, self.parts = _shares(settings, accelerator, len(examples))
-        self.steps_per_epoch = len(examples) // self.batch_size
+        self.is_streamed = isinstance(examples, StreamedExamples)
+        count = _images_of_stream(settings, accelerator) if self.is_streamed else len(examples)
+        self.batch_size, self.parts = _shares(settings, accelerator, count)
+        self.steps_per_epoch = count // self.batch_size
         self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
         self.step = 0  # optimiser steps that are done
         self.history: list[dict] = []
         self._saved_step, self._saved_at = 0, time.monotonic()  # the newest checkpoint
         self.sums: dict[str, torch.Tensor] = {}  # of the losses of the running epoch, over its images
-        self._identity = _identity(model, len(examples), settings, seed)
+        self._identity = _identity(model, self._dealt_to(count), settings, seed)
 
         set_seed(seed)  # identical on all processes, whatever was drawn before
         _freeze(model, settings)
@@ -103,23 +107,36 @@ class Training:
             # The convolutions of MobileNetV2 then run a quarter faster on a CPU.
             model = model.to(memory_format=torch.channels_last)
         self.inner = model
-        self.order = SeedableRandomSampler(examples, data_seed=seed)
-        loader = DataLoader(
-            examples,
-            batch_sampler=MicroBatches(self.order, self.batch_size, self.parts),
-            num_workers=settings.workers,
-            persistent_workers=settings.workers > 0,
-            pin_memory=accelerator.device.type == "cuda",
-        )
+        loader: Any
+        if self.is_streamed:
+            examples.process, examples.processes = accelerator.process_index, accelerator.num_processes
+            loader = DataLoader(examples, self.batch_size // self.parts, num_workers=min(settings.workers, 1))
+        else:
+            self.order = SeedableRandomSampler(examples, data_seed=seed)
+            loader = DataLoader(
+                examples,
+                batch_sampler=MicroBatches(self.order, self.batch_size, self.parts),
+                num_workers=settings.workers,
+                persistent_workers=settings.workers > 0,
+                pin_memory=accelerator.device.type == "cuda",
+            )
         _tell_deepspeed(accelerator, self.batch_size // self.parts, settings)
         optimizer = build_optimizer(model, settings)
         scheduler = build_scheduler(optimizer, settings, self.total_steps)
         average = _average(model, settings, accelerator)
-        self.model, self.optimizer, self.loader, self.scheduler = accelerator.prepare(
-            model, optimizer, loader, scheduler
-        )
+        if self.is_streamed:  # which deals its rows out itself
+            self.model, self.optimizer, self.scheduler = accelerator.prepare(model, optimizer, scheduler)
+            self.loader = loader
+        else:
+            self.model, self.optimizer, self.loader, self.scheduler = accelerator.prepare(
+                model, optimizer, loader, scheduler
+            )
         self.average: Any = average and accelerator.prepare_model(average, evaluation_mode=True)
         _save_without_wrappers(accelerator)
+
+    def _dealt_to(self, count: int) -> Any:
+        """What the order of `count` items depends on: that of a stream also on who gets them."""
+        return [count, self.accelerator.num_processes] if self.is_streamed else count
 
     def run(self) -> list[dict]:
         """Train to the end.
@@ -195,6 +212,10 @@ class Training:
 
     def _batches(self, epoch: int, first: int, steps: int) -> Iterator[dict]:
         """The micro-batches of an epoch's steps from `first` to `steps`."""
+        if self.is_streamed:
+            self.examples.start = first * self.batch_size // self.accelerator.num_processes
+            batches = itertools.islice(self.loader, (steps - first) * self._micro_batches)
+            return (send_to_device(batch, self.accelerator.device) for batch in batches)
         self.order.set_epoch(epoch)
         self.loader.set_epoch(epoch)
         if hasattr(self.examples, "set_epoch"):
@@ -310,7 +331,7 @@ class Training:
             self.sums = {name: torch.tensor(share * value, device=device) for name, value in saved["sums"].items()}
 
 
-def _identity(model: nn.Module, count: int, settings: TrainSettings, seed: int) -> str:
+def _identity(model: nn.Module, count: Any, settings: TrainSettings, seed: int) -> str:
     """What tells a training from others, whose checkpoints somebody may have put into its folder."""
     slow = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("speed")]
     parts = [count, seed, {name: getattr(settings, name) for name in slow}]
@@ -332,6 +353,19 @@ def _shares(settings: TrainSettings, accelerator: Accelerator, num_examples: int
     batch_size = min(settings.batch_size, num_examples)
     accelerator.gradient_accumulation_steps = min(settings.accumulate, batch_size // processes)
     return batch_size, processes * accelerator.gradient_accumulation_steps
+
+
+def _images_of_stream(settings: TrainSettings, accelerator: Accelerator) -> int:
+    """That its only epoch has."""
+    if not settings.steps:
+        raise RecipeError("train.steps: expected a number of steps for data that are streamed, got 0")
+    parts = accelerator.num_processes * settings.accumulate
+    if settings.batch_size % parts:
+        raise RecipeError(
+            f"batch_size: expected a multiple of {parts} for data that are streamed, {accelerator.num_processes} "
+            f"processes x {settings.accumulate} micro-batches, got {settings.batch_size}"
+        )
+    return settings.steps * settings.batch_size
 
 
 def _with_synced_norms(model: nn.Module, accelerator: Accelerator) -> nn.Module:

@@ -16,11 +16,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, set_seed
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from PIL import Image
 from transformers import BaseImageProcessor
 
-from ..data.examples import TaggedExamples
+from ..data.examples import StreamedExamples, TaggedExamples
 from ..data.superpixels import superpixel_column
 from ..data.transforms import TrainTransform
 from ..files import sync
@@ -56,7 +56,7 @@ def train_model(
     accelerator: Accelerator,
     model: Any,
     processor: BaseImageProcessor,
-    rows: Dataset,
+    rows: Dataset | IterableDataset,
     settings: TrainSettings,
     *,
     seed: int,
@@ -102,12 +102,13 @@ def train_model(
         **statistics,
     )
     wanted = dict.fromkeys(columns, True)
-    examples = TaggedExamples(rows, transform, mask_column=mask_column, seed=seed, targets=targets, **wanted)
+    kind = StreamedExamples if isinstance(rows, IterableDataset) else TaggedExamples
+    examples = kind(rows, transform, mask_column=mask_column, seed=seed, targets=targets, **wanted)
     # Of weights that the processes share out, the main process keeps a whole network to put them into at the end.
     sharded = is_sharded(accelerator)
     trained = copy.deepcopy(model) if sharded and accelerator.is_main_process else model
     pictures = None
-    if settings.track is not None and not sharded:
+    if settings.track is not None and not sharded and kind is not StreamedExamples:
         from .pictures import MapPictures  # for trackers alone
 
         pictures = MapPictures(model, examples, **statistics)
