@@ -11,6 +11,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from wsss_hf.data.sources import load_data
+from wsss_hf.data.streams import load_stream
 from wsss_hf.data.tagged import DataError, class_names
 
 PICTURES = [Image.new("RGB", (6, 4), (40 * number, 0, 0)) for number in range(4)]
@@ -61,6 +62,12 @@ def test_tar_shards_of_webdataset(tmp_path):
     assert found["train"]["image_id"][:] == ["0000", "0001", "0002", "0003"]
     assert class_names(found) == ["cat", "dog"] and found["train"]["tags"][:] == [[0], [0, 1], [0], [0, 1]]
     assert np.array_equal(found["train"]["image"][3], PICTURES[3])
+    columns = {"image_id": "__key__", "image": "png", "tags": "json.tags"}
+    stream = load_stream(tmp_path / "shards", classes=["cat", "dog"], columns=columns)["train"]
+    assert [(row["image_id"], row["tags"]) for row in stream] == list(
+        zip(found["train"]["image_id"], found["train"]["tags"], strict=True)
+    )
+    assert all(row["image"]["bytes"] for row in stream)
 
 
 def test_a_damaged_shard_is_named(tmp_path):

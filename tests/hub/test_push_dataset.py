@@ -13,6 +13,7 @@ from loopback_hub import TOKEN
 from wsss_hf.cli.main import main
 from wsss_hf.data.saving import num_bytes, save_data
 from wsss_hf.data.sources import load_data
+from wsss_hf.data.streams import load_stream
 from wsss_hf.data.tagged import DataError, class_names, undecoded
 from wsss_hf.hub import push as module
 from wsss_hf.hub.push import push_dataset
@@ -60,6 +61,10 @@ def test_masks_come_back_from_the_hub_as_they_were(hub, run_folder, toy_data, tm
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     again = load_data("tester/masks")
     assert "pseudo_mask" in again["train"].features and len(again["val"]) == 4
+    # Also while it is read from there.
+    for ours, theirs in zip(toy_data["train"], load_stream("tester/masks")["train"], strict=True):
+        assert ours["image_id"] == theirs["image_id"] and ours["tags"] == theirs["tags"]
+        assert theirs["image"]["bytes"] and theirs["pseudo_mask"]["bytes"]
 
 
 def test_the_card_feeds_the_viewer_and_names_its_limits(hub, run_folder, toy_data):
