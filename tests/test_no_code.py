@@ -14,6 +14,7 @@ from wsss_hf.hub.onnx import export_onnx
 from wsss_hf.inference.load import load_labeler, load_segmenter
 from wsss_hf.models.pretrained import backbone_normalization, from_backbone, resolve_backbone_config
 from wsss_hf.refinement.matting import VitMatte
+from wsss_hf.refinement.steps import build_refinement
 from wsss_hf.saliency.load import load_source
 from wsss_hf.training.library_segmenter import build_library_segmenter
 
@@ -52,11 +53,12 @@ def stranger(tmp_path, monkeypatch):
         lambda name: resolve_backbone_config(name, None),
         lambda name: build_library_segmenter(name, ["background", "cat"], 32),
         lambda name: VitMatte(name, torch.device("cpu")),
+        lambda name: build_refinement([{"walk": {"model": name}}]).prepare(),
         lambda name: export_onnx(name, Path(name).parent / "onnx"),
         lambda name: load_source(model=name),
         lambda name: load_source(spectral=name),
     ],
-    ids=["cam", "segmenter", "backbone", "config", "library", "matting", "onnx", "saliency", "spectral"],
+    ids=["cam", "segmenter", "backbone", "config", "library", "matting", "walk", "onnx", "saliency", "spectral"],
 )
 def test_no_loader_runs_it_or_asks(stranger, load):
     with pytest.raises((OSError, TypeError, ValueError)):

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from .models.options import Options, option
 
 AUTO = "auto"
+SMALLEST_WINDOW = 16  # pixels: smaller ones show a network nothing, and there are thousands
 
 
 class RecipeError(ValueError):
@@ -30,7 +31,9 @@ def speed(default: Any, text: str, **limits: Any) -> Any:
 class ImageSettings(Options):
     """How images are shown to the networks."""
 
-    size: int = option(224, "Short side of an image at scale 1, and side of a training crop, in pixels.", at_least=1)
+    size: int = option(
+        224, "Short side of an image at scale 1, and side of a training crop, in pixels.", at_least=1, at_most=8192
+    )
     mean: list[float] | None = option(None, "Per channel, for images in [0, 1]; null takes the backbone's.", length=3)
     std: list[float] | None = option(None, "As mean.", length=3)
 
@@ -87,7 +90,9 @@ class TrainSettings(Options):
     compile: bool = speed(False, "Let torch.compile build the network: minutes at the start, faster steps after.")
     fused: bool = speed(False, "The optimiser's fused kernels.")
     channels_last: bool = speed(True, "Memory order of convolutions that suits CPUs, and GPUs in half precision.")
-    scale: list[float] = option([0.7, 1.4], "Random scale: lowest, highest.", above=0, length=2, ascending=True)
+    scale: list[float] = option(
+        [0.7, 1.4], "Random scale: lowest, highest.", above=0, at_most=8, length=2, ascending=True
+    )
     scaled_side: Literal["short", "long", "both", "native"] = option(
         "short",
         "short | long: side that is image.size at scale 1; both: images become squares, then and later; native: scale "
@@ -173,7 +178,7 @@ class RefinerSettings(Options):
     """The map refiner: a second network, like the first without methods, that learns its maps (DRS)."""
 
     use: bool = option(False, "Train it in `wsss run`; then it makes the masks.")
-    scales: list[float] = option([0.8, 1.0, 1.2], "Test-time scales of the maps to learn.", above=0)
+    scales: list[float] = option([0.8, 1.0, 1.2], "Test-time scales of the maps to learn.", above=0, at_most=8)
     flip: bool = option(False, "Also average with the mirror image.")
     fusion: Literal["mean", "max"] = option("max", "mean | max over scales and mirror images.")
     batch_size: int = speed(16, "Images of an inference batch.", at_least=1)
@@ -229,7 +234,7 @@ class AffinitySettings(Options):
 class MasksSettings(Options):
     """From maps to pseudo masks."""
 
-    scales: list[float] = option([0.75, 1.0, 1.25], "Test-time scales.", above=0)
+    scales: list[float] = option([0.75, 1.0, 1.25], "Test-time scales.", above=0, at_most=8)
     flip: bool = option(True, "Also average with the mirror image.")
     fusion: Literal["mean", "max", "sum"] = option(
         "mean",
@@ -286,7 +291,7 @@ class SegmenterSettings(Options):
         [1, 3, 6, 9], "Dilations of the head's parallel 3x3 convolutions; v1 has one.", at_least=1
     )
     input_scales: list[float] = option(
-        [1.0], "The largest logit over these scales counts, in training and afterwards.", above=0
+        [1.0], "The largest logit over these scales counts, in training and afterwards.", above=0, at_most=8
     )
     loss: str = option("cross_entropy", "cross_entropy | symmetric | bootstrapped")
     loss_options: dict[str, Any] = option({}, "Options of the loss, for example {beta: 0.5}.")
@@ -307,7 +312,7 @@ class SelfTrainingSettings(Options):
     rounds: int = option(1, "Segmenters trained one after the other.", at_least=1)
     threshold: float = option(0.5, "Pixels whose label is less probable become 255 (ignore).", at_least=0, at_most=1)
     keep_area: bool = option(True, "Keep the object area of the labels that the segmenter was trained on.")
-    scales: list[float] = option([0.75, 1.0, 1.25], "Test-time scales.", above=0)
+    scales: list[float] = option([0.75, 1.0, 1.25], "Test-time scales.", above=0, at_most=8)
     flip: bool = option(True, "Also average with the mirror image.")
     window: int | None = option(None, "As evaluation.window; null takes its value.", at_least=0)
     window_stride: int = option(0, "As evaluation.window_stride.", at_least=0)
@@ -315,19 +320,32 @@ class SelfTrainingSettings(Options):
     workers: int = speed(0, "As masks.workers.", at_least=0)
     batch_size: int = speed(16, "Images of an inference batch.", at_least=1)
 
+    def check(self) -> None:
+        _check_window(self.window)
+
 
 @dataclass
 class EvaluationSettings(Options):
     """The test protocol of segmenters."""
 
-    scales: list[float] = option([1.0], "Test-time scales.", above=0)
+    scales: list[float] = option([1.0], "Test-time scales.", above=0, at_most=8)
     flip: bool = option(True, "Also average with the mirror image.")
-    window: int = option(0, "Side of a sliding window, in pixels at each scale; 0 takes whole images.", at_least=0)
+    window: int = option(
+        0, "Side of a sliding window, at least 16 pixels at each scale; 0 takes whole images.", at_least=0
+    )
     window_stride: int = option(0, "In pixels; 0 is two thirds of the window.", at_least=0)
     refine: list[Any] = option([], "Of the probabilities, as masks.refine; [crf] is DeepLab's protocol.", length=0)
     workers: int = speed(0, "As masks.workers.", at_least=0)
     batch_size: int = speed(16, "Images of an inference batch.", at_least=1)
     examples: int = option(12, "Images in the report.", at_least=1)
+
+    def check(self) -> None:
+        _check_window(self.window)
+
+
+def _check_window(window: int | None) -> None:
+    if window and window < SMALLEST_WINDOW:
+        raise ValueError(f"window: expected 0 or at least {SMALLEST_WINDOW} pixels, got {window}")
 
 
 @dataclass

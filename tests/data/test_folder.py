@@ -320,6 +320,20 @@ def test_no_class_vanishes_in_nested_folders(tmp_path, names):
         load_folder(tmp_path)
 
 
+def test_a_table_below_the_folder_is_no_part_of_a_class(tmp_path):
+    draw(tmp_path / "photos/a.jpg")
+    (tmp_path / "photos/metadata.csv").write_text("file_name,tags\na.jpg,cat\n")
+    with pytest.raises(DataError, match="photos/metadata.csv: expected images of a class in .*photos, got a data set"):
+        load_folder(tmp_path)
+
+
+def test_images_beside_the_class_folders_are_said(tmp_path, capsys):
+    for name in ("cat/a.jpg", "b.jpg", "c.jpg"):
+        draw(tmp_path / name)
+    assert load_folder(tmp_path)["train"]["image_id"][:] == ["cat/a.jpg"]
+    assert capsys.readouterr().err == f"{tmp_path}: not read: 2 images beside the class folders\n"
+
+
 def test_a_folder_called_background_holds_images_without_tags(tmp_path):
     for name in ("Background/a.jpg", "cat/b.jpg"):
         draw(tmp_path / name)

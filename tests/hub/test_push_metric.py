@@ -51,6 +51,6 @@ def test_evaluate_finds_the_metric_on_the_hub(hub, name, metric_class, tmp_path)
 
 
 def test_an_unknown_metric_is_refused(hub):
-    with pytest.raises(HubError, match="accuracy: unknown; expected mean_iou or boundary_f"):
+    with pytest.raises(HubError, match="metric 'accuracy': unknown; expected mean_iou or boundary_f"):
         push_metric("accuracy", "tester/accuracy")
     assert hub.requests == []

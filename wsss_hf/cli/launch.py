@@ -27,7 +27,8 @@ class Interrupted(BaseException):
 
 
 def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
-    """Run a command; what the user can mend is one line on standard error and exit status 1.
+    """Run a command; what the user can mend is one line on standard error and exit status 1, or 2 for what is no
+    command, option or value of the right type.
 
     A signal ends it with 128 and its number; a training that a batch system's SIGTERM or SIGUSR1 stops, after it has
     written a checkpoint, with 75.
@@ -42,19 +43,24 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
     start_missing_processes()
     keep_freed_memory()
     keep_kernels()
-    status = 1
     try:
-        app(args=arguments)
+        status = app(args=arguments, standalone_mode=False) or 0
     except Interrupted as interruption:
         status = 128 + interruption.number
         print(f"interrupted by {interruption}; the same command goes on where it was", file=sys.stderr)
     except Exception as error:
-        if os.environ.get("WSSS_TRACEBACK") or not _is_for_users(error):
+        if isinstance(error.__cause__, EOFError):  # for which typer says "Aborted."
+            error = error.__cause__
+        is_usage = hasattr(error, "format_message")  # typer's, of what is no command, option or value
+        if not is_usage and (os.environ.get("WSSS_TRACEBACK") or not _is_for_users(error)):
             raise
-        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        status = error.exit_code if is_usage else 1
+        text = " ".join((error.format_message() if is_usage else _reason(error)).split())
+        if text:  # without arguments there is the help
+            print(f"error: {text}", file=sys.stderr)
     finally:
         _leave_process_group()
-    sys.exit(status)  # an error, and no longer with its frames; without one `app` has raised SystemExit
+    sys.exit(status)  # an error, and no longer with its frames
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> None:
@@ -62,16 +68,16 @@ def _interrupt(number: int, _frame: FrameType | None) -> None:
 
 
 def _is_for_users(error: Exception) -> bool:
-    if isinstance(error, ValueError | OSError | ImportError):  # a library that is missing, too
+    if isinstance(error, ValueError | OSError | EOFError | ImportError):  # a library that is missing, too
         return True
     # The last two: damaged weights and rows, and full disks, as their libraries say it.
     return type(error).__name__ in ("TrainingError", "CompareError", "SafetensorError", "DatasetGenerationError")
 
 
-def _in_one_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__  # which says why
-    return " ".join(str(error).split()) or type(error).__name__
+    return str(error).strip() or type(error).__name__
 
 
 def _leave_process_group() -> None:

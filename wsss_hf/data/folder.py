@@ -197,7 +197,11 @@ def _rows_of_class_folders(folder: Path, skip: str | Path | None) -> Iterator[di
     names = [found.name.casefold() for found in class_folders if _images(found)]
     if all(any(name in known for known in SPLIT_NAMES.values()) for name in names):  # also where there is none
         raise DataError(f"{folder}: expected {_LAYOUTS}, got {', '.join(names) or 'none of these'}")
+    if loose := len(_images(folder)):
+        say(f"{folder}: not read: {loose} images beside the class folders")
     for class_folder in class_folders:
+        if metadata := _metadata(class_folder):
+            raise DataError(f"{metadata}: expected images of a class in {class_folder}, got a data set of its own")
         for child in _folders(class_folder):
             if child.resolve() != skipped and _holds_images(child):
                 raise DataError(f"{child}: expected images of a class in its own folder, got images in one below it")

@@ -44,7 +44,7 @@ def export_program(model: PreTrainedModel, size: int | None = None) -> tuple[Exp
     """`torch.export` of a model in eval mode, for any number of images.
 
     Args:
-        size: side of the square images that the program takes; None takes any from 64 to 4096 pixels.
+        size: side of the square images that the program takes, at most 4096; None takes any from 64 to 4096 pixels.
 
     Returns:
         the program (B, 3, H, W) → its outputs; and their names, `logits` and, of a classifier, `maps`.
@@ -56,11 +56,17 @@ def export_program(model: PreTrainedModel, size: int | None = None) -> tuple[Exp
         raise ExportError(
             f"model: expected one that can be exported, like DeepLab or SegFormer, got {model.config.model_type}"
         )
+    if size is not None and not 1 <= size <= _LARGEST_SIDE:
+        raise ExportError(f"size: expected 1 to {_LARGEST_SIDE} pixels, got {size}")
     model = model.eval()
     height, width = (96, 160) if size is None else (size, size)
     example = torch.zeros(2, 3, height, width, device=model.device, dtype=model.dtype)
-    with torch.no_grad():
-        names = _output_names(model(example))
+    try:
+        with torch.no_grad():
+            names = _output_names(model(example))
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ExportError(f"size: expected one that the network takes, got {height}x{width} ({reason})") from error
     dynamic_sizes = {0: Dim("batch", min=1, max=_LARGEST_BATCH)}
     if size is None:
         for axis, side in ((2, "height"), (3, "width")):

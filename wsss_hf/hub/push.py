@@ -271,7 +271,7 @@ def push_metric(
         HubError: as `push_model`; or there is no such metric.
     """
     if name not in METRICS:
-        raise HubError(unknown_name(name, name, METRICS))
+        raise HubError(unknown_name(f"metric {name!r}", name, METRICS))
     repo_id = _checked_target(repo_id, revision, token)
     metric = METRICS[name]
     file = Path(str(metric.__file__))

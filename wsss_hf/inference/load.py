@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
 from ..models.configuration_cam import CamConfig
 from ..models.mask_classifiers import load_segmentation_model
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
-from ..models.pretrained import NO_CODE, pinned
+from ..models.pretrained import NO_CODE, load_config, pinned
 from .optimize import for_inference
 from .weights import check_weights
 
@@ -30,7 +30,7 @@ def load_labeler(
         ValueError: it is another kind of model, or its training has diverged.
     """
     found, revision = _pinned(name)
-    config = AutoConfig.from_pretrained(found, **revision)
+    config = load_config(found, **revision)
     if not isinstance(config, CamConfig):
         raise ValueError(f"{name}: expected a CAM classifier or map refiner, got a {config.model_type}")
     model_class = MapRefiner if isinstance(config, MapRefinerConfig) else CamClassifier

@@ -26,14 +26,30 @@ def pinned(name: Any, hub_kwargs: dict) -> tuple[Any, dict]:
     Directories, plain ids and None come back as they are.
 
     Raises:
-        FileNotFoundError: it can only be a path, and nothing is there.
+        FileNotFoundError: it is empty, or can only be a path, and nothing is there.
     """
     repo_id, _, revision = str(name).partition("@")
+    if name is not None and not str(name).strip():
+        raise FileNotFoundError(f"expected a model's folder or its id on the Hub, got {str(name)!r}")
     if name is not None and not os.path.exists(name) and (os.path.isabs(repo_id) or repo_id.startswith(".")):
         raise FileNotFoundError(f"{name}: expected a model's folder or its id on the Hub, found nothing there")
     if not revision or os.path.exists(name):
         return name, hub_kwargs
     return repo_id, hub_kwargs | {"revision": revision}
+
+
+def load_config(name: str | os.PathLike, **hub_kwargs) -> Any:
+    """The configuration of a model, in a directory or on the Hub. Errors name it, which the library's do not always.
+
+    Raises:
+        OSError, ValueError: there is none.
+    """
+    try:
+        return AutoConfig.from_pretrained(name, **(NO_CODE | hub_kwargs))
+    except (OSError, ValueError) as error:
+        if str(name) in str(error):
+            raise
+        raise OSError(f"{name}: {error}") from error
 
 
 def resolve_backbone_config(
@@ -53,7 +69,7 @@ def resolve_backbone_config(
             raise ValueError("backbone: expected a directory or Hub id, or a backbone_config, got neither")
         backbone, hub_kwargs = pinned(backbone, hub_kwargs)
         try:
-            backbone_config = AutoConfig.from_pretrained(backbone, **(NO_CODE | hub_kwargs))
+            backbone_config = load_config(backbone, **hub_kwargs)
         except ImportError as error:  # which transformers raises for timm alone, in three lines
             raise ImportError(_NEEDS_TIMM.format(backbone)) from error
     elif isinstance(backbone_config, dict):

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor
 
 from ..models.maps import normalize_maps
 from ..models.modeling_affinity import AffinityNetwork
 from ..models.options import OptionError, Options, option, unknown_name
 from ..models.pamr import refine_pictures
-from ..models.pretrained import pinned
+from ..models.pretrained import NO_CODE, load_config, pinned
 from .crf import dense_crf, require_densecrf
 from .grid_crf import grid_crf
 from .matting import VitMatte, closed_form_alphas, knn_alphas
@@ -198,8 +198,8 @@ class Walk(RefinementStep):
 
     @cached_property
     def _network(self) -> tuple[Any, BaseImageProcessor]:
-        name, revision = pinned(self.model, {})
-        config = AutoConfig.from_pretrained(name, **revision)
+        name, revision = pinned(self.model, NO_CODE)
+        config = load_config(name, **revision)
         if not isinstance(config, AffinityNetwork.config_class):
             raise ValueError(f"{self.model}: expected an affinity network, got a {config.model_type}")
         network = AffinityNetwork.from_pretrained(name, **revision).eval()

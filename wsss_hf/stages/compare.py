@@ -90,6 +90,7 @@ def compare(
 
     Raises:
         RecipeError: see [`plan_cells`]; several processes were launched; or one of `cams` holds no CAM classifier.
+        DataError: see [`load_data`].
         OutputError: `out` holds something else, or another comparison works there.
         CompareError: cells failed; all others are in the results.
     """
@@ -108,6 +109,8 @@ def compare(
         if next(_held(folder, "cam"), None) is None:
             raise RecipeError(f"--cams: expected a comparison or a run with a CAM classifier, got {folder}")
     jobs = min(jobs or max(1, torch.cuda.device_count()), len(cells))
+    for source in reversed(dict.fromkeys(json.dumps(cell.source) for cell in cells)):
+        _load(source)  # says what is wrong before any cell is trained; the first cell's stays loaded
     with only_run(out):
         return _compare(cells, out, jobs, folders, force)
 

@@ -53,6 +53,8 @@ def read_plan(path: str | os.PathLike) -> dict[str, Any]:
     path = Path(path)
     try:
         plan = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise RecipeError(f"plan {path}: expected a YAML file, got none ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(plan, dict):

@@ -21,7 +21,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from transformers import AutoConfig
 
 from ..data.export import export_coco, file_stem, require_pycocotools
 from ..data.folder import IMAGE_SUFFIXES
@@ -34,7 +33,7 @@ from ..models.configuration_cam import CamConfig
 from ..models.label_colors import mask_image, overlay
 from ..models.options import OptionError
 from ..models.pictures import open_picture
-from ..models.pretrained import NO_CODE, pinned
+from ..models.pretrained import NO_CODE, load_config, pinned
 from ..progress import Progress, is_quiet
 from ..refinement.steps import RefinementChain, build_refinement
 from ..settings import EvaluationSettings
@@ -298,7 +297,7 @@ class _Labeler:
 
     def __init__(self, model: str, settings: EvaluationSettings, tags: Sequence[str] | None):
         found, revision = pinned(model, NO_CODE)
-        config = AutoConfig.from_pretrained(found, **revision)
+        config = load_config(found, **revision)
         names = [config.id2label[label] for label in sorted(config.id2label)]
         self.is_cam = isinstance(config, CamConfig)
         self.names = ["background", *names] if self.is_cam else names
