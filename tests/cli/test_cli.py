@@ -91,6 +91,20 @@ def test_a_tracker_is_asked_for_all_trainings_before_work(wsss, tiny, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["nothing"], "'nothing'"),
+        (["train-cam", "--nothing"], "--nothing"),
+        (["train-cam", "--data", "toy"], "--out"),
+        (["train-cam", "--data", "toy", "--out", "new", "--limit", "x"], "--limit"),
+    ],
+)
+def test_what_is_no_command_option_or_value_is_one_line(wsss, arguments, named):
+    code, out, err = wsss(*arguments)
+    assert code == 2 and not out and err.startswith("error: ") and err.count("\n") == 1 and named in err
+
+
 def test_no_arguments_show_the_help(wsss):
     _, out, err = wsss()
     assert "train-cam" in out + err

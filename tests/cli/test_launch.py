@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import typer
 import yaml
 
 from wsss_hf.cli.launch import run_app
@@ -115,8 +116,21 @@ def test_a_signal_that_is_ignored_stays_so(monkeypatch):
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN if number == signal.SIGHUP else None)
     monkeypatch.setattr(signal, "signal", set_to.__setitem__)
     with pytest.raises(SystemExit):
-        run_app(lambda args: sys.exit(0))
+        run_app(lambda **_options: sys.exit(0))
     assert set(set_to) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+def test_a_file_that_ends_too_early_is_no_unexplained_abort(capsys, monkeypatch):
+    monkeypatch.delenv("WSSS_TRACEBACK", raising=False)
+    app = typer.Typer()
+
+    @app.command()
+    def read():
+        raise EOFError("weights.pt: ran out of input")
+
+    with pytest.raises(SystemExit) as stopped:
+        run_app(app, [])
+    assert stopped.value.code == 1 and capsys.readouterr().err.strip() == "error: weights.pt: ran out of input"
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 import typer
 
@@ -51,11 +52,11 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
     except Exception as error:
         if isinstance(error.__cause__, EOFError):  # for which typer says "Aborted."
             error = error.__cause__
-        is_usage = hasattr(error, "format_message")  # typer's, of what is no command, option or value
-        if not is_usage and (os.environ.get("WSSS_TRACEBACK") or not _is_for_users(error)):
+        usage: Any = error if hasattr(error, "format_message") else None  # typer's: no command, option or value
+        if usage is None and (os.environ.get("WSSS_TRACEBACK") or not _is_for_users(error)):
             raise
-        status = error.exit_code if is_usage else 1
-        text = " ".join((error.format_message() if is_usage else _reason(error)).split())
+        status = 1 if usage is None else usage.exit_code
+        text = " ".join((_reason(error) if usage is None else usage.format_message()).split())
         if text:  # without arguments there is the help
             print(f"error: {text}", file=sys.stderr)
     finally:
