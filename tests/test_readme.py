@@ -184,5 +184,6 @@ def test_every_table_of_results_has_a_command_that_writes_it():
             "photographs-saliency",
             "photographs-walk",
             "costs",
+            "throughput",
             "exports",
         )

@@ -166,7 +166,10 @@ def test_a_missing_recipe_names_those_that_there_are():
         ("cam.train.optimizer=lion", "cam.train.optimizer: expected adamw or sgd, got 'lion'"),
         ("cam.train.schedule=cosine", "cam.train.schedule: expected poly or step, got 'cosine'"),
         ("cam.train.mixed_precision=bf61", "cam.train.mixed_precision: expected no, bf16 or fp16, got 'bf61'"),
-        ("cam.train.scale=[2, 1]", r"cam.train.scale: expected a list of 2 numbers in .0, 8., ascending, got \[2, 1\]"),
+        (
+            "cam.train.scale=[2, 1]",
+            r"cam.train.scale: expected a list of 2 numbers in .0, 8., ascending, got \[2, 1\]",
+        ),
         (
             "masks.background_threshold=otto",
             r"background_threshold: expected a number in .* or auto, got 'otto'",

@@ -502,7 +502,7 @@ def freeze_pretrained(model: nn.Module) -> None:
         if not is_new(model, name):
             parameter.requires_grad_(False)
     for name, module in model.named_modules():
-        own = [f"{name}.{parameter}" for parameter, _ in module.named_parameters()]
+        own = [parameter for parameter, _ in module.named_parameters(prefix=name)]
         if own and not any(is_new(model, parameter) for parameter in own):
             module.eval()
     if not any(parameter.requires_grad for parameter in model.parameters()):
