@@ -3,6 +3,7 @@
 python scripts/update_results.py runs/demo runs/photographs                         # what `wsss demo` and `run` wrote
 python scripts/update_results.py --comparisons runs/methods_toy runs/refined_toy    # what `wsss compare` wrote
 python scripts/update_results.py --costs runs/costs.json                            # what benchmark_methods.py wrote
+python scripts/update_results.py --throughput runs/training.json                    # what benchmark_training.py wrote
 python scripts/update_results.py --exports runs/exports.json                        # what benchmark_export.py wrote
 python scripts/update_results.py --examples runs/photographs/segmenter              # a model, on free photographs
 """
@@ -21,6 +22,7 @@ from wsss_hf import predict
 from wsss_hf.hub.cards import recipe_cards
 from wsss_hf.hub.portable import portable_values
 from wsss_hf.reporting.comparison import comparison_table
+from wsss_hf.reporting.costs import cost_rows
 from wsss_hf.reporting.tables import RESULT_COLUMNS, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="*", help="folders that `wsss demo` or `wsss run` wrote")
     parser.add_argument("--comparisons", type=Path, nargs="+", default=[], help="folders that `wsss compare` wrote")
     parser.add_argument("--costs", type=Path, help="the file that `benchmark_methods.py --out` wrote")
+    parser.add_argument("--throughput", type=Path, help="the file that `benchmark_training.py --out` wrote")
     parser.add_argument("--examples", help="a segmenter that draws model_cards/examples.png")
     parser.add_argument("--exports", type=Path, help="the file that `benchmark_export.py --out` wrote")
     arguments = parser.parse_args()
@@ -52,6 +55,8 @@ def main() -> None:
         update_comparison(comparison)
     if arguments.costs is not None:
         update_costs(arguments.costs)
+    if arguments.throughput is not None:
+        update_throughput(arguments.throughput)
     if arguments.exports is not None:
         update_exports(arguments.exports)
     if arguments.examples is not None:
@@ -90,6 +95,16 @@ def update_costs(costs: Path) -> None:
         for row in measured["rows"]
     ]
     write_table("costs", markdown_table(rows), f"`python scripts/benchmark_methods.py`: {measured['title']}")
+
+
+def update_throughput(throughput: Path) -> None:
+    """The table of what whole recipes cost on one device and on several."""
+    measured = json.loads(throughput.read_text())
+    write_table(
+        "throughput",
+        markdown_table(cost_rows(measured)),
+        f"`python scripts/benchmark_training.py`: {measured['title']}",
+    )
 
 
 def update_exports(exports: Path) -> None:
