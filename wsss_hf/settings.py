@@ -137,7 +137,7 @@ class CamSettings(Options):
         None, "Or a configuration with model_type, to start from random weights."
     )
     output_stride: int | None = option(
-        16, "Largest ratio of input size to map size; null leaves the backbone as it is.", at_least=1
+        16, "Largest ratio of input size to map size; null leaves the backbone as it is.", at_least=2
     )
     dropout: float = option(
         0.0, "Probability of dropping a channel of the last features in training.", at_least=0, below=1
@@ -203,7 +203,7 @@ class AffinitySettings(Options):
     backbone: str | None = option(None, "As cam.backbone, and null takes that; it is frozen.")
     backbone_config: dict[str, Any] | None = option(None, "As cam.backbone_config, and null takes that.")
     from_cam: bool = option(False, "Instead, the backbone of the trained CAM classifier; its boundaries are blurrier.")
-    output_stride: int | None = option(16, "As cam.output_stride; without from_cam.", at_least=1)
+    output_stride: int | None = option(16, "As cam.output_stride; without from_cam.", at_least=2)
     radius: int = option(10, "Pairs nearer than this are learnt from, in positions of the grid.", at_least=2)
     foreground_threshold: float = option(
         0.6,
@@ -283,7 +283,7 @@ class SegmenterSettings(Options):
     model: str | None = option(None, "Instead of backbone and head, a segmentation model of transformers.")
     from_cam: bool = option(False, "Start from the backbone of the trained CAM classifier.")
     size: int | None = option(None, "As image.size, where the segmenter's differs.", at_least=1)
-    output_stride: int | None = option(16, "As cam.output_stride.", at_least=1)
+    output_stride: int | None = option(16, "As cam.output_stride.", at_least=2)
     head: Literal["deeplab_v1", "deeplab_v2", "deeplab_v3_plus"] = option(
         "deeplab_v2", "deeplab_v1 | deeplab_v2 | deeplab_v3_plus"
     )
@@ -352,7 +352,7 @@ def _check_window(window: int | None) -> None:
 class RecipeSettings(Options):
     """All sections."""
 
-    seed: int = option(0, "Of weights, data order and augmentation.", at_least=0)
+    seed: int = option(0, "Of weights, data order and augmentation.", at_least=0, at_most=2**32 - 1)
     image: ImageSettings = dataclasses.field(default_factory=ImageSettings)
     toy: ToySettings = dataclasses.field(default_factory=ToySettings)
     cam: CamSettings = dataclasses.field(default_factory=CamSettings)

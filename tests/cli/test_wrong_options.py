@@ -75,7 +75,8 @@ CASES = [
 ALSO = {
     "source": {"split"},
     "classes": {"class_names"},
-    "recipes": {"row"},
+    "recipes": {"row", "recipe"},
+    "name": {"recipe", "metric"},
     "repo_id": {"id of a repository"},
     "revision": {"cam@"},
     "changes": {"key=value"},

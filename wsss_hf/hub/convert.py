@@ -453,6 +453,9 @@ def _icd_classifier(weights: Weights, options: CheckpointOptions) -> tuple[PreTr
 
 
 def _vgg_config(weights: Weights, extra_channels: list[int], **options: Any) -> Vgg16Config:
+    for width in extra_channels:
+        if not 1 <= width <= 8192:
+            raise ConvertError(f"extra_channels: expected 1 to 8192 channels, got {width}")
     widths = [len(weights[f"features.{_VGG_POSITIONS[f'layer{block}_conv1']}.weight"]) for block in range(1, 6)]
     return Vgg16Config(widths=widths, extra_channels=extra_channels, **options)
 

@@ -35,7 +35,7 @@ class SpectralSettings(Options):
     """How a backbone's features become saliency."""
 
     size: int = option(224, "Short side of the image that the backbone sees, in pixels.", at_least=1)
-    output_stride: int | None = option(16, "Of a convolutional backbone, in pixels; null keeps its own.", at_least=1)
+    output_stride: int | None = option(16, "Of a convolutional backbone, in pixels; null keeps its own.", at_least=2)
     stage: int = option(-1, "Whose features are cut: 0 is the first, -1 the last.")
     tau: float = option(
         0.2, "Patches whose cosine is above it have an edge of 1, others of 1e-5.", at_least=-1, below=1
