@@ -1,4 +1,6 @@
+import dataclasses
 from collections import Counter
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -207,3 +209,25 @@ def test_steps_are_kept_on_request(toy_data, cam_folder, tiny_recipe, tmp_path):
     assert trimap.shape == (48, 48) and set(np.unique(trimap)) <= {0, 128, 255}
     alpha = np.asarray(Image.open(out / "steps" / f"000004_{label:03d}_alpha.png"))
     assert (alpha[trimap == 255] == 255).all() and (alpha[trimap == 0] == 0).all()
+
+
+def test_steps_of_other_thresholds_that_a_kill_has_left_are_not_kept(
+    toy_data, cam_folder, tiny_recipe, tmp_path, monkeypatch
+):
+    vars(tiny_recipe.masks).update({"refine": [], "keep": 5})
+
+    def at(value):
+        def found(_model, _processor, _rows, settings):
+            return dataclasses.replace(settings, background_threshold=value)
+
+        monkeypatch.setattr(module, "with_threshold", found)
+
+    at(0.3)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        killed.setattr(module, "write_atomically", Mock(side_effect=KeyboardInterrupt))
+        make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks")
+    kept = next((tmp_path / "masks.partial" / "steps").rglob("*.png")).parent
+    (kept / "000000_000_alpha.png").write_bytes(b"of a refinement that these thresholds alone asked for")
+    at(0.6)
+    out = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks")
+    assert {path.stem.rpartition("_")[2] for path in (out / "steps").iterdir()} == {"map"}
