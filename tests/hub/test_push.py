@@ -206,11 +206,17 @@ def test_a_second_push_sends_what_is_new(hub, wsss, run_folder):
 def test_code_and_weights_that_are_no_longer_needed_go_and_foreign_files_stay(hub, run_folder):
     push_model(run_folder / "cam", "tester/pets")
     held = hub.repositories["model", "tester/pets"].files()
-    held |= {"notes.md": b"mine", "my_script.py": b"", "model-00001-of-00002.safetensors": b"old shard"}
+    theirs = "data/train-00000-of-00001.parquet"  # of ours only where a repository holds a data set
+    held |= {
+        "notes.md": b"mine",
+        theirs: b"rows",
+        "my_script.py": b"",
+        "model-00001-of-00002.safetensors": b"old shard",
+    }
     assert "modeling_cam.py" in held
     push_model(run_folder, "tester/pets")
     files = hub.files("tester/pets")
-    assert {"notes.md", "my_script.py", "modeling_segmenter.py"} <= set(files)
+    assert {"notes.md", theirs, "my_script.py", "modeling_segmenter.py"} <= set(files)
     assert not {"modeling_cam.py", "drs.py", "model-00001-of-00002.safetensors"} & set(files)
 
 

@@ -61,7 +61,8 @@ SHARD_BYTES = 500 * 2**20  # of a data set's Parquet files
 LARGE_BYTES = 5 * 2**30  # data sets above it go in several commits
 _KINDS = (".safetensors", ".json", ".yaml", ".md", ".py", ".png", ".parquet", ".html")
 _OWN_CODE = {path.name for path in Path(models.__file__).parent.glob("*.py")} - {"__init__.py"}
-_OWN_FILES = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|data/(train|val)-\d+-of-\d+\.parquet")
+_OWN_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+_OWN_DATA = re.compile(r"data/(train|val)-\d+-of-\d+\.parquet")
 _BRANCH = re.compile(r"(?!.*(\.\.|//|@\{|\.lock(/|$)))[A-Za-z0-9_][\w./-]*(?<![./])")
 
 
@@ -431,7 +432,8 @@ def push_folder(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
         before: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
-        stale = [s.rfilename for s in before.siblings if _is_ours(s.rfilename) and s.rfilename not in files]
+        held = [sibling.rfilename for sibling in before.siblings]
+        stale = [name for name in held if name not in files and _is_ours(name, repo_type)]
         operations: list = [CommitOperationAdd(name, path) for name, path in files.items()]
         operations += [CommitOperationDelete(name) for name in stale]
         if first is not None:
@@ -467,8 +469,10 @@ def _files_to_push(folder: Path, token: str | None) -> dict[str, Path]:
     return files
 
 
-def _is_ours(name: str) -> bool:
-    return name in _OWN_CODE or _OWN_FILES.fullmatch(name) is not None
+def _is_ours(name: str, repo_type: str) -> bool:
+    if repo_type == "dataset":
+        return _OWN_DATA.fullmatch(name) is not None
+    return name in _OWN_CODE or _OWN_WEIGHTS.fullmatch(name) is not None
 
 
 @contextmanager
