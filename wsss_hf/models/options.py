@@ -190,9 +190,9 @@ def _limits_in_words(limits: Mapping) -> str:
     low, high = limits.get("at_least", limits.get("above")), limits.get("at_most", limits.get("below"))
     if low is not None and high is not None:
         left, right = "[" if "at_least" in limits else "(", "]" if "at_most" in limits else ")"
-        return f" in {left}{low:g}, {high:g}{right}"
+        return f" in {left}{low:.10g}, {high:.10g}{right}"
     if low is not None:
-        return f" {'>=' if 'at_least' in limits else '>'} {low:g}"
+        return f" {'>=' if 'at_least' in limits else '>'} {low:.10g}"
     if high is not None:
-        return f" {'<=' if 'at_most' in limits else '<'} {high:g}"
+        return f" {'<=' if 'at_most' in limits else '<'} {high:.10g}"
     return ""
