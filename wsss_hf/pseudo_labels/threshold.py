@@ -38,8 +38,7 @@ def auto_threshold(
     a walk, the maps that they make are looked at: these do not depend on the threshold. Those that PAMR makes follow
     the colours already, which the features of low stages would count again, so features do not count there. Where the
     recipe refines further, the threshold is the one at which the refined objects cover the same area as these maps at
-    theirs.
-    (Matting takes its trimaps from the levels of the scores, so neither it nor the steps after it count.) The
+    theirs. (Matting takes its trimaps from the levels of the scores, so neither it nor the steps after it count.) The
     processes of torch.distributed share the images and get one number.
 
     Args:

@@ -211,19 +211,14 @@ def _check(recipe: Recipe) -> None:
     able = ["cam", *(name for name in methods if METHODS[name][1].maps is not Method.maps)]
     if recipe.cam.maps not in able:
         raise OptionError(f"cam.maps: expected {either(able)}, got {recipe.cam.maps!r}")
+    for section in ("affinity", "masks", "self_training", "evaluation"):
+        build_refinement(getattr(recipe, section).refine, f"{section}.refine")
     for section in ("cam", "segmenter"):
         options = getattr(recipe, section)
         if "model_type" in (options.backbone_config or {}):
             _check_backbone(f"{section}.backbone_config", json.dumps(options.backbone_config, default=str))
-    # Defaults need no check.
-    default, masks, segmenter = RecipeSettings(), recipe.masks, recipe.segmenter
-    for section in ("affinity", "masks", "self_training", "evaluation"):
-        if (steps := getattr(recipe, section).refine) != getattr(default, section).refine:
-            build_refinement(steps, f"{section}.refine")
-    if (masks.seeds, masks.seed_options) != (default.masks.seeds, default.masks.seed_options):
-        build_rule(masks.seeds, masks.seed_options)
-    if (segmenter.loss, segmenter.loss_options) != (default.segmenter.loss, default.segmenter.loss_options):
-        build_loss(segmenter.loss, segmenter.loss_options)
+    build_rule(recipe.masks.seeds, recipe.masks.seed_options)
+    build_loss(recipe.segmenter.loss, recipe.segmenter.loss_options)
 
 
 @functools.cache

@@ -12,7 +12,6 @@ from ..data.tagged import DataError, class_names, source_of
 from ..models.modeling_cam import CamClassifier
 from ..pseudo_labels.rules import check_columns
 from ..recipes import Recipe
-from ..settings import MasksSettings
 from ..training.build import build_on_backbone, build_processor, start_layers
 from ..training.launcher import with_launcher
 from ..training.train import begin_training, train_model, with_superpixels
@@ -49,8 +48,7 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
     else:
         if section.saliency:
             check_saliency(rows, "cam.saliency")
-        if recipe.masks.seeds != MasksSettings.seeds:  # they come later, but nobody should train for them in vain
-            check_columns(recipe.masks, rows)
+        check_columns(recipe.masks, rows)  # which come later, but nobody should train for them in vain
     output = StageOutput(out, cam_record(data, recipe), force)
     if not output.done:
         with output.working() as folder:
