@@ -102,7 +102,7 @@ def classifier(recipe: Recipe, methods: dict, num_classes: int, **options: Any) 
     torch.manual_seed(0)
     options |= {"output_stride": recipe.cam.output_stride, "id2label": {c: f"class {c}" for c in range(num_classes)}}
     model, mean, std = build_on_backbone(CamClassifier, recipe.cam, recipe.image, "cam", **options, **methods)
-    return model, build_processor(recipe.image.size, mean, std)
+    return model, build_processor(recipe.image.size, mean, std, recipe.cam.train.scaled_side)
 
 
 def affinity_network(recipe: Recipe) -> tuple[Any, Any]:
@@ -110,7 +110,7 @@ def affinity_network(recipe: Recipe) -> tuple[Any, Any]:
     torch.manual_seed(0)
     options = {name: getattr(recipe.affinity, name) for name in ("kind", "radius", "output_stride")}
     model, mean, std = build_on_backbone(AffinityNetwork, recipe.cam, recipe.image, "affinity", **options)
-    return model, build_processor(recipe.image.size, mean, std)
+    return model, build_processor(recipe.image.size, mean, std, recipe.affinity.train.scaled_side)
 
 
 def training_step(model: Any, recipe: Recipe, batch: dict, device: torch.device) -> Variant:

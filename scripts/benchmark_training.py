@@ -52,7 +52,6 @@ from wsss_hf.cli.launch import keep_freed_memory, keep_kernels
 from wsss_hf.data.examples import TaggedExamples
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import class_names, encode_png
-from wsss_hf.data.transforms import TrainTransform
 from wsss_hf.inference.optimize import for_inference
 from wsss_hf.progress import Progress, set_quiet
 from wsss_hf.pseudo_labels.affinity_labels import needs_affinity
@@ -64,7 +63,7 @@ from wsss_hf.settings import TrainSettings
 from wsss_hf.training.build import build_on_backbone, build_processor
 from wsss_hf.training.loop import Training, build_optimizer, build_scheduler, freeze_batch_norm
 from wsss_hf.training.losses import SegmentationObjective, build_loss
-from wsss_hf.training.train import begin_training, pixel_statistics
+from wsss_hf.training.train import begin_training, train_transform
 
 PARTS = ("loop", "wait", "processes", "localisation", "labelling", "peak")
 STAGES = {"cam": "train-cam", "affinity": "train-affinity", "segmenter": "train-segmenter"}
@@ -105,16 +104,9 @@ def build_case(stage: str, recipe: Recipe, rows: Dataset, steps: int = 1) -> Cas
         options["id2label"] = dict(enumerate(["background", *names]))
         model, mean, std = build_on_backbone(Segmenter, section, recipe.image, stage, **options)
         model = SegmentationObjective(model, build_loss(section.loss, **section.loss_options))
-    processor, train = build_processor(size, mean, std), section.train
-    transform = TrainTransform(
-        crop_size=size,
-        scale=(train.scale[0], train.scale[1]),
-        flip=train.flip,
-        color_jitter=train.color_jitter,
-        hue_jitter=train.hue_jitter,
-        scaled_side=train.scaled_side,
-        **pixel_statistics(processor),
-    )
+    train = section.train
+    processor = build_processor(size, mean, std, train.scaled_side)
+    transform = train_transform(train, size, processor)
     masks = None if stage == "cam" else "mask"
     rows = rows.select(np.resize(np.arange(len(rows)), max(len(rows), steps * train.batch_size)))
     return Case(model, processor, TaggedExamples(rows, transform, mask_column=masks, seed=recipe.seed), train)

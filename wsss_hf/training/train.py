@@ -91,16 +91,7 @@ def train_model(
     """
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
-    statistics = pixel_statistics(processor)
-    transform = TrainTransform(
-        crop_size=size,
-        scale=(settings.scale[0], settings.scale[1]),
-        flip=settings.flip,
-        color_jitter=settings.color_jitter,
-        hue_jitter=settings.hue_jitter,
-        scaled_side=settings.scaled_side,
-        **statistics,
-    )
+    transform = train_transform(settings, size, processor)
     wanted = dict.fromkeys(columns, True)
     kind = StreamedExamples if isinstance(rows, IterableDataset) else TaggedExamples
     examples = kind(rows, transform, mask_column=mask_column, seed=seed, targets=targets, **wanted)
@@ -111,7 +102,7 @@ def train_model(
     if settings.track is not None and not sharded and kind is not StreamedExamples:
         from .pictures import MapPictures  # for trackers alone
 
-        pictures = MapPictures(model, examples, **statistics)
+        pictures = MapPictures(model, examples, **pixel_statistics(processor))
     training = Training(model, examples, settings, accelerator, folder, seed, title, pictures)
     history = training.run()
     if sharded:
@@ -137,6 +128,19 @@ def train_model(
             shutil.copytree(folder / TRACKER_FOLDER, result / TRACKER_FOLDER)
     accelerator.wait_for_everyone()
     return result
+
+
+def train_transform(settings: TrainSettings, size: int, processor: BaseImageProcessor) -> TrainTransform:
+    """The augmentation of a training, to crops of `size` pixels that are normalised as `processor` does it."""
+    return TrainTransform(
+        crop_size=size,
+        scale=(settings.scale[0], settings.scale[1]),
+        flip=settings.flip,
+        color_jitter=settings.color_jitter,
+        hue_jitter=settings.hue_jitter,
+        scaled_side=settings.scaled_side,
+        **pixel_statistics(processor),
+    )
 
 
 def pixel_statistics(processor: Any) -> dict[str, Any]:
@@ -185,8 +189,9 @@ def with_superpixels(
             f"got {options.merge_stage}"
         )
 
+    network = model.backbone.to(accelerator.device).eval()
+
     def features(image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-        network = model.backbone.to(accelerator.device).eval()
         pixels = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"]
         pixels = padded_images(pixels.to(accelerator.device), size)
         with torch.inference_mode():
