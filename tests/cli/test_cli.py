@@ -476,8 +476,8 @@ def test_a_segmenter_of_other_classes_is_not_evaluated(wsss, tiny, tmp_path, pho
 
 def launch(script, *arguments, processes):
     """Runs a script on that many CPU processes → what it printed, what it complained of, exit code."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--cpu"]
-    command += [SCRIPTS / script, *arguments, "--quiet"]
+    launcher = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--cpu"] if processes > 1 else []
+    command = [sys.executable, *launcher, SCRIPTS / script, *arguments, "--quiet"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=240

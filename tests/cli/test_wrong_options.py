@@ -124,6 +124,10 @@ def call(world, tmp_path, tiny_settings, monkeypatch):
     monkeypatch.delenv("WSSS_TRACEBACK", raising=False)
     monkeypatch.setattr(Progress, "__enter__", begin)  # which all long work has
     monkeypatch.setattr("torch.export.export", begin)
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):  # which --cache-dir sets, for the process
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", begin)
     here = tmp_path / "here"
     shutil.copytree(world, here)

@@ -23,6 +23,7 @@ from wsss_hf.training.loop import Training
 def shards(toy_data, tmp_path, monkeypatch):
     """The 12 training images in four Parquet shards."""
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # 5 s for each iterator that is left
     (tmp_path / "shards").mkdir()
     for index in range(4):
         part = toy_data["train"].shard(4, index, contiguous=True)
@@ -84,7 +85,7 @@ def test_a_stream_goes_on_where_it_was(shards, monkeypatch):
     assert list(itertools.islice(rest, 13)) == whole[17:]
 
 
-def test_an_empty_stream_ends_in_a_line(tmp_path, toy_data):
+def test_an_empty_stream_ends_in_a_line(shards, tmp_path, toy_data):
     toy_data["train"].select([]).to_parquet(tmp_path / "empty.parquet")
     with pytest.raises(DataError, match="expected rows for each of 1 processes, got none"):
         next(iter(StreamedExamples(load_stream(tmp_path / "empty.parquet")["train"], lambda *_: None)))
