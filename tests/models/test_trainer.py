@@ -1,6 +1,7 @@
 """The library's own trainer and PEFT on our models, without special arguments."""
 
 import numpy as np
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -205,7 +206,6 @@ def test_the_trainer_checkpoints_gradients(reentrant, tmp_path):
 
 @pytest.mark.parametrize("head", [*HEADS, "cam"])
 def test_lora_trains_and_keeps_whole_heads(head, tmp_path):
-    peft = pytest.importorskip("peft")
     kind = "cam" if head == "cam" else "segmenter"
     model = build(kind, "vit", **({} if head == "cam" else {"head": head}))
     saved = "classifier" if head == "cam" else "head"
