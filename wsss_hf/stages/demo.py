@@ -62,7 +62,9 @@ def _demo(data: DatasetDict, recipe: Recipe, out: Path, force: bool) -> RunResul
     protocol = recipe.evaluation
     rows = [
         maps_row("pseudo masks, plain CAM", plain_cam, data, plain.masks),
-        masks_row(f"pseudo masks, {' + '.join(['CAM', *(step.upper().replace('_', ' ') for step in steps)])}", masks.data),
+        masks_row(
+            f"pseudo masks, {' + '.join(['CAM', *(step.upper().replace('_', ' ') for step in steps)])}", masks.data
+        ),
         segmenter_row("segmenter trained on pseudo masks", segmenter, data, protocol),
     ]
     result = self_train(data, RunResult(out, cam, refiner, affinity, masks, segmenter, rows), recipe, force=force)
