@@ -6,7 +6,7 @@
 A checkpoint is written under another name, forced to disk and renamed; the one before stays beside it. `files.json`
 holds the size and digest of every file, so that a damaged checkpoint is recognised before anything of it is loaded.
 No pickle is opened that could run code: Accelerate reads what it wrote with `weights_only`, except for objects of
-`register_for_checkpointing`, which are refused here.
+`register_for_checkpointing`, which are refused here; DeepSpeed is made to.
 """
 
 from __future__ import annotations
@@ -15,11 +15,14 @@ import json
 import os
 import pickle
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 
 from ..files import file_digest, sync, sync_tree
@@ -65,7 +68,8 @@ def save(
         raise ValueError("register_for_checkpointing: expected no object, its state would be a pickle")
     if accelerator.is_main_process:
         (fresh / _PROGRESS_FILE).write_text(json.dumps(progress))
-        (fresh / _MANIFEST_FILE).write_text(json.dumps({"run": run, "files": _contents(fresh)}))
+        manifest = {"run": run, "processes": accelerator.num_processes, "files": _contents(fresh)}
+        (fresh / _MANIFEST_FILE).write_text(json.dumps(manifest))
         sync_tree(fresh)
         if checkpoint.exists():  # damaged: the training went on from the one before
             shutil.rmtree(checkpoint)
@@ -84,22 +88,50 @@ def resume(accelerator: Accelerator, folder: Path, run: str = "") -> dict[str, A
         the `progress` that was saved with it; None where `folder` holds no whole checkpoint.
 
     Raises:
-        CheckpointError: it is whole, but of another network or optimiser.
+        CheckpointError: it is whole, but of another network or optimiser, or of DeepSpeed with another number of
+            processes.
     """
     found: list[Path | None] = [newest(folder, run) if accelerator.is_main_process else None]
     broadcast_object_list(found)
     checkpoint = found[0]
     if checkpoint is None:
         return None
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    processes = json.loads((checkpoint / _MANIFEST_FILE).read_text()).get("processes")
+    if deepspeed and processes != accelerator.num_processes:
+        raise CheckpointError(
+            f"{checkpoint}: expected {processes} processes, as DeepSpeed has written it, got "
+            f"{accelerator.num_processes}"
+        )
     try:
         progress = json.loads((checkpoint / _PROGRESS_FILE).read_text())
-        accelerator.load_state(str(checkpoint))
+        with _weights_only() if deepspeed else nullcontext():
+            accelerator.load_state(str(checkpoint))
     except _UNREADABLE as error:
         raise CheckpointError(
             f"{checkpoint}: expected a checkpoint of this training, got another ({_words(error)}); "
             f"remove {folder} to begin anew"
         ) from error
     return progress
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """DeepSpeed opens its files as any pickle; here they may hold numbers and its own records only."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
 
 
 def _words(error: Exception) -> str:

@@ -16,6 +16,7 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     TorchDynamoPlugin,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 
 from ..progress import say
 from ..settings import TrainSettings
@@ -65,6 +66,9 @@ def build_accelerator(settings: TrainSettings, folder: Path | None = None) -> Ac
         project_dir=folder,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=GROUP_TIMEOUT)],
     )
+    # Models are built whole, for the main process to keep, before they are shared out; with ZeRO-3 transformers would
+    # build parts.
+    unset_hf_deepspeed_config()
     return accelerator
 
 
