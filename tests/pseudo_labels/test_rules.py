@@ -51,7 +51,7 @@ def test_drs_labels_are_classes_of_the_data_set(evidence):
 
 
 def test_icd_reads_logits_of_maps(evidence):
-    rule = build_rule("icd")
+    rule = build_rule("icd", {"saliency_threshold": 0.01})
     assert rule.saliency == "optional" and rule.averages
     maps, cams = evidence.averages
     evidence.averages = torch.logit(maps), cams
@@ -63,6 +63,10 @@ def test_icd_reads_logits_of_maps(evidence):
     labels = rule.label(evidence)[single]
     wanted = torch.where(maps[0] > 0.5, 2, 5)[single]
     assert torch.equal(labels.long(), wanted)
+    labels = build_rule("icd", {"saliency_threshold": 0.02}).label(evidence)
+    assert (labels[evidence.saliency >= 0.02] != 0).all()
+    nowhere = evidence.averages[0].amax(dim=0) < 0
+    assert (labels[nowhere & (evidence.saliency < 0.02)] == 0).all() and nowhere.any()
 
 
 def test_icd_without_saliency_closes_the_seeds(evidence):
@@ -114,7 +118,7 @@ def test_saliency_is_read_where_the_rule_uses_it(toy_data):
 
 
 def test_a_saliency_threshold_that_is_not_found_yet_is_named(evidence):
-    for name in ("drs", "saliency"):
+    for name in ("drs", "saliency", "icd"):
         assert build_rule(name).saliency_threshold == "auto"
         with pytest.raises(RuleError, match="saliency_threshold: expected a number, got 'auto'"):
             build_rule(name).label(evidence)

@@ -24,8 +24,6 @@ from .options import Options, option
 if TYPE_CHECKING:
     from .backbone import Backbone
 
-SALIENT = 0.01  # where a saliency map is below, the seeds are background
-
 
 @dataclass
 class IcdConfig(Options):
@@ -215,13 +213,15 @@ def top_down_weight(progress: float, ramp: float = 0.1) -> float:
 
 
 @torch.no_grad()
-def icd_seeds(top_down: Tensor, cams: Tensor, tags: Tensor, saliency: Tensor | None = None) -> Tensor:
+def icd_seeds(
+    top_down: Tensor, cams: Tensor, tags: Tensor, saliency: Tensor | None = None, saliency_threshold: float = 0.01
+) -> Tensor:
     """Label maps from the top-down scores: sure pixels only, the rest is left open.
 
     A pixel with one positive tagged class is of that class; several are settled by the largest relu(CAM) times score,
     the CAMs divided by their image's maximum, each score by its class's. In an image with several tags, pixels of an
     object where these products do not tell its classes apart, above all where no CAM is positive, are left open.
-    Background is where every tagged class is below 0 or, with saliency, where that is below 0.01; of a map that
+    Background is where every tagged class is below 0 or, with saliency, where that is below a threshold; of a map that
     covers less than 1 % of the image, both is asked. A pixel claimed by an object and by background is left open.
 
     Args:
@@ -229,6 +229,7 @@ def icd_seeds(top_down: Tensor, cams: Tensor, tags: Tensor, saliency: Tensor | N
         cams: (B, C, H, W) CAM logits, at the same resolution.
         tags: (B, C) float 0/1.
         saliency: (B, H, W) float in [0, 1], or None.
+        saliency_threshold: published for maps of a network that are all but binary.
 
     Returns:
         (B, H, W) int64: 0 background, c + 1 class c, 255 open.
@@ -244,7 +245,7 @@ def icd_seeds(top_down: Tensor, cams: Tensor, tags: Tensor, saliency: Tensor | N
     foreground = claimed.any(dim=1)
     background = ((top_down < 0) | ~tagged).all(dim=1)
     if saliency is not None:
-        outside = saliency < SALIENT
+        outside = saliency < saliency_threshold
         is_empty = (~outside).float().mean(dim=(1, 2), keepdim=True) < 0.01
         background = outside & (background | ~is_empty)
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..data.saliency import check_saliency, rows_with_saliency
 from ..inference.cam_maps import label_map
-from ..models.icd import SALIENT, icd_seeds
+from ..models.icd import icd_seeds
 from ..models.maps import IGNORE_INDEX
 from ..models.options import OptionError, Options, option, unknown_name
 from ..refinement.crf import refine_labels, require_densecrf
@@ -166,9 +166,9 @@ class IcdRule(Rule):
     """
 
     saliency = "optional"
-    saliency_threshold = SALIENT  # published, and no option
     averages = True
 
+    saliency_threshold: float | Literal["auto"] = option(AUTO, _THRESHOLD_TEXT, at_least=0, at_most=1)
     confidence: float = option(0.5, "Probability of a given label in the CRF.", above=0, below=1)
     iterations: int = option(10, "Of the CRF.", at_least=1)
 
@@ -180,9 +180,10 @@ class IcdRule(Rule):
 
     def label(self, evidence: Evidence) -> Tensor:
         assert evidence.averages is not None
-        labels = class_labels(seed_icd(*evidence.averages, evidence.saliency), evidence.classes)
         if evidence.saliency is not None:
-            return labels
+            seeds = seed_icd(*evidence.averages, evidence.saliency, self.salient_above)
+            return class_labels(seeds, evidence.classes)
+        labels = class_labels(seed_icd(*evidence.averages), evidence.classes)
         num_labels = evidence.num_classes + 1
         closed = refine_labels(labels.cpu().numpy(), evidence.image, num_labels, self.confidence, self.iterations)
         return torch.from_numpy(closed).to(labels.device)
@@ -288,7 +289,9 @@ def seed_drs(
     return labels.masked_fill(conflict | (salient & (labels == 0)), IGNORE_INDEX).to(torch.uint8)
 
 
-def seed_icd(top_down: Tensor, cams: Tensor, saliency: Tensor | None = None) -> Tensor:
+def seed_icd(
+    top_down: Tensor, cams: Tensor, saliency: Tensor | None = None, saliency_threshold: float = 0.01
+) -> Tensor:
     """ICD's seeds (CVPR 2020) of one image, see `models.icd.icd_seeds`.
 
     Without saliency, ICD labels the ignored pixels with `crf.refine_labels`.
@@ -297,6 +300,7 @@ def seed_icd(top_down: Tensor, cams: Tensor, saliency: Tensor | None = None) -> 
         top_down: (K, H, W) top-down scores of the tagged classes.
         cams: (K, H, W) CAM logits of these classes, at the same resolution.
         saliency: (H, W) in [0, 1], or None.
+        saliency_threshold: below it is background.
 
     Returns:
         (H, W) uint8: 0 background, k + 1 for the k-th class, 255 ignore.
@@ -304,7 +308,7 @@ def seed_icd(top_down: Tensor, cams: Tensor, saliency: Tensor | None = None) -> 
     # One more class that is not tagged, so that an image without any tag needs no rule of its own.
     tags = F.pad(top_down.new_ones(1, len(top_down)), (0, 1))
     top_down, cams = (F.pad(maps, (0, 0, 0, 0, 0, 1))[None] for maps in (top_down, cams))
-    seeds = icd_seeds(top_down, cams, tags, None if saliency is None else saliency[None])
+    seeds = icd_seeds(top_down, cams, tags, None if saliency is None else saliency[None], saliency_threshold)
     return seeds[0].to(torch.uint8)
 
 

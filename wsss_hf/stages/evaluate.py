@@ -185,7 +185,7 @@ def needs_masks(data: DatasetDict, split: str) -> None:
         raise DataError(f"split {split!r}: expected true masks to evaluate on, and no row has one")
 
 
-VERSION = 2
+VERSION = 3
 
 # Figures
 

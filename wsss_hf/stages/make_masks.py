@@ -39,7 +39,7 @@ from .lock import locked, partial_of
 from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
 
-VERSION = 4
+VERSION = 5
 _COLUMNS = ("pseudo_mask", "confidence")
 
 
