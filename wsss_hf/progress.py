@@ -50,11 +50,11 @@ class Progress:
 
     Args:
         title: what is being done.
-        total: number of steps.
+        total: number of steps; None where nobody knows, as of a stream.
         unit: what a step is, for the throughput.
     """
 
-    def __init__(self, title: str, total: int, unit: str = "step"):
+    def __init__(self, title: str, total: int | None, unit: str = "step"):
         from rich.console import Console
 
         self.title, self.total, self.unit = title, total, unit
@@ -112,9 +112,11 @@ class Progress:
             self._bar.update(self._task, completed=self.done, rate=rate_text, text=self.text)
         elif now - self._last_line > 30 or self.done == self.total:
             self._last_line = now
-            left = (self.total - self.done) / rate if rate else 0
-            minutes = f"{int(left // 60)}:{int(left % 60):02d} left"
-            self._console.print(f"{self.title}: {self.done}/{self.total}, {minutes}, {rate_text} {self.text}")
+            done = str(self.done)
+            if self.total is not None:
+                left = (self.total - self.done) / rate if rate else 0
+                done = f"{done}/{self.total}, {int(left // 60)}:{int(left % 60):02d} left"
+            self._console.print(f"{self.title}: {done}, {rate_text} {self.text}")
 
     def log(self, record: dict) -> None:
         """A record that stays on the screen."""

@@ -1,19 +1,29 @@
-"""Trainings on streams: shards that are read while the training runs."""
+"""Stages on streams: shards that are read while a stage runs."""
 
 import itertools
+import os
 
 import numpy as np
 import pytest
 import torch
-from datasets import IterableDataset, List, Value, config
+from datasets import Image, IterableDataset, IterableDatasetDict, List, Value, config, load_from_disk
 from safetensors.torch import load_file
 
 from wsss_hf.cli.main import main
 from wsss_hf.data import examples as module
 from wsss_hf.data.examples import StreamedExamples
+from wsss_hf.data.sources import load_data
 from wsss_hf.data.streams import load_stream
-from wsss_hf.data.tagged import DataError, class_names
-from wsss_hf.recipes import RecipeError
+from wsss_hf.data.tagged import DataError, class_names, undecoded
+from wsss_hf.models.configuration_segmenter import SegmenterConfig
+from wsss_hf.models.image_processing_wsss import WsssImageProcessor
+from wsss_hf.models.modeling_segmenter import Segmenter
+from wsss_hf.pseudo_labels.label_images import label_images
+from wsss_hf.recipes import RecipeError, load_recipe
+from wsss_hf.stages import evaluate as evaluate_module
+from wsss_hf.stages import make_masks as make_masks_module
+from wsss_hf.stages.evaluate import evaluate
+from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.train_cam import train_cam
 from wsss_hf.stages.train_segmenter import train_segmenter
 from wsss_hf.training.loop import Training
@@ -124,9 +134,192 @@ def test_a_segmenter_learns_from_a_stream(shards, tiny_recipe, tmp_path):
     assert found.log[-1]["background_factor"] > 0
 
 
+# Labelling
+
+FIXED = "masks.background_threshold=0.3"
+TINY_BACKBONE = {"model_type": "resnet", "layer_type": "basic", "depths": [1, 1], "hidden_sizes": [8, 16]}
+
+
+@pytest.fixture
+def labelled_rows(monkeypatch):
+    """The image ids that were labelled, in order; labelling stops with an error before row `stop_at[0]`."""
+    seen, stop_at = [], [None]
+
+    def watched(model, processor, rows, settings, rules=None):
+        for item in label_images(model, processor, rows, settings, rules):
+            if len(seen) == stop_at[0]:
+                raise KeyboardInterrupt
+            seen.append(rows[item.index]["image_id"])
+            yield item
+
+    monkeypatch.setattr(make_masks_module, "label_images", watched)
+    return seen, stop_at
+
+
+def masks_by_id(data):
+    return {row["image_id"]: row["pseudo_mask"]["bytes"] for row in undecoded(data["train"])}
+
+
+@pytest.fixture(scope="module")
+def wanted(toy_data, cam_folder, tmp_path_factory):
+    """What labelling the rows as a data set gives, with the found threshold."""
+    recipe = load_recipe("default", ["masks.batch_size=4", "masks.background_threshold=auto"])
+    return make_masks(toy_data, cam_folder, recipe, tmp_path_factory.mktemp("wanted") / "masks")
+
+
+@pytest.fixture(scope="module")
+def segmenter_folder(toy_data, tmp_path_factory):
+    """A saved segmenter that has learnt nothing."""
+    names = dict(enumerate(["background", *class_names(toy_data)]))
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "segmenter"
+    Segmenter(SegmenterConfig(backbone_config=TINY_BACKBONE, rates=[1], id2label=names)).save_pretrained(folder)
+    WsssImageProcessor(size={"shortest_edge": 48, "longest_edge": 192}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def mask_recipe():
+    return load_recipe("default", ["masks.batch_size=4", "masks.background_threshold=auto", "masks.shard_size=2"])
+
+
+@pytest.mark.parametrize("size", [2, 3, 100])  # of shards of three rows: parts, exactly one, less than one
+def test_a_stream_gets_the_masks_of_the_same_rows(shards, wanted, cam_folder, mask_recipe, tmp_path, size):
+    found = make_masks(
+        load_stream(shards), cam_folder, mask_recipe.changed(f"masks.shard_size={size}"), tmp_path / "m"
+    )
+    assert found.summary == wanted.summary and found.summary["background_threshold"] > 0
+    held = load_from_disk(str(found))
+    assert held["train"].column_names == ["image_id", "tags", "pseudo_mask"]  # no copy of the images
+    assert list(masks_by_id(held).items()) == list(masks_by_id(wanted.data).items())
+    rows = found.data["train"]  # beside the images
+    assert isinstance(rows, IterableDataset) and masks_by_id({"train": rows}) == masks_by_id(wanted.data)
+    images = {row["image_id"]: row["image"]["bytes"] for row in undecoded(wanted.data["train"])}
+    assert {row["image_id"]: row["image"]["bytes"] for row in rows} == images
+
+
+def test_a_segmenter_learns_from_the_masks_of_a_stream(
+    shards, toy_data, cam_folder, mask_recipe, tiny_recipe, tmp_path
+):
+    masks = make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "masks")
+    recipe = tiny_recipe.changed("segmenter.train.steps=2")
+    assert len(train_segmenter(masks.data, recipe, tmp_path / "segmenter").log) == 1
+    with pytest.raises(DataError, match="the masks of a stream are read with --streaming"):
+        load_data(tmp_path / "masks")
+    toy_data["val"].to_parquet(shards / "train-00004.parquet")
+    with pytest.raises(DataError, match=f"row '{toy_data['val'][0]['image_id']}': expected a pseudo mask in .*masks"):
+        list(load_stream(masks)["train"])
+
+
+def test_images_are_copied_on_request(shards, wanted, cam_folder, mask_recipe, tmp_path):
+    found = make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "masks", embed_images=True)
+    rows = load_from_disk(str(found))["train"]
+    assert rows.features == {name: wanted.data["train"].features[name] for name in rows.features}
+    assert undecoded(rows)[:] == undecoded(wanted.data["train"])[:]
+
+
+def test_a_killed_labelling_of_a_stream_goes_on(shards, wanted, cam_folder, mask_recipe, tmp_path, labelled_rows):
+    (seen, stop_at), ids = labelled_rows, list(masks_by_id(wanted.data))
+    stop_at[0] = 7  # in the first shard's third row: shards of three rows are kept in parts of two and one
+    with pytest.raises(KeyboardInterrupt):
+        make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "masks")
+    seen.clear()
+    stop_at[0] = None
+    parts = sorted((tmp_path / "masks.partial" / "shards").glob("*.parquet"))
+    parts[1].write_bytes(b"damaged")
+    found = make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "masks")
+    assert seen == [ids[2], *ids[6:]] and masks_by_id(found.data) == masks_by_id(wanted.data)
+    seen.clear()
+    assert make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "masks").data and not seen
+
+
+def test_finished_shards_are_not_opened(shards, cam_folder, mask_recipe, tmp_path, labelled_rows, monkeypatch):
+    labelled_rows[1][0] = 7
+    with pytest.raises(KeyboardInterrupt):
+        make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "masks")
+    opened, shard = [], IterableDataset.shard
+    monkeypatch.setattr(IterableDataset, "shard", lambda rows, *of: opened.append(of[1]) or shard(rows, *of))
+    labelled_rows[1][0] = None
+    make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "masks")
+    assert opened == [0, 1, 2, 3, 2, 3]  # for the thresholds, then for what is left
+
+
+def test_other_shards_make_the_masks_again(shards, cam_folder, mask_recipe, tmp_path, labelled_rows):
+    make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "masks")
+    labelled_rows[0].clear()
+    os.utime(next(shards.iterdir()), ns=(0, 0))
+    make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "masks")
+    assert len(labelled_rows[0]) == 12
+
+
+def test_rows_that_no_image_id_tells_apart_are_not_labelled(toy_data, cam_folder, mask_recipe, tmp_path, no_training):
+    for index in range(2):
+        part = toy_data["train"].remove_columns("image_id").shard(2, index)
+        part.to_parquet(tmp_path / "shards" / f"train-{index}.parquet")
+    with pytest.raises(DataError, match="expected an image_id that no other row has, got 'train_000000' twice"):
+        make_masks(load_stream(tmp_path / "shards"), cam_folder, mask_recipe, tmp_path / "masks")
+    with pytest.raises(DataError, match="expected a stream that load_stream opened, got a IterableDatasetDict"):
+        plain = IterableDatasetDict({"train": load_stream(tmp_path / "shards")["train"]})
+        make_masks(plain, cam_folder, mask_recipe, tmp_path / "masks")
+
+
+def test_an_empty_shard_is_no_obstacle(shards, wanted, toy_data, cam_folder, mask_recipe, tmp_path):
+    toy_data["train"].select([]).to_parquet(shards / "train-00001a-of-00004.parquet")
+    found = make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "masks")
+    assert masks_by_id(found.data) == masks_by_id(wanted.data)
+    for file in shards.iterdir():
+        toy_data["train"].select([]).to_parquet(file)
+    with pytest.raises(DataError, match="stream: expected rows, got none"):
+        make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "none")
+
+
+def test_saliency_that_is_missing_later_is_named(shards, toy_data, cam_folder, mask_recipe, tmp_path):
+    rows = toy_data["train"].add_column("saliency", undecoded(toy_data["train"])["mask"][:], feature=Image())
+    late = undecoded(rows).map(lambda row, n: {"saliency": row["saliency"] if n < 10 else None}, with_indices=True)
+    (tmp_path / "one").mkdir()
+    for column in ("image", "mask", "saliency"):
+        late = late.cast_column(column, Image())
+    late.to_parquet(tmp_path / "one" / "train.parquet")
+    recipe = mask_recipe.changed("masks.seeds=drs", FIXED)
+    with pytest.raises(DataError, match="'saliency': expected a map of every image for masks.seeds: drs"):
+        make_masks(load_stream(tmp_path / "one"), cam_folder, recipe, tmp_path / "masks")
+
+
+# Evaluation
+
+
+def test_figures_of_a_stream_are_those_of_the_same_rows(
+    shards, toy_data, wanted, cam_folder, mask_recipe, segmenter_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluate_module, "_WINDOW", 2)
+    for index in range(2):
+        part = toy_data["val"].shard(2, index, contiguous=True)
+        part.to_parquet(shards / f"validation-{index:05d}-of-00002.parquet")
+    data, recipe = load_stream(shards), mask_recipe.changed("evaluation.batch_size=4")
+    for options in ({"cam": cam_folder}, {"segmenter": segmenter_folder}):
+        found, expected = evaluate(data, recipe, **options), evaluate(toy_data, recipe, **options)
+        assert found.results == expected.results and found.results[0]["num_images"] in (4, 12)
+        assert found.data == data.source
+    masks = make_masks(data, cam_folder, mask_recipe, tmp_path / "masks")
+    figures = [evaluate(of.data).results[0] | {"result": ""} for of in (masks, wanted)]
+    assert figures[0] == figures[1] and figures[0]["num_images"] == 12
+    models = {"segmenter": segmenter_folder, "against": segmenter_folder}
+    gaps = [evaluate(of, recipe, **models).gap for of in (data, toy_data)]
+    assert gaps[0] == gaps[1]
+
+
+def test_a_stream_without_true_masks_is_said(shards, toy_data, cam_folder, mask_recipe, tmp_path):
+    with pytest.raises(DataError, match="split 'train': expected true masks to evaluate on, and no row has one"):
+        evaluate(load_stream(shards, columns={"mask": "none"}), mask_recipe, cam=cam_folder)
+    empty = undecoded(toy_data["train"]).map(lambda row: {"mask": None}).cast_column("image", Image())
+    empty.cast_column("mask", Image()).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match="column 'mask': expected masks to evaluate on, and no row has one"):
+        evaluate(load_stream(tmp_path / "empty.parquet"), mask_recipe.changed(FIXED), cam=cam_folder)
+
+
 def test_other_stages_and_options_refuse_streams_in_one_line(shards, tmp_path, capsys):
     for arguments, message in (
-        (["make-masks", "--cam", "cam"], "--streaming: expected train-cam or train-segmenter, got make-masks"),
+        (["run"], "--streaming: expected one of train-cam, make-masks, train-segmenter, evaluate, got run"),
         (["train-cam", "--limit", "3"], "--streaming: expected no --limit beside it"),
     ):
         with pytest.raises(SystemExit):

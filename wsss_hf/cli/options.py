@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ..recipes import Recipe
 
 _FILES = [path.name for path in (resources.files("wsss_hf") / "recipes").iterdir()]
+_OF_STREAMS = ("train-cam", "make-masks", "train-segmenter", "evaluate")  # the commands
 _RECIPES = sorted(name.removesuffix(".yaml") for name in _FILES if name.endswith(".yaml"))
 
 
@@ -122,7 +123,8 @@ Streaming = Annotated[
     bool,
     typer.Option(
         "--streaming",
-        help="Of train-cam and train-segmenter: read shards or Hub data while training; wants train.steps.",
+        help="Of train-cam, make-masks, train-segmenter, evaluate: read shards or Hub data as they are needed; "
+        "training wants train.steps.",
         rich_help_panel="Data",
     ),
 ]
@@ -280,10 +282,9 @@ def with_inputs(command: Callable) -> Callable:
     @functools.wraps(command)
     def wrapper(**options: Any) -> None:
         prepare(options.pop("quiet"))
-        if options["streaming"] and command.__name__ not in ("train_cam", "train_segmenter"):
-            raise RecipeError(
-                f"--streaming: expected train-cam or train-segmenter, got {command.__name__.replace('_', '-')}"
-            )
+        name = command.__name__.replace("_", "-")
+        if options["streaming"] and name not in _OF_STREAMS:
+            raise RecipeError(f"--streaming: expected one of {', '.join(_OF_STREAMS)}, got {name}")
         shared_options = {name: options.pop(name) for name in names}
         # Only the supervised upper bound and, on request, the evaluation may see the masks of all training images.
         masks: Literal["evaluation", "all"] = "evaluation"

@@ -37,7 +37,7 @@ _SOURCES = (
 )
 _SAVED_MARKS = ("dataset_dict.json", "dataset_info.json")
 _SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # suffix → loader of datasets
-_RECORD = "recipe.yaml"  # of a stage that has saved the data
+RECORD = "recipe.yaml"  # of a stage that has saved the data
 _COLUMNS = ("image_id", "image", "tags", "mask", "saliency", "superpixels", "pseudo_mask")
 
 
@@ -155,7 +155,7 @@ def load_data(
 def _recorded_saliency(folder: Path, name: str) -> dict[str, Any]:
     """Where the saliency maps of the data `name` are from: as the stage that saved `folder` has recorded it."""
     try:
-        record = yaml.safe_load((folder / _RECORD).read_text())
+        record = yaml.safe_load((folder / RECORD).read_text())
         told = record["data"]["saliency"]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         told = name
@@ -235,8 +235,10 @@ def _map_columns(rows: Dataset, source: str, columns: Mapping[str, str]) -> Data
     rows = rows.rename_columns(renamed)
     missing = [name for name in ("image", "tags") if name not in rows.features]
     if missing:
+        advice = "the masks of a stream are read with --streaming" if "pseudo_mask" in rows.features else None
         raise DataError(
-            f"{source!r}: expected a column {missing[0]!r}, got {', '.join(rows.features)} (name yours in `columns`)"
+            f"{source!r}: expected a column {missing[0]!r}, got {', '.join(rows.features)} "
+            f"({advice or 'name yours in `columns`'})"
         )
     return rows.select_columns([name for name in _COLUMNS if name in rows.features])
 

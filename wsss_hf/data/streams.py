@@ -1,17 +1,30 @@
-"""Streamed data: rows that are read one after the other while a training runs, and are never all on this machine."""
+"""Streamed data: rows that are read one after the other while a stage runs, and are never all on this machine."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Features, IterableDataset, IterableDatasetDict, List, Value, load_dataset
+import yaml
+from accelerate import PartialState
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 from datasets import Image as ImageFeature
 
 from .folder import SPLIT_NAMES
-from .sources import as_list, shard_loader
+from .sources import RECORD, as_list, shard_loader
 from .tagged import DataError, TaggedData, check_class_names, undecoded
 
 _MAPS = ("mask", "saliency", "superpixels", "pseudo_mask", "confidence")
@@ -24,22 +37,29 @@ def load_stream(
     columns: Mapping[str, str] | None = None,
     revision: str | None = None,
 ) -> TaggedData:
-    """Open the split "train" of a data set as a stream, for [`train_cam`] and [`train_segmenter`].
+    """Open a data set as a stream, for [`train_cam`], [`make_masks`], [`train_segmenter`] and [`evaluate`].
 
-    Nothing is known about rows before they are read: what is wrong with one ends the training there. The loaders of
-    `datasets` read a file or a folder of Parquet shards or of WebDataset's tar files, or a data set on the Hub.
+    Nothing is known about rows before they are read: what is wrong with one ends the stage there. The loaders of
+    `datasets` read a file or a folder of Parquet shards or of WebDataset's tar files, or a data set on the Hub. The
+    pseudo masks that `make_masks` wrote for a stream are read beside it: their row is found by its image_id, for which
+    all image_ids are in memory.
 
     Args:
-        source: the shards, or the id of a data set.
+        source: the shards, the id of a data set, or what `make_masks` wrote for one of these.
         classes: names in the order of their indices; needed where tags are names or multi-hot.
         columns, revision: as of [`load_data`].
 
     Returns:
-        {"train": an `IterableDataset` of image_id, image (not decoded), tags (class indices) and further maps}.
+        splits "train" and, if there is one, "val": each an `IterableDataset` of image_id, image (not decoded), tags
+        (class indices) and further maps. Without a column of image_ids they count rows; of a shard that is read alone,
+        its own.
 
     Raises:
         DataError: no such data, no split "train", or columns that can't be tags and images.
     """
+    labelled = _labelled_stream(Path(source))
+    if labelled is not None:
+        return _with_pseudo_masks(load_stream(**labelled), Path(source))
     loader, name = shard_loader(Path(source)), str(source)
     options = {} if loader is None else {"data_files" if Path(source).is_file() else "data_dir": name}
     try:
@@ -47,17 +67,103 @@ def load_stream(
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: expected shards or the id of a data set to stream, got {reason}") from error
-    split = next((split for split in SPLIT_NAMES["train"] if split in found), None)
-    if not isinstance(found, IterableDatasetDict) or split is None:
+    splits = {split: next((name for name in names if name in found), None) for split, names in SPLIT_NAMES.items()}
+    if not isinstance(found, IterableDatasetDict) or splits["train"] is None:
         raise DataError(f"{name}: expected a split 'train', got {', '.join(map(str, found))}")
-    rows = _with_our_columns(found[split], name, classes, columns or {})
+    rows = {
+        split: _with_our_columns(found[theirs], name, classes, columns or {}, split)
+        for split, theirs in splits.items()
+        if theirs is not None
+    }
     arguments = {"source": name, "streaming": True, "classes": classes and list(classes), "columns": columns}
     given = (arguments | {"revision": revision}).items()
-    return TaggedData({"train": rows}, {key: value for key, value in given if value is not None})
+    return TaggedData(rows, {key: value for key, value in given if value is not None})
+
+
+def windows(
+    rows: IterableDataset, size: int, known: Callable[[str], int | None] = lambda name: None
+) -> Iterator[tuple[str, Dataset]]:
+    """This process's share of a stream, as data sets in memory of `size` consecutive rows.
+
+    The last one of a shard is shorter, perhaps empty. The windows do not depend on the number of processes. These
+    share the shards where there is one for each of them, else the windows; rows of the others' are read past.
+
+    Args:
+        known: name of a window → how many rows it has, where that is known; it is then left out and its rows are read
+            past, and a shard whose windows are all known is not opened.
+
+    Returns:
+        pairs of a name, by which windows are in the order of the stream, and the rows.
+    """
+    state = PartialState()
+    by_shard = rows.num_shards >= state.num_processes
+    for shard in range(rows.num_shards):
+        if by_shard and shard % state.num_processes != state.process_index:
+            continue
+        reader, start = None, 0
+        for number in itertools.count():
+            name = f"{shard:06d}-{number:06d}"
+            count = known(name)
+            if count is not None:
+                reader = None
+            else:
+                reader = reader or iter(rows.shard(rows.num_shards, shard).skip(start))
+                read = itertools.islice(reader, size)
+                if by_shard or number % state.num_processes == state.process_index:
+                    window = _in_memory(read, rows.features)
+                    count = len(window)
+                    yield name, window
+                else:
+                    count = sum(1 for _ in read)
+            start += count
+            if count < size:
+                break
+
+
+def sample_of(rows: IterableDataset, count: int = 256) -> Dataset:
+    """About `count` rows of a stream, the same in every process: the first of up to 16 evenly spaced shards."""
+    shards = np.unique(np.linspace(0, rows.num_shards - 1, 16).astype(int)).tolist()
+    parts = (rows.shard(rows.num_shards, shard).take(-(-count // len(shards))) for shard in shards)
+    return _in_memory(itertools.chain.from_iterable(parts), rows.features)
+
+
+def _in_memory(rows: Iterable[dict], features: Features) -> Dataset:
+    """As `Dataset.from_list`, which fails where there is no row."""
+    columns: dict[str, list] = {name: [] for name in features}
+    for row in rows:
+        for name, values in columns.items():
+            values.append(row[name])
+    return Dataset.from_dict(columns, features=features)
+
+
+def _labelled_stream(folder: Path) -> dict[str, Any] | None:
+    """The arguments of the stream that `folder` has pseudo masks for; None where it is something else."""
+    try:
+        source = yaml.safe_load((folder / RECORD).read_text())["data"]
+        is_streamed = source.pop("streaming", False) and (folder / "dataset_dict.json").is_file()
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return None
+    return source if is_streamed else None
+
+
+def _with_pseudo_masks(data: TaggedData, folder: Path) -> TaggedData:
+    masks = undecoded(load_from_disk(str(folder))["train"])
+    names = [name for name in ("pseudo_mask", "confidence") if name in masks.features]
+    places = {image_id: place for place, image_id in enumerate(masks["image_id"])}
+    masks = masks.select_columns(names)
+
+    def add(row: dict) -> dict:
+        if row["image_id"] not in places:
+            raise DataError(f"row {row['image_id']!r}: expected a pseudo mask in {folder}, got none; its data changed")
+        return row | masks[places[row["image_id"]]]
+
+    features = data["train"].features | {name: ImageFeature(decode=False) for name in names}
+    rows = data["train"].map(add, features=Features(features))
+    return TaggedData({**data, "train": rows}, {"source": str(folder), "streaming": True})
 
 
 def _with_our_columns(
-    rows: IterableDataset, source: str, classes: Sequence[str] | None, columns: Mapping[str, str]
+    rows: IterableDataset, source: str, classes: Sequence[str] | None, columns: Mapping[str, str], split: str
 ) -> IterableDataset:
     rows = undecoded(rows)
     places = {name: columns.get(name, name) for name in ("image_id", "image", "tags", *_MAPS)}
@@ -77,7 +183,7 @@ def _with_our_columns(
 
     def convert(row: dict, index: int) -> dict:
         identity = None if features["image_id"] is None else _value(row, places["image_id"])
-        found = {"image_id": f"train_{index:06d}" if identity is None else str(identity)}
+        found = {"image_id": f"{split}_{index:06d}" if identity is None else str(identity)}
         tags = as_list(_value(row, places["tags"]))
         if not isinstance(label, ClassLabel):
             tags = _indices(tags, numbers, f"{source}: row {found['image_id']!r}")

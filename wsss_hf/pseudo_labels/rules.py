@@ -241,6 +241,16 @@ def reads_saliency(settings: MasksSettings, rows: Dataset) -> bool:
     return rule.saliency == "needed" or (rule.saliency == "optional" and len(rows_with_saliency(rows)) > 0)
 
 
+def columns_to_read(settings: MasksSettings, rows: Dataset) -> list[str]:
+    """The columns that pseudo masks are made from.
+
+    Raises:
+        DataError: as of [`check_columns`].
+    """
+    check_columns(settings, rows)
+    return ["image_id", "tags", "image", *(["saliency"] if reads_saliency(settings, rows) else [])]
+
+
 def check_columns(settings: MasksSettings, rows: Dataset) -> None:
     """Check that rows have what the label rule looks at.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from ..data.export import file_stem
 from ..data.palette import check_palette
+from ..data.saliency import check_saliency
+from ..data.streams import sample_of, windows
 from ..data.tagged import (
     DataError,
     check_classes,
@@ -32,10 +34,12 @@ from ..inference.segmenter import segment_images
 from ..metrics.average_precision import mean_average_precision
 from ..metrics.errors import Errors, compare_errors
 from ..metrics.figures import Figures
+from ..metrics.streaming import sum_over_processes
 from ..metrics.threshold_curve import ThresholdCurve
 from ..progress import Progress
 from ..pseudo_labels.affinity_labels import with_affinity
 from ..pseudo_labels.label_images import label_images
+from ..pseudo_labels.rules import columns_to_read
 from ..pseudo_labels.threshold import thresholds_of, with_threshold
 from ..recipes import Recipe
 from ..settings import EvaluationSettings, MasksSettings, RecipeError
@@ -74,6 +78,8 @@ def evaluate(
     """Figures of models and masks against the true masks of `data`; without any, of the pseudo masks in `data`.
 
     Args:
+        data: also as a stream, see [`load_stream`]; thresholds that the recipe leaves open are then found on
+            [`sample_of`] it.
         recipe: its `masks` section says how a CAM classifier makes masks, its `evaluation` section is the test
             protocol of segmenters; None takes the default recipe.
         cam: a CAM classifier, a directory or Hub id; its masks are measured on split "train".
@@ -104,6 +110,8 @@ def evaluate(
     if segmenter is not None and save_masks is not None:
         if split not in data:
             raise RecipeError(f"--split: expected {' or '.join(data)}, got {split}")
+        if isinstance(data[split], IterableDataset):
+            raise RecipeError("--save-masks: expected data that are not streamed")
         predict_masks(segmenter, data[split], recipe.evaluation, save_masks, **exports)
         if has_masks(data, split):
             row = {"result": f"segmenter {segmenter}", "split": split, "of": Path(segmenter).name}
@@ -139,8 +147,10 @@ def maps_row(name: str, cam: str | os.PathLike, data: DatasetDict, settings: Mas
     if not has_masks(data, "train"):
         return row
     model, processor = load_labeler(os.fspath(cam), PartialState().device, optimize=settings.optimize)
-    settings = with_threshold(model, processor, data["train"], settings)
-    figures = evaluate_cam(model, processor, data["train"], settings)
+    rows = data["train"]
+    known = sample_of(rows) if isinstance(rows, IterableDataset) else rows
+    settings = with_threshold(model, processor, known, settings)
+    figures = evaluate_cam(model, processor, rows, settings)
     return row | figures | thresholds_of(settings)
 
 
@@ -156,7 +166,10 @@ def segmenter_row(
 
 
 def segmenter_gap(
-    segmenter: str | os.PathLike, other: str | os.PathLike, rows: Dataset, settings: EvaluationSettings
+    segmenter: str | os.PathLike,
+    other: str | os.PathLike,
+    rows: Dataset | IterableDataset,
+    settings: EvaluationSettings,
 ) -> dict[str, Any]:
     """The gap between two segmenters, directories or Hub ids, on rows with true masks; see [`compare_errors`]."""
     device = PartialState().device
@@ -168,9 +181,11 @@ def segmenter_gap(
 
 
 def has_masks(data: DatasetDict, split: str) -> bool:
-    """Whether a split has true masks to evaluate on."""
-    rows: Dataset | None = data.get(split)
-    return rows is not None and "mask" in rows.column_names and bool(has_value(rows, "mask").any())
+    """Whether a split has true masks to evaluate on; of a stream, whether it has a column for them."""
+    rows: Dataset | IterableDataset | None = data.get(split)
+    if rows is None or "mask" not in rows.features:
+        return False
+    return isinstance(rows, IterableDataset) or bool(has_value(rows, "mask").any())
 
 
 def needs_masks(data: DatasetDict, split: str) -> None:
@@ -186,6 +201,8 @@ def needs_masks(data: DatasetDict, split: str) -> None:
 
 
 VERSION = 3
+_WINDOW = 256  # rows of a stream that are in memory
+_NO_MASKS = "column {!r}: expected masks to evaluate on, and no row has one"
 
 # Figures
 
@@ -198,24 +215,54 @@ def rows_with(rows: Dataset, column: str) -> Dataset:
     """
     found: Sequence[int] | np.ndarray = np.flatnonzero(has_value(rows, column)) if column in rows.column_names else []
     if not len(found):
-        raise DataError(f"column {column!r}: expected masks to evaluate on, and no row has one")
+        raise DataError(_NO_MASKS.format(column))
     return rows.select(found)
 
 
-def evaluate_masks(rows: Dataset, column: str = "pseudo_mask") -> dict[str, Any]:
+def _share(rows: Dataset | IterableDataset, *columns: str) -> tuple[Iterable[Dataset], int | None]:
+    """This process's share of the rows whose image columns `columns` are filled, in parts, and how many these are: a
+    data set is one part; a stream comes in windows, and nobody knows how many.
+
+    Raises:
+        DataError: no process has any row; of a stream that is known at its end.
+    """
+    if isinstance(rows, IterableDataset):
+        return _filled_windows(rows, columns), None
+    for column in columns:
+        rows = rows_with(rows, column)
+    state = PartialState()
+    mine = range(state.process_index, len(rows), state.num_processes)
+    return [rows.select(mine)] if mine else [], len(mine)
+
+
+def _filled_windows(rows: IterableDataset, columns: Sequence[str]) -> Iterator[Dataset]:
+    count = np.zeros(1, dtype=np.int64)
+    for _, window in windows(rows, _WINDOW):
+        for column in columns:
+            window = window.select(np.flatnonzero(has_value(window, column)) if column in window.features else [])
+        if len(window):
+            count += len(window)
+            yield window
+    if not sum_over_processes(count).any():
+        raise DataError(_NO_MASKS.format(columns[-1]))
+
+
+def evaluate_masks(rows: Dataset | IterableDataset, column: str = "pseudo_mask") -> dict[str, Any]:
     """Figures of the masks in `column` against the true ones, over the rows that have both; see [`Figures`]."""
-    rows = rows_with(rows_with(rows, "mask"), column)
+    parts, count = _share(rows, "mask", column)
     metric = Figures(["background", *class_names(rows)])
-    mine = _part_of_this_process(rows)
-    with Progress("evaluating masks", len(mine), unit="image") as progress:
-        for row in undecoded(mine.select_columns(["image_id", "mask", column])):
-            prediction = decode_mask(row[column], f"row {row['image_id']!r}, column {column}")
-            metric.add(prediction=prediction, reference=_truth(row), name=f"row {row['image_id']!r}")
-            progress.advance(1)
+    with Progress("evaluating masks", count, unit="image") as progress:
+        for part in parts:
+            for row in undecoded(part.select_columns(["image_id", "mask", column])):
+                prediction = decode_mask(row[column], f"row {row['image_id']!r}, column {column}")
+                metric.add(prediction=prediction, reference=_truth(row), name=f"row {row['image_id']!r}")
+                progress.advance(1)
     return metric.compute()
 
 
-def evaluate_cam(model, processor: Callable, rows: Dataset, settings: MasksSettings) -> dict[str, Any]:
+def evaluate_cam(
+    model, processor: Callable, rows: Dataset | IterableDataset, settings: MasksSettings
+) -> dict[str, Any]:
     """Figures of the pseudo masks that a CAM classifier makes of `rows`, and of its maps and tags.
 
     Returns:
@@ -225,25 +272,29 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: MasksSetti
     Raises:
         DataError: no row has a mask, or the classifier has other classes than the data.
     """
-    rows = rows_with(rows, "mask")
+    parts, count = _share(rows, "mask")
     names = class_names(rows)
     check_names(model, names, "classifier")
+    known = sample_of(rows) if isinstance(rows, IterableDataset) else rows_with(rows, "mask")
+    columns = columns_to_read(settings, known)
     metric = Figures(["background", *names])
     curve = ThresholdCurve(["background", *names])
-    mine = _part_of_this_process(rows)
-    truths = undecoded(mine.select_columns(["image_id", "mask", "tags"]))
     scores, tags = [], []
-    with Progress("evaluating maps", len(mine), unit="image") as progress:
-        for labelled in label_images(model, processor, mine, settings):
-            row = truths[labelled.index]
-            name, truth = f"row {row['image_id']!r}", _truth(row)
-            metric.add(prediction=labelled.pseudo_mask, reference=truth, name=name)
-            maps = np.zeros((len(names), *truth.shape), dtype=np.float32)
-            maps[labelled.classes] = labelled.maps
-            curve.add(maps, truth, name=name)
-            scores.append(labelled.logits)
-            tags.append(tags_to_multi_hot(row["tags"], len(names)).numpy())
-            progress.advance(1)
+    with Progress("evaluating maps", count, unit="image") as progress:
+        for part in parts:
+            truths, part = undecoded(part.select_columns(["image_id", "mask", "tags"])), part.select_columns(columns)
+            if "saliency" in columns:
+                check_saliency(part, f"masks.seeds: {settings.seeds}")  # that of a stream is not known before
+            for labelled in label_images(model, processor, part, settings):
+                row = truths[labelled.index]
+                name, truth = f"row {row['image_id']!r}", _truth(row)
+                metric.add(prediction=labelled.pseudo_mask, reference=truth, name=name)
+                maps = np.zeros((len(names), *truth.shape), dtype=np.float32)
+                maps[labelled.classes] = labelled.maps
+                curve.add(maps, truth, name=name)
+                scores.append(labelled.logits)
+                tags.append(tags_to_multi_hot(row["tags"], len(names)).numpy())
+                progress.advance(1)
     points = curve.all_reduce().compute()
     scores, tags = gather_object(scores), gather_object(tags)
     return metric.compute() | {
@@ -254,7 +305,11 @@ def evaluate_cam(model, processor: Callable, rows: Dataset, settings: MasksSetti
 
 
 def evaluate_segmenter(
-    model, processor: Callable, rows: Dataset, settings: EvaluationSettings, metric: type = Figures
+    model,
+    processor: Callable,
+    rows: Dataset | IterableDataset,
+    settings: EvaluationSettings,
+    metric: type = Figures,
 ) -> dict[str, Any]:
     """Figures of a segmenter on the rows that have a mask, at the images' own size.
 
@@ -267,18 +322,18 @@ def evaluate_segmenter(
     Raises:
         DataError: no row has a mask, or the model has other classes than the data.
     """
-    rows = rows_with(rows, "mask")
+    parts, count = _share(rows, "mask")
     counts = metric(check_classes(model, rows))
-    mine = _part_of_this_process(rows)
-    truths = undecoded(mine.select_columns(["image_id", "mask"]))
-    with Progress("evaluating segmenter", len(mine), unit="image") as progress:
-        for segmented in segment_images(model, processor, mine, settings):
-            counts.add(segmented.labels, _truth(truths[segmented.index]), f"row {segmented.image_id!r}")
-            progress.advance(1)
+    with Progress("evaluating segmenter", count, unit="image") as progress:
+        for part in parts:
+            truths = undecoded(part.select_columns(["image_id", "mask"]))
+            for segmented in segment_images(model, processor, part, settings):
+                counts.add(segmented.labels, _truth(truths[segmented.index]), f"row {segmented.image_id!r}")
+                progress.advance(1)
     return counts.compute()
 
 
-def evaluate_files(folder: str | os.PathLike, rows: Dataset) -> dict[str, Any]:
+def evaluate_files(folder: str | os.PathLike, rows: Dataset | IterableDataset) -> dict[str, Any]:
     """Figures of the PNGs in `folder` on the rows that have a mask; see [`Figures`].
 
     Args:
@@ -290,29 +345,25 @@ def evaluate_files(folder: str | os.PathLike, rows: Dataset) -> dict[str, Any]:
             renumbered; names it.
         ValueError: a file has another size or other labels than the truth; names it.
     """
-    rows = rows_with(rows, "mask")
+    parts, count = _share(rows, "mask")
     folder = Path(folder)
-    files = {image_id: folder / f"{file_stem(image_id)}.png" for image_id in rows["image_id"]}
-    missing = [file for file in files.values() if not file.is_file()]
-    if missing:
-        raise DataError(f"{missing[0]}: expected a label map of every image, {len(missing)} of {len(files)} missing")
     metric = Figures(["background", *class_names(rows)])
-    mine = _part_of_this_process(rows)
-    with Progress("evaluating files", len(mine), unit="image") as progress:
-        for row in undecoded(mine.select_columns(["image_id", "mask"])):
-            file = files[row["image_id"]]
-            prediction = decode_mask({"path": str(file)}, str(file))
-            with open_image(file) as picture:
-                check_palette(picture, len(metric.names), str(file))
-            metric.add(prediction, _truth(row), str(file))
-            progress.advance(1)
+    with Progress("evaluating files", count, unit="image") as progress:
+        for part in parts:
+            files = {image_id: folder / f"{file_stem(image_id)}.png" for image_id in part["image_id"]}
+            missing = [file for file in files.values() if not file.is_file()]
+            if missing:
+                expected = f"{missing[0]}: expected a label map of every image"
+                raise DataError(f"{expected}, {len(missing)} of {len(files)} missing")
+            for row in undecoded(part.select_columns(["image_id", "mask"])):
+                file = files[row["image_id"]]
+                prediction = decode_mask({"path": str(file)}, str(file))
+                with open_image(file) as picture:
+                    check_palette(picture, len(metric.names), str(file))
+                metric.add(prediction, _truth(row), str(file))
+                progress.advance(1)
     return metric.compute()
 
 
 def _truth(row: dict) -> np.ndarray:
     return decode_mask(row["mask"], f"row {row['image_id']!r}, column mask")
-
-
-def _part_of_this_process(rows: Dataset) -> Dataset:
-    state = PartialState()
-    return rows.select(range(state.process_index, len(rows), state.num_processes))

@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 from ..data.prepared import tree_state
-from ..data.tagged import class_names, source_of, undecoded
+from ..data.tagged import DataError, class_names, source_of, undecoded
 from ..files import file_digest
 from ..models.pretrained import pinned
 
@@ -46,12 +46,18 @@ def rows_fingerprint(rows: Dataset, columns: Sequence[str], fingerprints: Sequen
     return digest([*class_names(rows), *(fingerprints or row_fingerprints(rows, columns))])
 
 
-def data_fingerprint(data: DatasetDict, columns: Sequence[str]) -> str:
+def data_fingerprint(data: DatasetDict, columns: Sequence[str], fingerprints: Sequence[str] | None = None) -> str:
     """[`rows_fingerprint`] of split "train". A stream is not read for it: it is known by its name and, where its
-    shards are files here, by their sizes and times of change."""
+    shards are files here, by their sizes and times of change.
+
+    Raises:
+        DataError: it is a stream that has no name.
+    """
     if not isinstance(data["train"], IterableDataset):
-        return rows_fingerprint(data["train"], columns)
+        return rows_fingerprint(data["train"], columns, fingerprints)
     source = source_of(data)
+    if "source" not in source:
+        raise DataError(f"data: expected a stream that load_stream opened, got a {type(data).__name__} of another")
     return digest([*class_names(data), source, tree_state(source["source"])])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -14,14 +15,15 @@ from typing import Any
 
 import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from PIL import Image
 
 from ..data.export import check_free, export_coco, export_voc, require_pycocotools
-from ..data.saliency import describe_saliency
+from ..data.saliency import check_saliency, describe_saliency
 from ..data.saving import save_data
-from ..data.tagged import check_names, class_names, decode_mask, encode_png, source_of, undecoded
+from ..data.streams import sample_of
+from ..data.tagged import DataError, check_names, class_names, decode_mask, encode_png, source_of, undecoded
 from ..files import whole_file
 from ..inference.load import load_labeler
 from ..models.label_colors import mask_image
@@ -29,12 +31,12 @@ from ..models.modeling_cam import CamClassifier
 from ..progress import is_quiet
 from ..pseudo_labels.affinity_labels import walk_models, with_affinity
 from ..pseudo_labels.label_images import Labelled, build_rules, label_images
-from ..pseudo_labels.rules import check_columns, reads_saliency
+from ..pseudo_labels.rules import columns_to_read
 from ..pseudo_labels.threshold import thresholds_of, with_threshold
 from ..recipes import Recipe
 from ..settings import AUTO, MasksSettings
 from .cache import Record, StageOutput, embedding, write_atomically
-from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
+from .fingerprint import data_fingerprint, digest, model_fingerprint, row_fingerprints, rows_fingerprint
 from .lock import locked, partial_of
 from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
@@ -60,13 +62,17 @@ def make_masks(
     The images are split into shards, the shards over the processes of `accelerate launch`. A finished shard is used
     again for the very images, tags, classifier and settings it was made from.
 
+    Of a stream (see [`load_stream`]) the folder holds image_id, tags and the masks alone, beside whose rows the stream
+    is read again, unless `embed_images` asks for all its columns. Thresholds that the recipe leaves open are found on
+    [`sample_of`] it.
+
     Args:
-        data: tagged images.
+        data: tagged images, also as a stream.
         cam: a trained CAM classifier or map refiner, a directory or Hub id.
         recipe: its `masks` section is used.
         out: folder of the data set, as for [`train_cam`].
         affinity: an affinity network, a directory or Hub id, for steps `walk` of `masks.refine` that name none.
-        embed_images: copy the image files into the data set, see [`save_data`].
+        embed_images: copy the images into the data set, see [`save_data`].
         force: make the masks again whatever is there.
 
     Returns:
@@ -78,10 +84,15 @@ def make_masks(
         DataError: the classifier has other classes than the data, or a column that the label rule needs is missing.
     """
     rows, settings = data["train"], recipe.masks
-    check_columns(settings, rows)
-    columns = ["image_id", "tags", "image", *(["saliency"] if reads_saliency(settings, rows) else [])]
-    fingerprints = row_fingerprints(rows, columns)
-    inputs = {"data": rows_fingerprint(rows, columns, fingerprints), "cam": model_fingerprint(cam)}
+    is_streamed = isinstance(rows, IterableDataset)
+    if is_streamed:
+        fingerprints = [data_fingerprint(data, ())]
+        inputs = {"data": fingerprints[0]}
+    else:
+        columns = columns_to_read(settings, rows)
+        fingerprints = row_fingerprints(rows, columns)
+        inputs = {"data": rows_fingerprint(rows, columns, fingerprints)}
+    inputs["cam"] = model_fingerprint(cam)
     for number, name in enumerate(dict.fromkeys(name or affinity for name in walk_models(settings))):
         if name is not None:
             inputs[f"affinity-{number}" if number else "affinity"] = model_fingerprint(name)
@@ -90,33 +101,43 @@ def make_masks(
     settings = with_affinity(settings, affinity)
     if output.done:
         return LabelledData(output.path)
+    known = rows
+    if is_streamed:
+        known = _checked_sample(rows)
+        columns = columns_to_read(settings, known)
     state = PartialState()
     with output.working() as folder:
         model, processor = load_labeler(os.fspath(cam), state.device, optimize=settings.optimize)
         check_names(model, class_names(rows), "classifier")
         if settings.background_threshold == AUTO and state.is_main_process and not is_quiet():
             print("masks: searching the background threshold on the maps", file=sys.stderr)
-        settings = with_threshold(model, processor, rows, settings)
+        settings = with_threshold(model, processor, known, settings)
         names = _COLUMNS if settings.confidence else _COLUMNS[:1]
         features = Features({name: ImageFeature() for name in names} | {"fallbacks": Value("string")})  # as JSON
-        kept = {image_id: row for row, image_id in enumerate(rows["image_id"][: settings.keep])}
+        first = itertools.islice(rows.select_columns(["image_id"]), settings.keep)
+        kept = {row["image_id"]: number for number, row in enumerate(first)}
         rules = build_rules(settings)
         thresholds = thresholds_of(settings)
         models = [value for name, value in inputs.items() if name != "data"]
         key, shards = digest([*models, json.dumps(thresholds)]), folder / "shards"
         steps = folder / "steps" / key  # of these very thresholds, as the shards
-        compute = partial(_encoded, model, processor, settings=settings, rules=rules, kept=kept, steps=steps)
+        compute = partial(
+            _encoded, model, processor, columns=columns, settings=settings, rules=rules, kept=kept, steps=steps
+        )
+        size = settings.shard_size
+        others = [name for name in rows.features if name not in _COLUMNS]
+        beside = [] if not is_streamed else others if embed_images else ["image_id", "tags"]
         with rules[0]:  # which may own worker processes
-            made = compute_shards(compute, rows, fingerprints, features, shards, settings.shard_size, "masks", key)
+            made = compute_shards(compute, rows, fingerprints, features, shards, size, "masks", key, beside)
         if state.is_main_process:
-            rows = rows.remove_columns([name for name in _COLUMNS if name in rows.column_names])
-            labelled = concatenate_datasets([rows, made.remove_columns("fallbacks")], axis=1)
-            result = folder / "result"
-            save_data(DatasetDict({**data, "train": labelled}), result, embed_images)
+            labelled, result = made.remove_columns("fallbacks"), folder / "result"
+            if not is_streamed:
+                labelled = concatenate_datasets([rows.select_columns(others), labelled], axis=1)
+            save_data(DatasetDict({**({} if is_streamed else data), "train": labelled}), result, embed_images)
             if steps.is_dir():
                 shutil.copytree(steps, result / "steps")
             fallbacks = sum((Counter(json.loads(counts)) for counts in made["fallbacks"]), Counter())
-            summary: dict[str, Any] = thresholds | {"images": len(rows)}
+            summary: dict[str, Any] = thresholds | {"images": len(labelled)}
             if "saliency" in columns:
                 summary["saliency"] = describe_saliency(source_of(data).get("saliency"))
             summary["fallbacks"] = dict(sorted(fallbacks.items()))
@@ -125,6 +146,24 @@ def make_masks(
             _print_summary(summary)
     state.wait_for_everyone()
     return LabelledData(output.path)
+
+
+def _checked_sample(rows: IterableDataset) -> Dataset:
+    """Some rows of a stream, the first ones of its shards.
+
+    Raises:
+        DataError: there is none, or masks can't be found by their image_id.
+    """
+    sample = sample_of(rows)
+    if not len(sample):
+        raise DataError("stream: expected rows, got none")
+    twice = [image_id for image_id, count in Counter(sample["image_id"]).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"stream: expected an image_id that no other row has, got {twice[0]!r} twice (map a column of names to "
+            "image_id)"
+        )
+    return sample
 
 
 def _print_summary(summary: dict) -> None:
@@ -182,13 +221,17 @@ def _encoded(
     model: CamClassifier,
     processor,
     rows: Dataset,
+    columns: list[str],
     settings: MasksSettings,
     rules: tuple,
     kept: dict[str, int],
     steps: Path,
 ) -> Iterator[tuple[int, dict]]:
-    """What the columns hold for each of `rows`; writes the steps of those whose image_id is in `kept`."""
-    ids = rows["image_id"][:]
+    """What the new columns hold for each of `rows`, of which `columns` are read; writes the steps of those whose
+    image_id is in `kept`."""
+    rows, ids = rows.select_columns(columns), rows["image_id"][:]
+    if "saliency" in columns:
+        check_saliency(rows, f"masks.seeds: {settings.seeds}")  # that of a stream is not known before
     for labelled in label_images(model, processor, rows, settings, rules):
         values = {
             "pseudo_mask": encode_png(mask_image(labelled.pseudo_mask)),

@@ -13,6 +13,7 @@ import pyarrow as pa
 from datasets import DatasetDict, load_from_disk
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
+from ..data.streams import load_stream
 from ..data.tagged import TaggedData
 from ..models.mask_classifiers import load_segmentation_model
 from ..training.train import LOG_FILE
@@ -76,7 +77,8 @@ class LabelledData(StageResult):
 
     @cached_property
     def data(self) -> DatasetDict:
-        """The data set; split "train" has the column `pseudo_mask`.
+        """The data set; split "train" has the column `pseudo_mask`. What was labelled as a stream is one again, see
+        [`load_stream`].
 
         Raises:
             ValueError: a file of it is damaged.
@@ -86,6 +88,8 @@ class LabelledData(StageResult):
         except (OSError, ValueError, pa.ArrowException) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"{self.folder}: damaged ({reason}); remove it to have it made again") from error
+        if "image" not in held["train"].features:
+            return load_stream(self.folder)
         return TaggedData(held, source=self.record.get("data") or {})
 
     @property
