@@ -48,6 +48,14 @@ def test_elsewhere_than_on_a_terminal_a_line_comes_every_half_minute_and_at_the_
     ]
 
 
+def test_where_nobody_knows_how_many_there_are_they_are_counted(clock, capsys):
+    with Progress("masks", None, unit="image") as progress:
+        progress.advance(80)
+        clock(40)
+        progress.advance(10)
+    assert printed(capsys) == ["masks: 90, 0.2 image/s"]
+
+
 def test_what_an_earlier_run_did_is_no_part_of_the_rate(clock, capsys):
     with Progress("masks", 100, unit="image") as progress:
         progress.advance(80)

@@ -1,7 +1,11 @@
 """Stages on streams: shards that are read while a stage runs."""
 
 import itertools
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +140,7 @@ def test_a_segmenter_learns_from_a_stream(shards, tiny_recipe, tmp_path):
 
 # Labelling
 
+QUICK = ["masks.scales=[1.0]", "masks.batch_size=4", "masks.background_threshold=auto"]
 FIXED = "masks.background_threshold=0.3"
 TINY_BACKBONE = {"model_type": "resnet", "layer_type": "basic", "depths": [1, 1], "hidden_sizes": [8, 16]}
 
@@ -163,8 +168,7 @@ def masks_by_id(data):
 @pytest.fixture(scope="module")
 def wanted(toy_data, cam_folder, tmp_path_factory):
     """What labelling the rows as a data set gives, with the found threshold."""
-    recipe = load_recipe("default", ["masks.batch_size=4", "masks.background_threshold=auto"])
-    return make_masks(toy_data, cam_folder, recipe, tmp_path_factory.mktemp("wanted") / "masks")
+    return make_masks(toy_data, cam_folder, load_recipe("default", QUICK), tmp_path_factory.mktemp("wanted") / "masks")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +184,7 @@ def segmenter_folder(toy_data, tmp_path_factory):
 
 @pytest.fixture
 def mask_recipe():
-    return load_recipe("default", ["masks.batch_size=4", "masks.background_threshold=auto", "masks.shard_size=2"])
+    return load_recipe("default", [*QUICK, "masks.shard_size=2"])
 
 
 @pytest.mark.parametrize("size", [2, 3, 100])  # of shards of three rows: parts, exactly one, less than one
@@ -315,6 +319,116 @@ def test_a_stream_without_true_masks_is_said(shards, toy_data, cam_folder, mask_
     empty.cast_column("mask", Image()).to_parquet(tmp_path / "empty.parquet")
     with pytest.raises(DataError, match="column 'mask': expected masks to evaluate on, and no row has one"):
         evaluate(load_stream(tmp_path / "empty.parquet"), mask_recipe.changed(FIXED), cam=cam_folder)
+
+
+def test_commands_label_and_evaluate_streams(shards, wanted, cam_folder, tmp_path, capsys):
+    changes = list(itertools.chain.from_iterable(("--set", change) for change in QUICK))
+    shared = ["--streaming", "--quiet", "--recipe", "default", *changes]
+    for command in (
+        [
+            "make-masks",
+            "--data",
+            shards,
+            "--cam",
+            cam_folder,
+            "--out",
+            tmp_path / "m",
+            "--export-voc",
+            tmp_path / "voc",
+        ],
+        ["evaluate", "--data", tmp_path / "m", "--json", tmp_path / "figures.json"],
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main([*map(str, command), *shared])
+        assert not ended.value.code, capsys.readouterr().err
+    assert masks_by_id(load_from_disk(str(tmp_path / "m"))) == masks_by_id(wanted.data)
+    assert len(list((tmp_path / "voc" / "SegmentationClass").iterdir())) == 12
+    assert json.loads((tmp_path / "figures.json").read_text())["results"][0]["num_images"] == 12
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--data", str(shards), *shared, "--model", "m", "--save-masks", str(tmp_path / "s")])
+    assert "error: --split: expected train, got val" in capsys.readouterr().err
+
+
+# Two processes
+
+
+TWO_PROCESSES = """
+import json, sys
+from pathlib import Path
+from accelerate import PartialState
+from wsss_hf.cli.launch import prepare_libraries
+from wsss_hf.data.examples import StreamedExamples
+from wsss_hf.data.streams import load_stream
+from wsss_hf.recipes import load_recipe
+from wsss_hf.stages.evaluate import evaluate
+from wsss_hf.stages.make_masks import make_masks
+from wsss_hf.stages.train_cam import train_cam
+
+prepare_libraries(True)
+folder, cam, segmenter, settings = Path(sys.argv[1]), *sys.argv[2:4], json.loads(sys.argv[4])
+recipe, rank = load_recipe("default", settings), PartialState().process_index
+example = StreamedExamples.example
+
+def noted(examples, row, rng):
+    with (folder / f"{source}-{rank}.txt").open("a") as file:
+        print(row["image_id"], file=file)
+    return example(examples, row, rng)
+
+StreamedExamples.example = noted
+for source in ("shards", "one.parquet"):
+    data = load_stream(folder / source)
+    make_masks(data, cam, recipe, folder / f"{source}-masks")
+    found = [evaluate(data, recipe, cam=cam), evaluate(data, recipe, segmenter=segmenter, split="train")]
+    train_cam(data, recipe, folder / f"{source}-cam")
+    if PartialState().is_main_process:
+        (folder / f"{source}.json").write_text(json.dumps([one.results for one in found]))
+    PartialState().wait_for_everyone()
+PartialState().destroy_process_group()
+"""
+
+
+def in_two_processes(tmp_path, *command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    options = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    options["HF_DATASETS_CACHE"] = str(tmp_path / "cache")
+    command = [*launcher, *map(str, command)]
+    return subprocess.run(command, env=os.environ | options, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream(
+    shards, wanted, toy_data, cam_folder, mask_recipe, segmenter_folder, tmp_path, tiny_settings, labelled_rows
+):
+    toy_data["train"].to_parquet(tmp_path / "one.parquet")
+    settings = [*tiny_settings, *QUICK, "masks.shard_size=2", "cam.train.steps=3", "cam.train.workers=0"]
+    recipe = load_recipe("default", settings)
+    labelled_rows[1][0] = 7
+    with pytest.raises(KeyboardInterrupt):  # what one process has begun two go on with
+        make_masks(load_stream(shards), cam_folder, recipe, tmp_path / "shards-masks")
+    (tmp_path / "work.py").write_text(TWO_PROCESSES)
+    arguments = tmp_path, cam_folder, segmenter_folder, json.dumps(settings)
+    done = in_two_processes(tmp_path, tmp_path / "work.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    models = {"cam": cam_folder}, {"segmenter": segmenter_folder, "split": "train"}
+    figures = json.loads(json.dumps([evaluate(toy_data, recipe, **options).results for options in models]))
+    for source in ("shards", "one.parquet"):  # two shards for each process, and one for both
+        masks = masks_by_id(load_from_disk(str(tmp_path / f"{source}-masks")))
+        assert list(masks.items()) == list(masks_by_id(wanted.data).items())
+        assert json.loads((tmp_path / f"{source}.json").read_text()) == figures
+        seen = [(tmp_path / f"{source}-{rank}.txt").read_text().split() for rank in range(2)]
+        assert len(seen[0]) == len(seen[1]) == 6 and {*seen[0], *seen[1]} == masks.keys()
+
+
+@pytest.mark.slow
+def test_a_process_without_rows_ends_a_training_in_a_line(toy_data, tmp_path, tiny_settings):
+    (tmp_path / "half").mkdir()
+    for index, rows in enumerate([range(4), range(0)]):
+        toy_data["train"].select(rows).to_parquet(tmp_path / "half" / f"train-{index}.parquet")
+    changes = itertools.chain.from_iterable(("--set", change) for change in (*tiny_settings, "cam.train.steps=3"))
+    script, data = Path(__file__).parents[2] / "scripts" / "train_cam.py", tmp_path / "half"
+    options = "--data", data, "--streaming", "--quiet", "--recipe", "default", "--out", tmp_path / "cam"
+    done = in_two_processes(tmp_path, script, *options, *changes)
+    assert done.returncode and "stream: expected rows for each of 2 processes, got none for one" in done.stderr
 
 
 def test_other_stages_and_options_refuse_streams_in_one_line(shards, tmp_path, capsys):
