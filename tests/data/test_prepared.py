@@ -1,9 +1,14 @@
+import json
 import os
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import config
 from PIL import Image
 
+from wsss_hf.data import coco as coco_module
 from wsss_hf.data import prepared, sources
 from wsss_hf.data.folder import load_folder
 from wsss_hf.data.sources import load_data
@@ -75,3 +80,59 @@ def test_few_rows_leave_nothing_behind(photos, readings, monkeypatch):
 def test_a_cache_that_cannot_be_written_is_no_obstacle(photos, readings, tmp_path):
     (tmp_path / "cache").write_text("a file")
     assert len(load_data(photos)["train"]) == 4 == len(load_data(photos)["train"])
+
+
+@pytest.fixture
+def coco(photos, tmp_path):
+    """The folder of photographs as train2017 and val2017, with a square on each image."""
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (root / f"{split}2017").mkdir()
+        images, shapes = [], []
+        for number in range(1, 5):
+            Image.new("RGB", (8, 6)).save(root / f"{split}2017" / f"{number}.jpg")
+            images.append({"id": number, "file_name": f"{number}.jpg", "height": 6, "width": 8})
+            shapes.append({"id": number, "image_id": number, "category_id": 3, "iscrowd": 0})
+            shapes[-1]["segmentation"] = [[1, 1, 4, 1, 4, 4, 1, 4]]
+        content = {"images": images, "annotations": shapes, "categories": [{"id": 3, "name": "cat"}]}
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    return root
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The annotation files of COCO that were read, by name."""
+    found, read = [], coco_module._read_annotations
+    monkeypatch.setattr(
+        coco_module, "_read_annotations", lambda path, with_shapes: found.append(path.name) or read(path, with_shapes)
+    )
+    return found
+
+
+def test_one_of_two_processes_reads_annotations_and_folders(coco, photos, opened, readings, in_two_processes):
+    def work(rank):
+        data = load_data("coco", root=coco)
+        masks = [np.asarray(mask).sum() for mask in data["val"]["mask"]]
+        return rank, list(opened), masks, dict(readings), load_data(photos)["train"]["image_id"][:], dict(readings)
+
+    (_, *main), (_, *other) = sorted(in_two_processes(work))
+    assert main[0] == ["instances_train2017.json", "instances_val2017.json"] and other[0] == []
+    assert main[1] == other[1] == [9] * 4
+    assert main[2] == {"read": 0, "checked": 1} and other[2] == {"read": 0, "checked": 0}
+    assert main[3] == other[3] == ["cat/a.png", "cat/b.png", "dog/c.png", "dog/d.png"]
+    assert main[4] == {"read": 1, "checked": 2} and other[4] == other[2]
+
+
+def test_a_few_rows_of_many_are_read_once_too(coco, opened, monkeypatch):
+    monkeypatch.setattr(prepared, "_WORTHWHILE", 1000)
+    first, second = (load_data("coco", root=coco, limit=2) for _ in range(2))
+    assert len(opened) == 2 and undecoded(first["val"])[:] == undecoded(second["val"])[:]
+    assert len(load_data("coco", root=coco)["val"]) == 4
+
+
+def test_painted_masks_that_are_gone_are_painted_again(coco, opened):
+    shutil.rmtree(Path(undecoded(load_data("coco", root=coco)["val"])[0]["mask"]["path"]).parent)
+    for _ in range(2):
+        assert [np.asarray(mask).sum() for mask in load_data("coco", root=coco)["val"]["mask"]] == [9] * 4
+    assert len(opened) == 4  # twice each

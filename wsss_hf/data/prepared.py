@@ -16,33 +16,34 @@ from datasets import DatasetDict, config, load_from_disk
 
 from ..files import whole_folder
 from .saving import save_data
-from .tagged import check_dataset
+from .tagged import check_dataset, undecoded
 
 _VERSION = 1  # of what is checked
-_WORTHWHILE = 1000  # rows; fewer are read in no time
+_WORTHWHILE = 1000  # rows; fewer are read in no time, unless they are some of many
 
 
 def read_once(read: Callable[[], DatasetDict], arguments: Mapping[str, Any], *folders: str | Path) -> DatasetDict:
     """The checked data that `read` gives: memory-mapped from the datasets' cache where they are in it.
 
     They are used again as long as no file in `folders` has another name, size or time of change, and for the same
-    `arguments`. Images are not copied. Of several processes the main one reads first.
+    `arguments`. Images are not copied; masks that `read` paints, elsewhere, are painted again where they are gone. Of
+    several processes the main one reads, and the others open what it has written.
 
     Raises:
         DataError: as of `read` and [`check_dataset`].
     """
     with _main_process_first():
         place = _place("rows", arguments, *map(tree_state, folders))
-        if place.is_dir():
-            return load_from_disk(str(place))
+        if place.is_dir() and _has_masks(held := load_from_disk(str(place))):
+            return held
         data = read()
         check_dataset(data)
-        if not _is_worthwhile(data):
+        if not _is_worthwhile(data, arguments):
             return data
         try:
             with whole_folder(place) as folder:
                 save_data(data, folder)
-        except OSError:  # no place to keep them
+        except OSError:  # no place to keep them, or they are there
             return data
         return load_from_disk(str(place))
 
@@ -59,15 +60,22 @@ def check_once(data: DatasetDict, arguments: Mapping[str, Any], *folders: str | 
         if mark.is_dir():
             return
         check_dataset(data)
-        if _is_worthwhile(data):
+        if _is_worthwhile(data, arguments):
             try:
                 mark.mkdir(parents=True, exist_ok=True)
             except OSError:  # no place to keep it
                 return
 
 
-def _is_worthwhile(data: DatasetDict) -> bool:
-    return sum(map(len, data.values())) >= _WORTHWHILE
+def _is_worthwhile(data: DatasetDict, arguments: Mapping[str, Any]) -> bool:
+    return arguments.get("limit") is not None or sum(map(len, data.values())) >= _WORTHWHILE
+
+
+def _has_masks(data: DatasetDict) -> bool:
+    """Whether the files of all masks are there."""
+    masks = (undecoded(rows)["mask"] for rows in data.values() if "mask" in rows.features)
+    paths = (mask["path"] for column in masks for mask in column if mask is not None and mask["bytes"] is None)
+    return all(map(os.path.exists, paths))
 
 
 def _place(kind: str, *identity: Any) -> Path:

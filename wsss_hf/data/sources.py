@@ -140,7 +140,7 @@ def load_data(
         return DatasetDict({split: limited(rows) for split, rows in dataset.items()})
 
     folders = [folder for folder in (root, None if is_built_in else path, maps) if folder is not None]
-    if is_folder or source == "voc":
+    if is_folder or source in ("voc", "coco"):
         dataset = read_once(read, arguments, *folders)
     else:
         dataset = read()
