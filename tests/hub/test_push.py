@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,11 +130,14 @@ EOMT = EomtConfig(
 )
 
 
+CUTTING = partial(EomtImageProcessorPil, do_split_image=True)
+
+
 @pytest.mark.parametrize(
     ("kind", "config", "processor", "call"),
     [
         (SegformerForSemanticSegmentation, SEGFORMER, SegformerImageProcessorPil, '("photo.jpg")'),
-        (EomtForUniversalSegmentation, EOMT, EomtImageProcessorPil, '("photo.jpg", subtask="semantic")'),
+        (EomtForUniversalSegmentation, EOMT, CUTTING, '("photo.jpg", subtask="semantic")'),
     ],
     ids=["segformer", "eomt"],
 )
@@ -147,6 +151,7 @@ def test_a_segmenter_of_the_library_is_pushed_as_one(hub, tmp_path, kind, config
     card = files["README.md"].decode()
     assert "A semantic segmentation model. It knows 2 classes: cat, dog;" in card
     assert f"segmenter{call}" in card and "tags=" not in card
+    assert ("the library's own pipeline takes them one by one" in card) == (kind is EomtForUniversalSegmentation)
 
 
 @pytest.mark.parametrize("processor", [SegformerImageProcessorPil, WsssImageProcessor])

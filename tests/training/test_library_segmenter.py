@@ -235,10 +235,39 @@ def test_the_librarys_pipeline_batches_photographs_of_any_size(published, name, 
             assert np.mean(np.asarray(one["mask"]) != np.asarray(other["mask"])) < 0.01
 
 
-def test_a_processor_that_cuts_images_into_squares_still_does(published):
-    """The library's pipeline takes EoMT's images one by one."""
-    _, processor, _ = build_library_segmenter(str(published / "eomt"), NAMES, 64)
+@pytest.mark.parametrize("name", ["eomt", "eomt_dinov3"])
+def test_the_pipeline_batches_photographs_that_are_cut_into_squares(published, name, tmp_path, monkeypatch):
+    model, processor, _ = build_library_segmenter(str(published / name), NAMES, 64)
     assert of_one_shape(processor) is processor and processor.do_split_image
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    segment = pipeline("image-segmentation", str(tmp_path))
+    shown, scores, forward = [], [], type(segment.model).forward
+    merge = type(segment.image_processor).merge_image_patches
+
+    def counted(self, pixel_values, *args, **kwargs):
+        shown.append(len(pixel_values))
+        return forward(self, pixel_values, *args, **kwargs)
+
+    def noted(self, *args):
+        scores.append(merge(self, *args)[0])
+        return scores[-1:]
+
+    monkeypatch.setattr(type(segment.model), "forward", counted)
+    monkeypatch.setattr(type(segment.image_processor), "merge_image_patches", noted)
+    draw, sizes = np.random.default_rng(0), ((50, 70), (90, 40), (64, 64), (50, 170))
+    images = [Image.fromarray(draw.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+    together = segment(images, batch_size=8, subtask="semantic")
+    assert shown == [2 + 3 + 1 + 4]
+    library = ImageSegmentationPipeline(segment.model, image_processor=segment.image_processor)
+    alone = [library(image, subtask="semantic") for image in images]
+    for one, other in zip(scores[:4], scores[4:], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
+    for found, wanted, image in zip(together, alone, images, strict=True):
+        assert [entry["label"] for entry in found] == [entry["label"] for entry in wanted]
+        assert all(entry["mask"].size == image.size for entry in found)
+    assert segment(images[0], subtask="semantic")[0]["label"] == alone[0][0]["label"]
+    assert [len(found) for found in segment(images[:3], batch_size=2, subtask="semantic")] == list(map(len, alone[:3]))
 
 
 def test_an_encoder_alone_gets_a_new_head_that_learns_faster(published, tmp_path):

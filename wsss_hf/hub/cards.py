@@ -65,6 +65,7 @@ class CardSubject:
         classifies_masks: a mask classification model: its pipeline needs `subtask="semantic"` to label pixels.
         needs_code: it is loaded with `trust_remote_code=True`.
         shows_squares: its image processor changes the aspect of photographs.
+        cuts_squares: its image processor cuts photographs into squares.
         on_true_masks: trained on true masks: the upper bound, not a weakly supervised model.
         on_tags: what is recorded shows that it rests on image tags and, where the recipe says so, saliency alone.
         architecture: model type, as transformers calls it.
@@ -80,6 +81,7 @@ class CardSubject:
     classifies_masks: bool = False
     needs_code: bool = True
     shows_squares: bool = False
+    cuts_squares: bool = False
     on_true_masks: bool = False
     on_tags: bool = False
     architecture: str = ""
@@ -336,6 +338,11 @@ def _usage(subject: CardSubject) -> str:
         words += (
             " Photographs are resized to squares, so that any of them make a batch (`batch_size=8`); the figures "
             "below were measured on images of their own aspect."
+        )
+    if subject.cuts_squares:
+        words += (
+            " Photographs are cut into squares: the library's own pipeline takes them one by one; after "
+            "`import wsss_hf` it takes batches (`batch_size=8`), too."
         )
     lines = [
         "from transformers import pipeline",

@@ -123,6 +123,7 @@ def push_model(
             return push_folder(staged, repo_id, "model", f"Push {folder.name}", private, revision, token)
         names: dict = model.config.id2label or {}
         mask_names = getattr(model, "mask_id2label", names)  # a CAM classifier's tags lack background
+        shown = json.loads((staged / IMAGE_PROCESSOR_NAME).read_text())
         subject = CardSubject(
             repo_id=repo_id,
             folder=folder.name,
@@ -130,7 +131,8 @@ def push_model(
             is_classifier=len(mask_names) > len(names),
             classifies_masks=model.config.model_type in MASK_CLASSIFIERS,
             needs_code=isinstance(model, PortableModel),
-            shows_squares="height" in json.loads((staged / IMAGE_PROCESSOR_NAME).read_text())["size"],
+            shows_squares="height" in shown["size"],
+            cuts_squares=bool(shown.get("do_split_image")),
             on_true_masks=settings.get("mask_column") == "mask",
             on_tags=_rests_on_tags(settings, made),
             architecture=getattr(model.config, "backbone_config", model.config).model_type,

@@ -17,16 +17,19 @@ from transformers.pipelines import PIPELINE_REGISTRY
 from .configuration_cam import CamConfig
 from .configuration_segmenter import SegmenterConfig
 from .image_processing_wsss import WsssImageProcessor
+from .mask_classifiers import square_side
 from .modeling_affinity import AffinityConfig, AffinityNetwork
 from .modeling_cam import CamClassifier
 from .modeling_map_refiner import MapRefiner, MapRefinerConfig
 from .modeling_segmenter import Segmenter
 from .pipeline_image_segmentation import MaskPipeline, TagPipeline
+from .pipeline_squares import SquaresPipeline
 from .pipeline_weak_segmentation import WeakSegmentationPipeline
 
 
 def register_for_our_models(task: str, pipeline_class: type[Pipeline]) -> None:
-    """Let `pipeline(task)` be a `pipeline_class` with our models, and the library's own with those of others.
+    """Let `pipeline(task)` be a `pipeline_class` with our models, and the library's own with those of others, but for
+    EoMT, whose images the library's does not batch.
 
     transformers reads attributes of the class that is registered, then calls it with the model.
     """
@@ -34,7 +37,9 @@ def register_for_our_models(task: str, pipeline_class: type[Pipeline]) -> None:
     library_class: Any = pipeline_class.__bases__[-1]
 
     def choose(cls, model, *args, **kwargs):
-        chosen = pipeline_class if hasattr(model, "segmentation_scores") else library_class
+        cut_into_squares = issubclass(SquaresPipeline, library_class) and square_side(model)
+        others: Any = SquaresPipeline if cut_into_squares else library_class
+        chosen = pipeline_class if hasattr(model, "segmentation_scores") else others
         return chosen(model, *args, **kwargs)
 
     entry["impl"] = type(pipeline_class.__name__, (pipeline_class,), {"__new__": choose})
