@@ -210,6 +210,8 @@ def test_a_segmenter_learns_from_the_masks_of_a_stream(
     assert len(train_segmenter(masks.data, recipe, tmp_path / "segmenter").log) == 1
     with pytest.raises(DataError, match="the masks of a stream are read with --streaming"):
         load_data(tmp_path / "masks")
+    with pytest.raises(DataError, match="masks: expected no classes and no columns beside the masks of a stream"):
+        load_stream(tmp_path / "masks", columns={"image_id": "name"})
     toy_data["val"].to_parquet(shards / "train-00004.parquet")
     with pytest.raises(DataError, match=f"row '{toy_data['val'][0]['image_id']}': expected a pseudo mask in .*masks"):
         list(load_stream(masks)["train"])

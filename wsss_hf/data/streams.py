@@ -47,7 +47,7 @@ def load_stream(
     Args:
         source: the shards, the id of a data set, or what `make_masks` wrote for one of these.
         classes: names in the order of their indices; needed where tags are names or multi-hot.
-        columns, revision: as of [`load_data`].
+        columns, revision: as of [`load_data`]. What `make_masks` wrote knows them.
 
     Returns:
         splits "train" and, if there is one, "val": each an `IterableDataset` of image_id, image (not decoded), tags
@@ -59,6 +59,8 @@ def load_stream(
     """
     labelled = _labelled_stream(Path(source))
     if labelled is not None:
+        if classes or columns:
+            raise DataError(f"{source}: expected no classes and no columns beside the masks of a stream")
         return _with_pseudo_masks(load_stream(**labelled), Path(source))
     loader, name = shard_loader(Path(source)), str(source)
     options = {} if loader is None else {"data_files" if Path(source).is_file() else "data_dir": name}

@@ -46,7 +46,7 @@ def rows_fingerprint(rows: Dataset, columns: Sequence[str], fingerprints: Sequen
     return digest([*class_names(rows), *(fingerprints or row_fingerprints(rows, columns))])
 
 
-def data_fingerprint(data: DatasetDict, columns: Sequence[str], fingerprints: Sequence[str] | None = None) -> str:
+def data_fingerprint(data: DatasetDict, columns: Sequence[str]) -> str:
     """[`rows_fingerprint`] of split "train". A stream is not read for it: it is known by its name and, where its
     shards are files here, by their sizes and times of change.
 
@@ -54,7 +54,7 @@ def data_fingerprint(data: DatasetDict, columns: Sequence[str], fingerprints: Se
         DataError: it is a stream that has no name.
     """
     if not isinstance(data["train"], IterableDataset):
-        return rows_fingerprint(data["train"], columns, fingerprints)
+        return rows_fingerprint(data["train"], columns)
     source = source_of(data)
     if "source" not in source:
         raise DataError(f"data: expected a stream that load_stream opened, got a {type(data).__name__} of another")
