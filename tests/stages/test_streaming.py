@@ -28,6 +28,7 @@ from wsss_hf.stages import evaluate as evaluate_module
 from wsss_hf.stages import make_masks as make_masks_module
 from wsss_hf.stages.evaluate import evaluate
 from wsss_hf.stages.make_masks import make_masks
+from wsss_hf.stages.run import run
 from wsss_hf.stages.train_cam import train_cam
 from wsss_hf.stages.train_segmenter import train_segmenter
 from wsss_hf.training.loop import Training
@@ -351,6 +352,27 @@ def test_commands_label_and_evaluate_streams(shards, wanted, cam_folder, tmp_pat
     assert "error: --split: expected train, got val" in capsys.readouterr().err
 
 
+def test_a_run_on_a_stream(shards, toy_data, tiny_recipe, tmp_path, no_training, monkeypatch):
+    toy_data["val"].to_parquet(shards / "validation-00000-of-00001.parquet")
+    data, recipe = load_stream(shards), tiny_recipe.changed(*QUICK, "cam.train.steps=3")
+    for changes, message in (
+        ([], "segmenter.train.steps: expected a number of steps for data that are streamed, got 0"),
+        (["self_training.rounds=2"], "expected data that are not streamed for self_training.rounds above 1"),
+        (["masks.refine=[walk]"], "expected data that are not streamed for a walk without a model in masks.refine"),
+        (["refiner.use=true"], "expected data that are not streamed for refiner.use"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            run(data, recipe.changed(*changes), tmp_path / "refused")
+    monkeypatch.undo()
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    result = run(data, recipe.changed("segmenter.train.steps=3"), tmp_path / "run")
+    assert [(row["split"], row["num_images"]) for row in result.results] == [("train", 12), ("val", 4)]
+    assert (tmp_path / "run" / "report.html").read_text().count(toy_data["val"]["image_id"][0])
+    assert load_from_disk(str(result.masks))["train"].column_names == ["image_id", "tags", "pseudo_mask"]
+    figures = evaluate(data, recipe, segmenter=result.segmenter).results[0]
+    assert figures["iou"] == result.results[1]["iou"]
+
+
 # Two processes
 
 
@@ -364,6 +386,7 @@ from wsss_hf.data.streams import load_stream
 from wsss_hf.recipes import load_recipe
 from wsss_hf.stages.evaluate import evaluate
 from wsss_hf.stages.make_masks import make_masks
+from wsss_hf.stages.run import run
 from wsss_hf.stages.train_cam import train_cam
 
 prepare_libraries(True)
@@ -435,7 +458,10 @@ def test_a_process_without_rows_ends_a_training_in_a_line(toy_data, tmp_path, ti
 
 def test_other_stages_and_options_refuse_streams_in_one_line(shards, tmp_path, capsys):
     for arguments, message in (
-        (["run"], "--streaming: expected one of train-cam, make-masks, train-segmenter, evaluate, got run"),
+        (
+            ["train-affinity", "--cam", "cam"],
+            "--streaming: expected one of run, train-cam, make-masks, train-segmenter, evaluate, got train-affinity",
+        ),
         (["train-cam", "--limit", "3"], "--streaming: expected no --limit beside it"),
     ):
         with pytest.raises(SystemExit):

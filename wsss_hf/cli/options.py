@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..recipes import Recipe
 
 _FILES = [path.name for path in (resources.files("wsss_hf") / "recipes").iterdir()]
-_OF_STREAMS = ("train-cam", "make-masks", "train-segmenter", "evaluate")  # the commands
+_OF_STREAMS = ("run", "train-cam", "make-masks", "train-segmenter", "evaluate")  # the commands
 _RECIPES = sorted(name.removesuffix(".yaml") for name in _FILES if name.endswith(".yaml"))
 
 
@@ -123,7 +123,7 @@ Streaming = Annotated[
     bool,
     typer.Option(
         "--streaming",
-        help="Of train-cam, make-masks, train-segmenter, evaluate: read shards or Hub data as they are needed; "
+        help="Of run, train-cam, make-masks, train-segmenter, evaluate: read shards or Hub data as they are needed; "
         "training wants train.steps.",
         rich_help_panel="Data",
     ),

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 import transformers
 from accelerate import PartialState
-from datasets import DatasetDict
+from datasets import DatasetDict, IterableDataset
 
+from ..data.streams import sample_of
 from ..data.tagged import class_names, decode_image, decode_mask, source_of, undecoded
 from ..files import remove_unfinished
 from ..inference.load import load_labeler, load_segmenter
@@ -28,6 +29,7 @@ from ..recipes import Recipe
 from ..refinement.steps import build_refinement
 from ..reporting.html import ReportExample, write_gallery, write_report
 from ..reporting.tables import RESULT_COLUMNS, print_table
+from ..settings import RecipeError
 from ..version import __version__
 from .cache import write_atomically
 from .evaluate import masks_row, segmenter_row
@@ -35,7 +37,7 @@ from .lock import LOCK_FILE, OutputError, only_run
 from .make_masks import make_masks
 from .relabel import relabel
 from .results import LabelledData, RunResult, StageResult, TrainedModel
-from .train_affinity import affinity_of_run, check_masks
+from .train_affinity import affinity_of_run, check_masks, needs_affinity
 from .train_cam import train_cam
 from .train_refiner import train_refiner
 from .train_segmenter import train_segmenter
@@ -56,7 +58,7 @@ def run(
     the segmenter, evaluate, report.
 
     Args:
-        data: tagged images; rows that have a `mask` serve the evaluation, and nothing else.
+        data: tagged images, also as a stream; rows that have a `mask` serve the evaluation, and nothing else.
         out: gets `cam/`, perhaps `refiner/` and `affinity/`, `masks/`, `segmenter/`, `results.json`, `report.html` and
             `gallery.png`; with rounds of self-training also `masks-2/`, `segmenter-2/` … Stages whose inputs and
             settings have not changed are not run again.
@@ -65,9 +67,12 @@ def run(
 
     Raises:
         OutputError: `out` holds something else, or another run works there.
+        RecipeError: the recipe has a stage that takes no stream, or no number of steps for one.
         RefinementError: the library of a refinement step is missing.
     """
     out = check_run_folder(out)
+    if isinstance(data["train"], IterableDataset):
+        _check_streamed(recipe)
     check_masks(recipe)  # what is missing is said before hours of training
     for section in ("self_training", "evaluation"):
         build_refinement(getattr(recipe, section).refine, f"{section}.refine").prepare()
@@ -112,6 +117,24 @@ def self_train(
         rows.append(masks_row(f"pseudo masks, round {number}", masks.data, masks.folder.name))
         rows.append(segmenter_row(f"segmenter, round {number}", segmenter, data, recipe.evaluation))
     return dataclasses.replace(result, masks=masks, segmenter=segmenter, results=rows)
+
+
+def _check_streamed(recipe: Recipe) -> None:
+    """What of a recipe would stop a run on a stream, known before hours of training.
+
+    Raises:
+        RecipeError: names the setting.
+    """
+    for name, is_set in (
+        ("refiner.use", recipe.refiner.use),
+        ("a walk without a model in masks.refine", needs_affinity(recipe.masks)),
+        ("self_training.rounds above 1", recipe.self_training.rounds > 1),
+    ):
+        if is_set:
+            raise RecipeError(f"recipe: expected data that are not streamed for {name}")
+    for section in ("cam", "segmenter"):
+        if not getattr(recipe, section).train.steps:
+            raise RecipeError(f"{section}.train.steps: expected a number of steps for data that are streamed, got 0")
 
 
 def check_run_folder(out: str | os.PathLike) -> Path:
@@ -176,11 +199,13 @@ def _stages(recipe: Recipe) -> list[str]:
 def report_examples(
     result: RunResult, data: DatasetDict, recipe: Recipe, thresholds: Mapping[str, float]
 ) -> list[ReportExample]:
-    """Held-out images (of "train" where there is no "val"), evenly spaced, with all that was made of them.
+    """Held-out images (of "train" where there is no "val"), evenly spaced, with all that was made of them; of a stream
+    some of [`sample_of`] it.
 
     Those that lack what the label rule looks at have no pseudo mask.
     """
     rows = data["val"] if "val" in data else data["train"]
+    rows = sample_of(rows) if isinstance(rows, IterableDataset) else rows
     count = min(recipe.evaluation.examples, len(rows))
     rows = rows.select(np.linspace(0, len(rows) - 1, count).round().astype(int))
     names, raw, device = class_names(rows), undecoded(rows), PartialState().device
