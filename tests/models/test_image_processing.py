@@ -38,6 +38,15 @@ def test_images_of_any_mode_are_read_as_rgb(mode):
         torch.testing.assert_close(grey[0], grey[1])
 
 
+def test_16_bits_and_floating_point_are_scaled_and_not_cut_off():
+    processor, grey = WsssImageProcessor(), np.asarray(photograph().convert("L"))
+    expected = processor(Image.fromarray(grey), return_tensors="pt")["pixel_values"]
+    for values in (grey.astype(np.uint16) * 257, grey.astype(np.int32) * 257, grey.astype(np.float32) / 255):
+        assert torch.equal(processor(Image.fromarray(values), return_tensors="pt")["pixel_values"], expected)
+    with pytest.raises(ValueError, match="expected 16-bit values that use their range, 0..65535, got -1 to"):
+        processor(Image.fromarray(grey.astype(np.int32) - 1 - int(grey.min())))
+
+
 def test_values_are_normalized():
     image = Image.new("RGB", (50, 50), (255, 0, 51))
     processor = WsssImageProcessor(image_mean=[0.5, 0.4, 0.3], image_std=[0.5, 0.25, 0.1])

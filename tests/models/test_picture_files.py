@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, TiffImagePlugin
 
+from wsss_hf.data.tagged import upright_size
 from wsss_hf.models.pictures import (
     PictureError,
     load_picture,
@@ -14,7 +15,6 @@ from wsss_hf.models.pictures import (
     orientation,
     to_rgb,
     upright,
-    upright_size,
 )
 from wsss_hf.training.build import build_processor
 
@@ -160,8 +160,17 @@ def test_every_way_to_name_an_image(tmp_path):
     data = with_orientation(6).getvalue()
     (tmp_path / "a.png").write_bytes(data)
     text = base64.encodebytes(data).decode()
-    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), text, f"data:image/png;base64,{text}"):
+    for source in (tmp_path / "a.png", str(tmp_path / "a.png"), data, text, f"data:image/png;base64,{text}"):
         assert (np.asarray(load_picture(source)) == np.asarray(to_rgb(open_picture(io.BytesIO(data))))).all()
+    wanted = "a file, a URL, base64 text, bytes, an array or a PIL image"
     for source in ("no such file.png", "http:/nowhere"):
-        with pytest.raises(ValueError, match="image: expected a file, a URL, base64 text or a PIL image, got '"):
+        with pytest.raises(ValueError, match=f"^image: expected {wanted}, got '{source}'$"):
+            load_picture(source)
+
+
+def test_whose_values_are_wrong_is_said(tmp_path):
+    file = tmp_path / "12 bits.png"
+    file.write_bytes(saved(Image.fromarray(PIXELS.astype(np.uint16) * 17)).getvalue())
+    for source, name in ((file, file), (file.read_bytes(), "image"), (Image.open(file), "image")):
+        with pytest.raises(PictureError, match=f"^{name}: expected 16-bit values .*, got 0 to 3910 .scale them.*.$"):
             load_picture(source)

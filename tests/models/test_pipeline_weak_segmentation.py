@@ -1,3 +1,5 @@
+import os
+import subprocess
 import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -138,14 +140,61 @@ def test_pipelines_read_images_as_training_does(pipes, toy_data, tmp_path, kind,
         pipe(str(tmp_path / "12 bits.png"))
 
 
-def test_without_the_package_other_depths_are_refused(pipes, image, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wsss_hf.models.pictures", None)
-    image.save(tmp_path / "8.png")
-    expected = pipes["cam"](image)
-    assert_same(pipes["cam"](str(tmp_path / "8.png")), expected)
-    for other in (image.convert("RGBA"), image.convert("L").convert("I"), image.convert("F")):
-        with pytest.raises(ValueError, match=f"expected 8 opaque bits, got mode {other.mode} .wsss_hf reads it"):
-            pipes["cam"](other)
+REMOTE = """
+import base64, io, sys
+from pathlib import Path
+
+sys.modules["wsss_hf"] = None  # as if it were not installed
+import torch
+from PIL import Image
+from transformers import pipeline
+
+model, address = sys.argv[1:]
+for task in sys.argv[1].endswith("cam") * ["image-classification"] + ["image-segmentation", "weak-segmentation"]:
+    pipe = pipeline(task, model=model, trust_remote_code=True)
+    assert pipe.preprocess.__func__.__module__.startswith("transformers_modules."), task
+    for file in sorted(Path("images").iterdir()):
+        content = file.read_bytes()
+        text = base64.b64encode(content).decode()
+        ways = [str(file), f"{address}/images/{file.name}", text, content, Image.open(io.BytesIO(content))]
+        try:
+            seen = [pipe.preprocess(given)["pixel_values"][0] for given in ways]
+            assert all(torch.equal(values, seen[0]) for values in seen), file
+            assert pipe(str(file))
+            torch.save(seen[0], f"{task}-{file.name}.pt")
+        except ValueError as error:
+            Path(f"{task}-{file.name}.txt").write_text(str(error))
+"""
+
+
+@pytest.mark.slow
+@KINDS
+def test_where_the_package_is_not_installed_images_are_read_alike(pipes, toy_data, web_folder, kind):
+    folder, address = web_folder
+    model, processor = pipes[kind].model, pipes[kind].image_processor
+    model.save_pretrained(folder / kind)
+    processor.save_pretrained(folder / kind)
+    pixels = np.asarray(toy_data["train"][0]["image"].convert("L"))
+    alpha = np.where(pixels > 100, 255, 0).astype(np.uint8)
+    (folder / "images").mkdir()
+    Image.fromarray(pixels.astype(np.uint16) * 257).save(folder / "images" / "16.png")
+    Image.fromarray(pixels.astype(np.float32) / 255).save(folder / "images" / "float.tif")
+    Image.fromarray(np.dstack([pixels] * 3 + [alpha])).save(folder / "images" / "alpha.png")
+    Image.fromarray(pixels.astype(np.uint16) * 16).save(folder / "images" / "12.png")
+    environment = os.environ | {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_MODULES_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", REMOTE, kind, address], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for task in (kind == "cam") * ["image-classification"] + ["image-segmentation", "weak-segmentation"]:
+        for name in ("16.png", "float.tif", "alpha.png"):
+            image = decode_image({"path": str(folder / "images" / name)}, name)
+            expected = processor(images=[image], return_tensors="pt")["pixel_values"]
+            assert torch.equal(torch.load(folder / f"{task}-{name}.pt", weights_only=True), expected)
+        said = (folder / f"{task}-12.png.txt").read_text()
+        assert said.startswith("images/12.png: expected 16-bit values that use their range, 0..65535, got ")
+        assert "\n" not in said
 
 
 @KINDS

@@ -13,11 +13,10 @@ from datasets import Dataset, DatasetDict, config
 from PIL import Image
 
 from ..models.maps import IGNORE_INDEX
-from ..models.pictures import upright_size
 from ..progress import Progress
 from .export import require_pycocotools
 from .palette import save_mask_png
-from .tagged import DataError, check_class_names, open_image, tagged_features, undecoded
+from .tagged import DataError, check_class_names, open_image, tagged_features, undecoded, upright_size
 from .text import brief, is_line
 
 _YEARS = (2017, 2014)  # the first whose annotations are there counts

@@ -17,7 +17,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from ..models.maps import IGNORE_INDEX
-from ..models.pictures import PictureError, check_shape, open_picture, orientation, to_rgb, upright, upright_size
+from ..models.pictures import PictureError, check_shape, open_picture, orientation, to_rgb, upright
 from .palette import check_palette
 from .text import DataError, brief, is_line
 
@@ -167,6 +167,12 @@ def _open(value: dict | Image.Image | None, where: str) -> Image.Image:
 def open_image(path: Path) -> Image.Image:
     """An image file, its pixels not read yet. Raises DataError, which begins with its path."""
     return _open({"path": str(path)}, str(path))
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of the upright image, without reading its pixels."""
+    width, height = image.size
+    return (height, width) if (orientation(image) or 1) >= 5 else (width, height)
 
 
 def encode_png(image: Image.Image, **options) -> dict:

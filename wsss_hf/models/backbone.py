@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -72,29 +70,6 @@ class BackboneConfigMixin:
         if getattr(registered, "__name__", None) == "MaskPipeline":
             kwargs.pop("custom_pipelines", None)
         return kwargs
-
-
-def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kwargs):
-    """`load(name, …)`, some `from_pretrained`, a ValueError for all but whole safetensors: pickles run code."""
-    refusal = (
-        f"{name}: no weights in safetensors; pickled ones (.bin, .pth, .pt) are never opened here, "
-        "`wsss convert` makes safetensors of the published checkpoints that it knows"
-    )
-    is_other_file = name is not None and os.path.isfile(name) and not str(name).endswith(".safetensors")
-    if kwargs.pop("use_safetensors", None) is False or is_other_file:
-        raise ValueError(refusal)
-    try:
-        return load(name, *args, use_safetensors=True, **kwargs)
-    except OSError as error:
-        if ".safetensors" in str(error):
-            raise ValueError(refusal) from error
-        if str(name) not in str(error):  # transformers does not name what it looked for in vain offline
-            raise OSError(f"{name}: {error}") from error
-        raise
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ValueError(f"{name}: expected weights in safetensors, got a damaged file ({error})") from error
 
 
 def body_class(config: PreTrainedConfig) -> tuple[Any, dict]:
@@ -195,19 +170,6 @@ class Backbone(nn.Module):
             f"got {tuple(hidden.shape)}"
         )
 
-    @contextmanager
-    def statistics_kept(self) -> Iterator[None]:
-        """Meanwhile the batch norms do not move their running statistics."""
-        norms = [module for module in self.body.modules() if isinstance(module, nn.BatchNorm2d)]
-        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-        try:
-            for norm in norms:
-                norm.momentum, norm.num_batches_tracked = 0.0, None
-            yield
-        finally:
-            for norm, (momentum, batches) in zip(norms, before, strict=True):
-                norm.momentum, norm.num_batches_tracked = momentum, batches
-
     def _measure(self) -> tuple[list[int], list[int], list[tuple[nn.Module, int]]]:
         """Widths and channels of all maps, and (layer, input stride) of all convolutions and poolings, as executed."""
         layers = []
@@ -252,12 +214,12 @@ def _dilate(layers: list[tuple[Any, int]], output_stride: int):
         if input_stride * stride <= output_stride:
             continue
         rate = max(1, input_stride // output_stride)
-        layer.stride = _like(layer.stride, max(1, output_stride // input_stride))
-        layer.dilation = _like(layer.dilation, _first(layer.dilation) * rate)
+        layer.stride = (max(1, output_stride // input_stride),) * 2
+        layer.dilation = (_first(layer.dilation) * rate,) * 2
         if isinstance(layer, nn.Conv2d) and kernel % 2 == 0 and layer.stride[0] == 1:
             layer.padding = "same"  # patch-merging kernels have no centre and no padding of their own
         elif not isinstance(layer.padding, str):
-            layer.padding = _like(layer.padding, _first(layer.padding) * rate)
+            layer.padding = (_first(layer.padding) * rate,) * 2
 
 
 def _pad_unstrided(body: nn.Module):
@@ -275,7 +237,3 @@ def _pad_unstrided(body: nn.Module):
 
 def _first(value) -> int:
     return value[0] if isinstance(value, tuple) else value
-
-
-def _like(old, value: int):
-    return (value, value) if isinstance(old, tuple) else value

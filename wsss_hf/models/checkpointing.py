@@ -9,6 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from .backbone import Backbone
+from .method_helpers import statistics_kept
 
 
 def set_checkpointing(backbone: Backbone, enable: bool, function: Callable, every: int = 1) -> None:
@@ -34,7 +35,7 @@ def _counted_once(backbone: Backbone, function: Callable, block: Callable, maps:
     first = iter([nullcontext()])
 
     def run(*inputs, **options):
-        with next(first, None) or backbone.statistics_kept():
+        with next(first, None) or statistics_kept(backbone):
             return block(*inputs, **options)
 
     return function(run, maps, *args, **kwargs)

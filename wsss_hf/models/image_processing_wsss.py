@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from PIL import Image
 from transformers import BatchFeature
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from .maps import IGNORE_INDEX
+from .pictures import eight_bits
 
 
 class WsssImageProcessor(SegformerImageProcessorPil):
@@ -19,6 +21,10 @@ class WsssImageProcessor(SegformerImageProcessorPil):
     do_convert_rgb = True
     size = {"shortest_edge": 224, "longest_edge": 1792}
     default_to_square = False
+
+    def convert_to_rgb(self, image, input_data_format=None):
+        image = eight_bits(image) if isinstance(image, Image.Image) else image
+        return super().convert_to_rgb(image, input_data_format)
 
     def _preprocess_image_like_inputs(self, *args, do_pad=None, pad_size=None, return_tensors=None, **kwargs):
         found = super()._preprocess_image_like_inputs(*args, **kwargs | {"return_tensors": None})

@@ -22,12 +22,9 @@ def voc_palette() -> list[int]:
 
     The bits of a label are dealt to red, green and blue in turn, the lowest three bits to their highest bits.
     """
-    labels = np.arange(256)[:, None]
-    channels = np.arange(3)[None, :]
-    colors = np.zeros((256, 3), dtype=np.int64)
-    for bit in range(8):
-        colors |= ((labels >> (3 * bit + channels)) & 1) << (7 - bit)
-    return colors.ravel().tolist()
+    labels, channels = np.arange(256)[:, None], np.arange(3)
+    colors = sum(((labels >> (3 * bit + channels)) & 1) << (7 - bit) for bit in range(8))
+    return np.asarray(colors).ravel().tolist()
 
 
 _PALETTE = voc_palette()
@@ -60,11 +57,8 @@ def overlay(image: Image.Image, labels: np.ndarray, alpha: float = 0.45) -> Imag
 
     Args:
         image: picture of W x H pixels.
-        labels: (H, W) integers, 0 = background, 255 = ignore.
+        labels: (H, W) integers, 0 = background, 255 = ignore. Of another size than the image, a ValueError.
         alpha: weight of the fill in [0, 1].
-
-    Raises:
-        ValueError: the labels have another size than the image.
     """
     labels = np.asarray(labels)
     if labels.shape != (image.height, image.width):

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .backbone import from_safetensors
+from .weights import from_safetensors
 
 MASK_CLASSIFIERS = {"eomt", "eomt_dinov3", "mask2former", "maskformer"}
 """Model types with queries that each have a mask and a class, and want nothing but images."""

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .registry import METHODS, register_method
+from .method_helpers import statistics_kept
+from .registry import METHODS
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -65,6 +66,32 @@ class TrainingStep:
             superpixels=None,
             saliency=None,
         )
+
+
+def register_method(name: str, config_class: type) -> Callable[[type], type]:
+    """Class decorator: from now on `CamConfig(name=config_class(...))` trains with the decorated method.
+
+    Args:
+        config_class: a dataclass of [`Options`].
+
+    Raises:
+        TypeError: `config_class` is something else.
+        ValueError: another class has the name.
+    """
+    if not hasattr(config_class, "from_dict"):
+        raise TypeError(f"{name}: expected a dataclass that inherits from wsss_hf.Options, got {config_class!r}")
+
+    def register(module_class: type) -> type:
+        other = METHODS.get(name, (None, module_class))[1]
+        # A notebook may run its cell again.
+        if (other.__module__, other.__qualname__) != (module_class.__module__, module_class.__qualname__):
+            raise ValueError(
+                f"method {name!r}: expected a new name, got that of {other.__module__}.{other.__qualname__}"
+            )
+        METHODS[name] = (config_class, module_class)
+        return module_class
+
+    return register
 
 
 class Method(nn.Module):
@@ -125,6 +152,11 @@ class Method(nn.Module):
         """What the methods of a model see of a batch; without tags every class may be there."""
         config = model.config
         mean, std = (pixel_values.new_tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
+
+        def classify(view: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+            with statistics_kept(model.backbone):
+                return model.classify(view)
+
         step = TrainingStep(
             pixel_values=pixel_values,
             images=(pixel_values * std + mean).clamp(0, 1),
@@ -132,7 +164,7 @@ class Method(nn.Module):
             features=features,
             cams=cams,
             progress=max(0.0, model.progress - config.method_warmup) / (1 - config.method_warmup),
-            classify=model.classify_view,
+            classify=classify,
             superpixels=superpixels,
             saliency=saliency,
         )

@@ -109,11 +109,6 @@ class CamClassifier(PortableModel):
         features = self.backbone(pixel_values)
         return features, self.classifier(F.dropout2d(features[-1], self.config.dropout, self.training))
 
-    def classify_view(self, pixel_values: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        """[`classify`] on another view of the batch; statistics of batch norms stay those of the images themselves."""
-        with self.backbone.statistics_kept():
-            return self.classify(pixel_values)
-
     @can_return_tuple
     def forward(
         self,

@@ -98,14 +98,6 @@ def pamr(
 def refine_pictures(
     pictures: Tensor, scores: Tensor, iterations: int = 10, dilations: Sequence[int] = (1, 2, 4, 8, 12, 24)
 ) -> Tensor:
-    """[`pamr`] of scores in [0, 1], which stay there, at the size of the images.
-
-    Args:
-        pictures: (B, H, W, 3) uint8 RGB images.
-        scores: (B, K, H, W) in [0, 1].
-
-    Returns:
-        (B, K, H, W) float32 in [0, 1].
-    """
+    """[`pamr`] of scores (B, K, H, W) in [0, 1], which stay there, by RGB images (B, H, W, 3) uint8 of their size."""
     refined = pamr(pictures.to(scores.device).permute(0, 3, 1, 2) / 255, scores, iterations, dilations)
     return refined.clamp(0, 1)  # the affinities sum to 1 up to rounding

@@ -1,4 +1,4 @@
-"""Image files as upright RGB pictures, read alike in training, labelling and pipelines. Not uploaded with models."""
+"""Images of any kind as upright RGB pictures, read alike in training, labelling and pipelines."""
 
 from __future__ import annotations
 
@@ -50,12 +50,6 @@ def upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of the upright image, without reading its pixels."""
-    width, height = image.size
-    return (height, width) if (orientation(image) or 1) >= 5 else (width, height)
-
-
 def check_shape(image: Image.Image) -> None:
     """Raises PictureError for an image that is more than `LONGEST` times as long as it is wide."""
     width, height = image.size
@@ -75,9 +69,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         PictureError: it is far too long, or its values have another range.
     """
     check_shape(image)
-    image = upright(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = Image.fromarray(_eight_bits(np.asarray(image), image.mode))
+    image = eight_bits(upright(image))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -86,39 +78,53 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image
 
 
-def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 bits or floating point → mode "L", scaled as in [`to_rgb`]; other images as they are."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    values: np.ndarray = np.asarray(image)
     lowest, highest = values.min(), values.max()
-    if mode == "F":
+    if image.mode == "F":
         if lowest >= 0 and highest <= 1:  # nor NaN
-            return (255 * values).round().astype(np.uint8)
+            return Image.fromarray((255 * values).round().astype(np.uint8))
         wanted = "floating-point values in [0, 1]"
     else:
         if lowest >= 0 and (_DARK <= highest <= 65535 or highest == 0):
-            return (values // 257).astype(np.uint8)
+            return Image.fromarray((values // 257).astype(np.uint8))
         wanted = "16-bit values that use their range, 0..65535"
     raise PictureError(f"expected {wanted}, got {lowest:g} to {highest:g} (scale them, or save 8 bits)")
 
 
-def load_picture(source: str | os.PathLike | Image.Image, timeout: float | None = None) -> Image.Image:
-    """What pipelines take for an image → an upright PIL image of mode "RGB", see [`to_rgb`].
+def load_picture(source: Any, timeout: float | None = None) -> Image.Image:
+    """What pipelines take for an image → an upright PIL image of mode "RGB", see [`to_rgb`], else ValueError, OSError.
 
     Args:
-        source: a path, an http(s) URL, base64 text (also as data:image/…), or a PIL image.
+        source: a path, an http(s) URL, base64 text (also as data:image/…), the bytes of a file, a PIL image, or an
+            array (H, W) or (H, W, 3) of uint8.
         timeout: seconds to wait for a URL.
-
-    Raises:
-        ValueError, OSError: it is none of these, or does not decode.
     """
-    if isinstance(source, Image.Image):
-        return to_rgb(source)
-    text = os.fspath(source)
-    if text.startswith(("http://", "https://")):
-        with urlopen(Request(text, headers={"User-Agent": "wsss_hf"}), timeout=timeout) as answer:
-            return to_rgb(open_picture(io.BytesIO(answer.read())))
-    if os.path.isfile(text):
-        return to_rgb(open_picture(text))
+    name = "image"
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim < 2 or source.shape[2:] not in ((), (3,)):
+            raise ValueError(
+                f"image: expected an array (H, W, 3) or (H, W) of uint8, got {source.shape} of {source.dtype}"
+            )
+        source = Image.fromarray(source)
+    elif isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        if name.startswith(("http://", "https://")):
+            with urlopen(Request(name, headers={"User-Agent": "wsss_hf"}), timeout=timeout) as answer:
+                source = answer.read()
+        elif not os.path.isfile(name):
+            name, text = "image", name
+            try:
+                source = base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
+            except ValueError as error:
+                wanted = "a file, a URL, base64 text, bytes, an array or a PIL image"
+                raise ValueError(f"image: expected {wanted}, got {text[:100]!r}") from error
     try:
-        content = base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
-    except ValueError as error:
-        raise ValueError(f"image: expected a file, a URL, base64 text or a PIL image, got {text[:100]!r}") from error
-    return to_rgb(open_picture(io.BytesIO(content)))
+        if not isinstance(source, Image.Image):
+            source = open_picture(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return to_rgb(source)
+    except PictureError as error:
+        raise PictureError(f"{name}: {error}") from error

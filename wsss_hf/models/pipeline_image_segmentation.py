@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
-from transformers.image_utils import load_image
 from transformers.pipelines.image_classification import ImageClassificationPipeline
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.utils import ModelOutput
 
+from .pictures import load_picture
 from .tta import views
 
 
@@ -82,24 +79,6 @@ class TagPipeline(OurPipeline, ImageClassificationPipeline):
 
     def preprocess(self, image, timeout=None):
         return super().preprocess(image if hasattr(image, "shape") else load_picture(image, timeout))
-
-
-def load_picture(image, timeout: float | None = None) -> Image.Image:
-    """Path, URL, base64 text, PIL image, or array (H, W) or (H, W, 3) uint8 → upright RGB image, read as in training.
-    Without wsss_hf, 16-bit, floating-point and transparent images are refused."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (3,)):
-            raise ValueError(
-                f"image: expected an array (H, W, 3) or (H, W) of uint8, got {image.shape} of {image.dtype}"
-            )
-        image = Image.fromarray(image)
-    try:
-        return importlib.import_module("wsss_hf.models.pictures").load_picture(image, timeout)
-    except ImportError:
-        image = Image.open(image) if isinstance(image, str) and os.path.isfile(image) else image
-        if isinstance(image, Image.Image) and (image.mode[0] in "IF" or image.has_transparency_data):
-            raise ValueError(f"image: expected 8 opaque bits, got mode {image.mode} (wsss_hf reads it)") from None
-        return load_image(image, timeout=timeout)
 
 
 def by_size(run: Callable[[torch.Tensor], list], pixel_values: list) -> list[list[ModelOutput]]:

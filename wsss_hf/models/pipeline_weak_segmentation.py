@@ -15,7 +15,8 @@ from transformers.utils import ModelOutput
 
 from .label_colors import mask_image, overlay
 from .pamr import refine_pictures
-from .pipeline_image_segmentation import by_size, load_picture, named_segments, tags_to_multi_hot
+from .pictures import load_picture
+from .pipeline_image_segmentation import by_size, named_segments, tags_to_multi_hot
 from .tta import views
 
 REFINEMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"pamr": refine_pictures}
@@ -62,13 +63,7 @@ class WeakSegmentationPipeline(Pipeline):
             )
 
     def _sanitize_parameters(
-        self,
-        tags: str | Sequence[str] | None = None,
-        threshold: float | str | None = None,
-        scales: Sequence[float] | None = None,
-        flip: bool | None = None,
-        refine: str | None = None,
-        timeout: float | None = None,
+        self, tags=None, threshold=None, scales=None, flip=None, refine=None, timeout: float | None = None
     ):
         if threshold is not None and not hasattr(self.model.config, "background_threshold"):
             raise ValueError(f"threshold: expected none, as {type(self.model).__name__} has none, got {threshold!r}")

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.dynamic_module_utils import get_relative_imports
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from .backbone import TASK, Backbone, from_safetensors
-from .components import COMPONENTS
+from .backbone import TASK, Backbone
 from .image_processing_wsss import WsssImageProcessor
 from .pipeline_image_segmentation import MaskPipeline, TagPipeline
 from .pipeline_weak_segmentation import WeakSegmentationPipeline
@@ -27,7 +24,6 @@ _PIPELINES = (
     ("weak-segmentation", WeakSegmentationPipeline, "AutoModelForSemanticSegmentation"),
     ("image-classification", TagPipeline, "AutoModelForImageClassification"),
 )
-_COMPONENTS_FILE = "components.py"
 _DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _PUSH_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "revision", "create_pr")
 
@@ -76,7 +72,12 @@ class PortableModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
         options = {key: kwargs[key] for key in _DOWNLOAD_OPTIONS if key in kwargs}
-        loaded = from_safetensors(super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+        load = super().from_pretrained
+        try:
+            load = partial(importlib.import_module("wsss_hf.models.weights").from_safetensors, load)
+        except ImportError:
+            kwargs["use_safetensors"] = True
+        loaded = load(pretrained_model_name_or_path, *model_args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         if pretrained_model_name_or_path is not None and not os.path.isfile(pretrained_model_name_or_path):
             try:
@@ -92,14 +93,19 @@ class PortableModel(PreTrainedModel):
         hub_options = {key: kwargs.pop(key) for key in _PUSH_OPTIONS if key in kwargs}
         classes = {"AutoConfig": type(self.config)} | dict.fromkeys(self.auto_classes, type(self))
         pipelines = [entry for entry in _PIPELINES if entry[2] in self.auto_classes]
-        self.config.auto_map = {auto_class: _code_reference(cls) for auto_class, cls in classes.items()}
+        self.config.auto_map = {auto_class: code_reference(cls) for auto_class, cls in classes.items()}
         self.config.custom_pipelines = {
-            task: {"impl": _code_reference(pipeline_class), "pt": [auto_class], "type": "image"}
+            task: {"impl": code_reference(pipeline_class), "pt": [auto_class], "type": "image"}
             for task, pipeline_class, auto_class in pipelines
         }
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            _save_code(self, [*classes.values(), *(entry[1] for entry in pipelines)], Path(save_directory))
+            try:
+                save_code = importlib.import_module("wsss_hf.models.saved_code").save_code
+            except ImportError:
+                custom_object_save(self, save_directory)  # what came with the model
+            else:
+                save_code(self, [*classes.values(), *(entry[1] for entry in pipelines)], Path(save_directory))
             if self.image_processor is not None:
                 self.image_processor.save_pretrained(save_directory)
             elif not Path(save_directory, IMAGE_PROCESSOR_NAME).exists():
@@ -122,38 +128,10 @@ class PortableModel(PreTrainedModel):
 
 def processor_for(config, mean: list[float] | None = None, std: list[float] | None = None) -> WsssImageProcessor:
     """For a model that has none yet: the normalisation is that of its configuration, if it names one, or the given."""
-    given: dict[str, Any] = {
-        "image_mean": getattr(config, "image_mean", mean),
-        "image_std": getattr(config, "image_std", std),
-    }
-    return WsssImageProcessor(**{key: value for key, value in given.items() if value is not None})
+    mean, std = getattr(config, "image_mean", mean), getattr(config, "image_std", std)
+    return WsssImageProcessor(**({} if mean is None else {"image_mean": mean, "image_std": std}))
 
 
-def _code_reference(cls: type) -> str:
+def code_reference(cls: type) -> str:
+    """The class as a checkpoint names it: file.Class."""
     return f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
-
-
-def _save_code(model: nn.Module, classes: Iterable[type], folder: Path) -> None:
-    """Write the files of these classes, and all that they import relatively, flat into `folder`."""
-    for cls in classes:
-        file = getattr(sys.modules[cls.__module__], "__file__", None)
-        if file is None:  # of a class from a notebook there is none
-            continue
-        missing, written = [Path(file).stem], set()
-        while missing:
-            written.add(name := missing.pop())
-            copy = folder / f"{name}.py"
-            if copy.name == _COMPONENTS_FILE:
-                copy.write_text(_components_of(model))
-            else:
-                shutil.copyfile(Path(file).with_name(copy.name), copy)
-            missing += set(get_relative_imports(copy)) - written
-
-
-def _components_of(model: nn.Module) -> str:
-    """`components.py` with what the model uses."""
-    used = {_code_reference(type(module)) for module in model.modules()}
-    names = {cls.__name__: cls.__module__.split(".")[-1] for cls in COMPONENTS if _code_reference(cls) in used}
-    imports = "".join(f"from .{module} import {name}\n" for name, module in names.items())
-    text = "The methods and backbones of wsss_hf that this model uses; importing this file registers them."
-    return f'"""{text}"""\n\n{imports}\nCOMPONENTS = [{", ".join(names)}]\n'

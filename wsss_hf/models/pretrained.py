@@ -13,8 +13,9 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import is_timm_available
 
-from .backbone import body_class, from_safetensors, usable_config
+from .backbone import body_class, usable_config
 from .portable_model import PortableModel, processor_for
+from .weights import from_safetensors
 
 NO_CODE = {"trust_remote_code": False}
 """Options of every load: code that a repository brings is not run, and nobody is asked whether to run it."""

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, VitMatteForImageMatting
 
-from ..models.backbone import from_safetensors
 from ..models.maps import IGNORE_INDEX
 from ..models.pretrained import NO_CODE, pinned
+from ..models.weights import from_safetensors
 from .trimap import BACKGROUND, FOREGROUND
 
 _MARGIN = 4  # known pixels kept around the unknown ones: a window of the matting Laplacian reaches 2 pixels

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageSegmentation, AutoModelForSemanticSegmentation
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING
 
-from ..models.backbone import from_safetensors
 from ..models.pretrained import pinned
+from ..models.weights import from_safetensors
 from .files import ModelFiles
 from .networks import NetworkSettings, NetworkSource, input_format
 from .source import SaliencyError

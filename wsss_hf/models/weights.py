@@ -1,0 +1,29 @@
+"""Weights are safetensors, and nothing else is opened. Not uploaded with models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+
+def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kwargs):
+    """`load(name, …)`, some `from_pretrained`, a ValueError for all but whole safetensors: pickles run code."""
+    refusal = (
+        f"{name}: no weights in safetensors; pickled ones (.bin, .pth, .pt) are never opened here, "
+        "`wsss convert` makes safetensors of the published checkpoints that it knows"
+    )
+    is_other_file = name is not None and os.path.isfile(name) and not str(name).endswith(".safetensors")
+    if kwargs.pop("use_safetensors", None) is False or is_other_file:
+        raise ValueError(refusal)
+    try:
+        return load(name, *args, use_safetensors=True, **kwargs)
+    except OSError as error:
+        if ".safetensors" in str(error):
+            raise ValueError(refusal) from error
+        if str(name) not in str(error):  # transformers does not name what it looked for in vain offline
+            raise OSError(f"{name}: {error}") from error
+        raise
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"{name}: expected weights in safetensors, got a damaged file ({error})") from error
