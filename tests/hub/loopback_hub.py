@@ -18,6 +18,7 @@ import yaml
 
 OWNER = "tester"
 TOKEN = "hf_loopbackTokenThatMustNotLeak"
+LICENCES = ["apache-2.0", "mit", "openrail++", "other"]
 
 
 def git_oid(content: bytes) -> str:
@@ -183,6 +184,8 @@ class _Handler(BaseHTTPRequestHandler):
         except yaml.YAMLError:
             valid = False
         errors = [] if valid else [{"message": "the metadata are no YAML mapping"}]
+        if valid and yaml.safe_load(header[1]).get("license", "mit") not in LICENCES:
+            errors = [{"message": f'"license" must be one of [{", ".join(LICENCES)}]'}]
         self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def _api_info(self, repository: Repository, repo_id: str, revision: str = "main", _below: str = ""):

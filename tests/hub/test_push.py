@@ -208,6 +208,27 @@ def test_a_second_push_sends_what_is_new(hub, wsss, run_folder):
     assert ModelCard(hub.files("tester/pets")["README.md"].decode()).data.license == "mit"
 
 
+@pytest.mark.parametrize("licence", ["", "MIT", "mit ", "-x", "GPL 3", "mit\n", "a: b"])
+def test_what_is_no_identifier_of_a_licence_is_refused_before_anything_is_sent(hub, wsss, run_folder, licence):
+    (run_folder / "masks").mkdir()
+    (run_folder / "masks" / "dataset_dict.json").touch()
+    for kind in ([], ["--dataset"]):
+        code, out, err = wsss("push", run_folder, "tester/pets", f"--license={licence}", *kind)
+        wanted = "error: --license: expected an identifier of the Hub, such as apache-2.0 or other, got "
+        assert code == 1 and out == "" and err == f"{wanted}{licence!r}\n"
+    assert not hub.requests
+
+
+def test_a_licence_that_the_hub_does_not_know_leaves_no_repository(hub, wsss, run_folder):
+    code, out, err = wsss("push", run_folder, "tester/pets", "--license", "my-own")
+    assert code == 1 and out == "" and err.count("\n") == 1
+    assert err.startswith("error: README.md: the Hub refuses its metadata: '\"license\" must be one of [apache-2.0, ")
+    assert not hub.repositories
+    for licence in ("openrail++", "other"):
+        assert push_model(run_folder, "tester/pets", licence=licence).changed
+        assert ModelCard(hub.files("tester/pets")["README.md"].decode()).data.license == licence
+
+
 def test_code_and_weights_that_are_no_longer_needed_go_and_foreign_files_stay(hub, run_folder):
     push_model(run_folder / "cam", "tester/pets")
     held = hub.repositories["model", "tester/pets"].files()

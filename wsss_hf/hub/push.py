@@ -25,6 +25,7 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelCardData,
+    RepoCard,
     SpaceCard,
     SpaceCardData,
 )
@@ -43,6 +44,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from .. import models
 from ..data.saving import num_bytes, with_embedded_images
 from ..data.tagged import class_names
+from ..data.text import brief
 from ..metrics import boundary_f, mean_iou
 from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.mask_classifiers import MASK_CLASSIFIERS, load_segmentation_model
@@ -63,6 +65,7 @@ _KINDS = (".safetensors", ".json", ".yaml", ".md", ".py", ".png", ".parquet", ".
 _OWN_CODE = {path.name for path in Path(models.__file__).parent.glob("*.py")} - {"__init__.py"}
 _OWN_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _OWN_DATA = re.compile(r"data/(train|val)-\d+-of-\d+\.parquet")
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")  # as apache-2.0, openrail++
 _BRANCH = re.compile(r"(?!.*(\.\.|//|@\{|\.lock(/|$)))[A-Za-z0-9_][\w./-]*(?<![./])")
 
 
@@ -111,6 +114,7 @@ def push_model(
         HubError: nothing to push, an impossible id, or what the Hub said.
     """
     folder = _part_of(Path(source), SEGMENTER_FOLDER, "config.json")
+    _check_licence(licence)
     repo_id = _checked_target(repo_id, revision, token)
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging)
@@ -237,6 +241,7 @@ def push_dataset(
         HubError: as `push_model`.
     """
     folder = _part_of(Path(source), MASKS_FOLDER, "dataset_dict.json")
+    _check_licence(licence)
     repo_id = _checked_target(repo_id, revision, token)
     rows = load_from_disk(str(folder))
     with tempfile.TemporaryDirectory() as staging:
@@ -319,6 +324,12 @@ def _checked_target(repo_id: str, revision: str | None, token: str | None) -> st
         return repo_id
     with _naming(repo_id):
         return f"{HfApi(token=token).whoami()['name']}/{repo_id}"
+
+
+def _check_licence(licence: str | None) -> None:
+    """Whether it looks like an identifier; the Hub, which knows them all, has the last word in `push_folder`."""
+    if licence is not None and not _LICENCE.fullmatch(licence):
+        raise HubError(f"--license: expected an identifier of the Hub, such as apache-2.0 or other, got {licence!r}")
 
 
 def _licence_there(repo_id: str, repo_type: str, token: str | None) -> str | None:
@@ -425,6 +436,7 @@ def push_folder(
     files = _files_to_push(folder, token)
     api = HfApi(token=token)
     with _naming(repo_id):
+        _check_card(folder / "README.md", repo_type)
         repo_id = api.create_repo(
             repo_id, private=private or None, repo_type=repo_type, exist_ok=True, **create_options
         ).repo_id
@@ -450,6 +462,19 @@ def push_folder(
         commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision)
         url = f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
     return Pushed(url=url, commit=commit.oid, changed=commit.oid != before.sha)
+
+
+def _check_card(file: Path, repo_type: str) -> None:
+    """Whether the Hub takes the card's metadata, before there is anything of it there.
+
+    Raises:
+        HubError: it does not, for example as it knows no such licence.
+    """
+    try:
+        RepoCard.load(file).validate(repo_type)
+    except ValueError as error:  # with the Hub's answer
+        reasons = " and ".join(entry["message"] for entry in json.loads(str(error))["errors"])
+        raise HubError(f"{file.name}: the Hub refuses its metadata: {brief(reasons)}") from error
 
 
 def _files_to_push(folder: Path, token: str | None) -> dict[str, Path]:

@@ -40,7 +40,7 @@ from .fingerprint import model_fingerprint, rows_fingerprint
 from .lock import LOCK_FILE, OutputError, only_run
 from .plan import Cell, plan_cells
 from .results import LOG_FILE
-from .run import run
+from .run import check_recipe, run
 
 VERSION = 1
 _CELL_FILE = "cell.json"
@@ -90,6 +90,7 @@ def compare(
 
     Raises:
         RecipeError: see [`plan_cells`]; several processes were launched; or one of `cams` holds no CAM classifier.
+        RefinementError, OSError, ValueError: what a cell would be made of is missing, see [`check_recipe`].
         DataError: see [`load_data`].
         OutputError: `out` holds something else, or another comparison works there.
         CompareError: cells failed; all others are in the results.
@@ -110,7 +111,11 @@ def compare(
             raise RecipeError(f"--cams: expected a comparison or a run with a CAM classifier, got {folder}")
     jobs = min(jobs or max(1, torch.cuda.device_count()), len(cells))
     for source in reversed(dict.fromkeys(json.dumps(cell.source) for cell in cells)):
-        _load(source)  # says what is wrong before any cell is trained; the first cell's stays loaded
+        data = _load(source)  # says what is wrong before any cell is trained; the first cell's stays loaded
+        alike = {json.dumps(c.recipe.changed("seed=0").to_dict()): c for c in cells if json.dumps(c.source) == source}
+        for cell in alike.values():
+            check_recipe(data, cell.recipe, cell.segmenter)
+            train_cam.build_cam(cell.recipe, class_names(data["train"]))
     with only_run(out):
         return _compare(cells, out, jobs, folders, force)
 

@@ -17,7 +17,7 @@ from .evaluate import maps_row, masks_row, segmenter_row
 from .lock import only_run
 from .make_masks import make_masks
 from .results import RunResult
-from .run import check_run_folder, self_train, write_results
+from .run import check_recipe, check_run_folder, self_train, write_results
 from .train_affinity import affinity_of_run
 from .train_cam import train_cam
 from .train_refiner import train_refiner
@@ -41,6 +41,7 @@ def demo(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, force: bo
     Writes what [`run`] writes, and `supervised/`; `plain_cam/` too, where the recipe has methods to compare with.
     """
     out = check_run_folder(out)
+    check_recipe(data, recipe)
     with only_run(out):
         return _demo(data, recipe, out, force)
 

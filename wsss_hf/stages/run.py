@@ -40,7 +40,7 @@ from .results import LabelledData, RunResult, StageResult, TrainedModel
 from .train_affinity import affinity_of_run, check_masks, needs_affinity
 from .train_cam import train_cam
 from .train_refiner import train_refiner
-from .train_segmenter import train_segmenter
+from .train_segmenter import check_start, train_segmenter
 
 RESULTS_FILE = "results.json"
 _ROUND = ("masks", "segmenter")
@@ -68,14 +68,12 @@ def run(
     Raises:
         OutputError: `out` holds something else, or another run works there.
         RecipeError: the recipe has a stage that takes no stream, or no number of steps for one.
-        RefinementError: the library of a refinement step is missing.
+        RefinementError, RecipeError, OSError, ValueError: see [`check_recipe`].
     """
     out = check_run_folder(out)
     if isinstance(data["train"], IterableDataset):
         _check_streamed(recipe)
-    check_masks(recipe)  # what is missing is said before hours of training
-    for section in ("self_training", "evaluation"):
-        build_refinement(getattr(recipe, section).refine, f"{section}.refine").prepare()
+    check_recipe(data, recipe)
     with only_run(out):
         cam = train_cam(data, recipe, out / "cam", force=force)
         refiner = train_refiner(data, cam, recipe, out / "refiner", force=force) if recipe.refiner.use else None
@@ -117,6 +115,23 @@ def self_train(
         rows.append(masks_row(f"pseudo masks, round {number}", masks.data, masks.folder.name))
         rows.append(segmenter_row(f"segmenter, round {number}", segmenter, data, recipe.evaluation))
     return dataclasses.replace(result, masks=masks, segmenter=segmenter, results=rows)
+
+
+def check_recipe(data: DatasetDict, recipe: Recipe, segmenter: bool = True) -> None:
+    """What would stop the stages after the training of the CAM classifier, known before hours of training.
+
+    Args:
+        segmenter: whether a segmenter is trained and evaluated.
+
+    Raises:
+        RefinementError: the library or model of a refinement step is missing.
+        RuleError, RecipeError, OSError, ValueError: what a label rule looks at, or a network starts from, is missing.
+    """
+    check_masks(recipe)
+    if segmenter:
+        for section in ("self_training", "evaluation"):
+            build_refinement(getattr(recipe, section).refine, f"{section}.refine").prepare()
+        check_start(data, recipe)
 
 
 def _check_streamed(recipe: Recipe) -> None:

@@ -127,10 +127,13 @@ def check_masks(recipe: Recipe) -> None:
     Raises:
         RefinementError: the library or model of a refinement step is missing.
         RuleError: the label rule lacks something.
+        RecipeError, OSError, ValueError: there is no such backbone of the affinity network, or it can't be used.
     """
     trained_first = needs_affinity(recipe.masks)
     if trained_first:
         _refinement(recipe)
+        if not recipe.affinity.from_cam:
+            _build("", recipe)
     build_rules(recipe.masks, trained_first)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import os
 
 from datasets import DatasetDict, IterableDataset
+from transformers import PreTrainedModel
 
 from ..data.saliency import check_saliency
 from ..data.tagged import DataError, class_names, source_of
@@ -53,23 +54,7 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
     if not output.done:
         with output.working() as folder:
             accelerator = begin_training(section.train, recipe.seed, folder)
-            model, mean, std = build_on_backbone(
-                CamClassifier,
-                section,
-                recipe.image,
-                "cam",
-                output_stride=section.output_stride,
-                dropout=section.dropout,
-                classifier_bias=section.classifier_bias,
-                backbone_layers=section.backbone_layers,
-                id2label=dict(enumerate(class_names(rows))),
-                method_warmup=section.method_warmup,
-                maps=section.maps,
-                background_threshold=section.background_threshold,
-                tag_threshold=section.tag_threshold,
-                **section.methods,
-            )
-            start_layers(model, section.new_layers, section.classifier_std)
+            model, mean, std = build_cam(recipe, class_names(rows))
             size = recipe.image.size
             processor = build_processor(size, mean, std, section.train.scaled_side)
             if section.superpixels:
@@ -88,6 +73,29 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
             )
             output.finish(result)
     return TrainedModel(output.path)
+
+
+def build_cam(recipe: Recipe, names: list[str]) -> tuple[PreTrainedModel, list[float], list[float]]:
+    """The classifier that a training starts from, and the mean and standard deviation of its images."""
+    section = recipe.cam
+    model, mean, std = build_on_backbone(
+        CamClassifier,
+        section,
+        recipe.image,
+        "cam",
+        output_stride=section.output_stride,
+        dropout=section.dropout,
+        classifier_bias=section.classifier_bias,
+        backbone_layers=section.backbone_layers,
+        id2label=dict(enumerate(names)),
+        method_warmup=section.method_warmup,
+        maps=section.maps,
+        background_threshold=section.background_threshold,
+        tag_threshold=section.tag_threshold,
+        **section.methods,
+    )
+    start_layers(model, section.new_layers, section.classifier_std)
+    return model, mean, std
 
 
 def cam_record(data: DatasetDict, recipe: Recipe) -> Record:

@@ -100,6 +100,16 @@ def train_segmenter(
     return TrainedModel(output.path)
 
 
+def check_start(data: DatasetDict, recipe: Recipe) -> None:
+    """Builds what the segmenter of a run starts from, unless it is the CAM classifier that is trained before.
+
+    Raises:
+        RecipeError, OSError, ValueError: there is no such backbone or model, or it can't be used.
+    """
+    if recipe.segmenter.model is not None or not recipe.segmenter.from_cam:
+        _build(None, recipe, ["background", *class_names(data["train"])])
+
+
 def _size(recipe: Recipe) -> int:
     return recipe.segmenter.size or recipe.image.size
 
