@@ -60,8 +60,8 @@ def main() -> None:
     options = parser.parse_args()
     set_quiet(True)
 
-    model = AutoModelForSemanticSegmentation.from_pretrained(options.model).eval()
-    processor = AutoImageProcessor.from_pretrained(options.model)
+    model = AutoModelForSemanticSegmentation.from_pretrained(options.model, trust_remote_code=False).eval()
+    processor = AutoImageProcessor.from_pretrained(options.model, trust_remote_code=False)
     names = list(model.config.id2label.values())[1:]
     classes = names if options.data == "voc" else None
     data = load_data(options.data, root=options.root, classes=classes, limit=options.limit)

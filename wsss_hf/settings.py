@@ -35,7 +35,7 @@ class ImageSettings(Options):
         224, "Short side of an image at scale 1, and side of a training crop, in pixels.", at_least=1, at_most=8192
     )
     mean: list[float] | None = option(None, "Per channel, for images in [0, 1]; null takes the backbone's.", length=3)
-    std: list[float] | None = option(None, "As mean.", length=3)
+    std: list[float] | None = option(None, "As mean.", length=3, above=0)
 
 
 @dataclass

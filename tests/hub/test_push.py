@@ -222,7 +222,7 @@ def test_what_is_no_identifier_of_a_licence_is_refused_before_anything_is_sent(h
 def test_a_licence_that_the_hub_does_not_know_leaves_no_repository(hub, wsss, run_folder):
     code, out, err = wsss("push", run_folder, "tester/pets", "--license", "my-own")
     assert code == 1 and out == "" and err.count("\n") == 1
-    assert err.startswith("error: README.md: the Hub refuses its metadata: '\"license\" must be one of [apache-2.0, ")
+    assert err.startswith('error: README.md: the Hub refuses its metadata: \'"license" must be one of [apache-2.0, ')
     assert not hub.repositories
     for licence in ("openrail++", "other"):
         assert push_model(run_folder, "tester/pets", licence=licence).changed

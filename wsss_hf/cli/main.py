@@ -456,7 +456,9 @@ def compare(
         wanted = with_data_options(wanted, named)
     if recipe is not None:
         wanted["recipe"] = recipe
-    backbones = [f"{part}.backbone={json.dumps(backbone)}" for part in ("cam", "segmenter")] if backbone else []
+    backbones = (
+        [f"{part}.backbone={json.dumps(backbone)}" for part in ("cam", "segmenter")] if backbone is not None else []
+    )
     if backbones or changes:
         held = wanted.get("set") or []
         held = [f"{key}={json.dumps(value)}" for key, value in held.items()] if isinstance(held, dict) else held

@@ -194,7 +194,7 @@ def load_inputs(
     from ..recipes import Recipe
     from ..training.tracking import check_tracker
 
-    name = recipe or ("toy" if source == "toy" else "photos")
+    name = recipe if recipe is not None else "toy" if source == "toy" else "photos"
     trained = ("cam", "refiner", "affinity", "segmenter")
     tracked = [] if track is None else [f"{part}.train.track={track}" for part in trained]
     resolved = Recipe.load(name, [*(changes or []), *tracked], backbone=backbone, seed=seed)

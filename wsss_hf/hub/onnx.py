@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import AutoImageProcessor, PreTrainedModel
 
 from ..files import whole_folder
+from ..inference.weights import check_weights
 from ..models.mask_classifiers import load_segmentation_model, square_side
 from ..models.pretrained import NO_CODE, pinned
 from ..stages.lock import locked, partial_of
@@ -98,6 +99,7 @@ def export_onnx(
 
     Raises:
         ExportError: the model can't be exported, `out` is not empty, or the libraries are not installed.
+        OSError, ValueError: there is no such model, it has no image processor, or its training has diverged.
         OutputError: another run writes there.
     """
     try:
@@ -113,10 +115,12 @@ def export_onnx(
         name, revision = pinned(source, NO_CODE)
         assert name is not None  # as `source` is not
         model = load_segmentation_model(name, **revision).float()
+        check_weights(model, source)
+        processor = AutoImageProcessor.from_pretrained(name, **revision)
         program, names = export_program(model, size)
         with whole_folder(out) as result:
             model.config.save_pretrained(result)
-            AutoImageProcessor.from_pretrained(name, **revision).save_pretrained(result)
+            processor.save_pretrained(result)
             config = json.loads((result / "config.json").read_text())
             config["onnx"] = {"inputs": ["pixel_values"], "outputs": names, "size": size}
             (result / "config.json").write_text(json.dumps(config, indent=2))

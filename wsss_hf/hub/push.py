@@ -45,6 +45,7 @@ from .. import models
 from ..data.saving import num_bytes, with_embedded_images
 from ..data.tagged import class_names
 from ..data.text import brief
+from ..inference.weights import check_weights
 from ..metrics import boundary_f, mean_iou
 from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.mask_classifiers import MASK_CLASSIFIERS, load_segmentation_model
@@ -387,6 +388,7 @@ def _stage_model(folder: Path, staged: Path) -> PreTrainedModel:
     odd = sorted(report["missing_keys"]) + sorted(report["unexpected_keys"])
     if odd:
         raise HubError(f"{folder}: the weights do not fit the configuration ({odd[0]} and {len(odd) - 1} more)")
+    check_weights(model, folder)
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     if not isinstance(model, PortableModel):
         if isinstance(processor, WsssImageProcessor):

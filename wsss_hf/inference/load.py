@@ -8,7 +8,7 @@ import torch
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
 from ..models.configuration_cam import CamConfig
-from ..models.mask_classifiers import load_segmentation_model
+from ..models.mask_classifiers import check_segments, load_segmentation_model
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
 from ..models.pretrained import NO_CODE, load_config, pinned
@@ -27,12 +27,18 @@ def load_labeler(
             neither be trained nor saved. The environment variable WSSS_OPTIMIZE, 0 or 1, decides instead where set.
 
     Raises:
-        ValueError: it is another kind of model, or its training has diverged.
+        OSError, ValueError: there is none, it is another kind of model, its configuration or weights are damaged, or
+            its training has diverged.
     """
     found, revision = _pinned(name)
     config = load_config(found, **revision)
     if not isinstance(config, CamConfig):
         raise ValueError(f"{name}: expected a CAM classifier or map refiner, got a {config.model_type}")
+    check_segments(config, name)
+    for option in ("background_threshold", "tag_threshold"):
+        value = getattr(config, option)
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ValueError(f"{name}, {option}: expected a number in [0, 1], got {value!r}")
     model_class = MapRefiner if isinstance(config, MapRefinerConfig) else CamClassifier
     model = _ready(model_class.from_pretrained(found, **revision), name, device, optimize)
     return model, AutoImageProcessor.from_pretrained(found, **revision)
@@ -53,6 +59,7 @@ def load_segmenter(
         OSError, ValueError: there is none, its weights are pickled, or its training has diverged.
     """
     found, revision = _pinned(name)
+    check_segments(load_config(found, **revision), name)
     model = _ready(load_segmentation_model(found, **revision), name, device, optimize)
     processor = AutoImageProcessor.from_pretrained(found, **revision)
     if getattr(processor, "do_split_image", False):  # EoMT's; here `predict_scores` cuts images

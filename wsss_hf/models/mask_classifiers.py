@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForSemanticSegmentation,
@@ -50,6 +51,14 @@ def auto_class(config: PreTrainedConfig) -> Any:
         return AutoModel
     is_mask_classifier = config.model_type in MASK_CLASSIFIERS
     return AutoModelForUniversalSegmentation if is_mask_classifier else AutoModelForSemanticSegmentation
+
+
+def check_segments(config: PreTrainedConfig, name: str | os.PathLike) -> None:
+    """Raises ValueError unless a configuration is that of a model that labels pixels, with classes."""
+    if config.model_type not in MASK_CLASSIFIERS and type(config) not in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
+        raise ValueError(f"{name}: expected a model for semantic segmentation, got a {config.model_type}")
+    if not config.id2label:
+        raise ValueError(f"{name}, id2label: expected the names of classes, got none")
 
 
 def load_segmentation_model(name: str | os.PathLike, options: dict | None = None, **hub_kwargs):

@@ -13,7 +13,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from transformers.utils import is_timm_available
 
-from .backbone import body_class, usable_config
+from .backbone import BackboneConfigMixin, body_class, usable_config
 from .portable_model import PortableModel, processor_for
 from .weights import from_safetensors
 
@@ -28,6 +28,7 @@ def pinned(name: Any, hub_kwargs: dict) -> tuple[Any, dict]:
 
     Raises:
         FileNotFoundError: it is empty, or can only be a path, and nothing is there.
+        ValueError: it is a revision of a folder.
     """
     repo_id, _, revision = str(name).partition("@")
     if name is not None and not str(name).strip():
@@ -36,6 +37,8 @@ def pinned(name: Any, hub_kwargs: dict) -> tuple[Any, dict]:
         raise FileNotFoundError(f"{name}: expected a model's folder or its id on the Hub, found nothing there")
     if not revision or os.path.exists(name):
         return name, hub_kwargs
+    if os.path.isdir(repo_id):
+        raise ValueError(f"{name}: expected no revision of a model's folder, got {revision}")
     return repo_id, hub_kwargs | {"revision": revision}
 
 
@@ -75,6 +78,9 @@ def resolve_backbone_config(
             raise ImportError(_NEEDS_TIMM.format(backbone)) from error
     elif isinstance(backbone_config, dict):
         backbone_config = usable_config(backbone_config)
+    if isinstance(backbone_config, BackboneConfigMixin):
+        kind = backbone_config.model_type
+        raise ValueError(f"backbone: expected a network for all tasks, got {backbone or kind}, a {kind} on a backbone")
     config = usable_config(getattr(backbone_config, "vision_config", backbone_config))
     return _completed_timm(config) if config.model_type.startswith("timm") else config
 

@@ -23,6 +23,10 @@ def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kw
         if str(name) not in str(error):  # transformers does not name what it looked for in vain offline
             raise OSError(f"{name}: {error}") from error
         raise
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(f"{name}: expected weights that fit config.json, got some of other shapes") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise

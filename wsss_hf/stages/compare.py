@@ -114,6 +114,7 @@ def compare(
         data = _load(source)  # says what is wrong before any cell is trained; the first cell's stays loaded
         alike = {json.dumps(c.recipe.changed("seed=0").to_dict()): c for c in cells if json.dumps(c.source) == source}
         for cell in alike.values():
+            train_cam.check_data(data, cell.recipe)
             check_recipe(data, cell.recipe, cell.segmenter)
             train_cam.build_cam(cell.recipe, class_names(data["train"]))
     with only_run(out):

@@ -102,6 +102,11 @@ def evaluate(
         raise RecipeError("--voc-archive, --export-coco: expected --model and --save-masks beside them")
     if against is not None and (segmenter is None or writes):
         raise RecipeError("--against: expected --model beside it, and no files to write but --json")
+    if segmenter is not None and (cam is not None or against is not None):
+        needs_masks(data, split)
+        for name in (segmenter, against):  # before the first is measured
+            if name is not None:
+                check_classes(load_segmenter(os.fspath(name), "cpu")[0], data[split])
     rows: list[dict[str, Any]] = []
     gap = None
     if cam is not None:
@@ -148,6 +153,7 @@ def maps_row(name: str, cam: str | os.PathLike, data: DatasetDict, settings: Mas
         return row
     model, processor = load_labeler(os.fspath(cam), PartialState().device, optimize=settings.optimize)
     rows = data["train"]
+    check_names(model, class_names(rows), "classifier")
     known = sample_of(rows) if isinstance(rows, IterableDataset) else rows
     settings = with_threshold(model, processor, known, settings)
     figures = evaluate_cam(model, processor, rows, settings)

@@ -31,6 +31,7 @@ from ..inference.load import load_labeler, load_segmenter
 from ..inference.segmenter import score_images
 from ..models.configuration_cam import CamConfig
 from ..models.label_colors import mask_image, overlay
+from ..models.mask_classifiers import check_segments
 from ..models.options import OptionError
 from ..models.pictures import open_picture
 from ..models.pretrained import NO_CODE, load_config, pinned
@@ -298,6 +299,7 @@ class _Labeler:
     def __init__(self, model: str, settings: EvaluationSettings, tags: Sequence[str] | None):
         found, revision = pinned(model, NO_CODE)
         config = load_config(found, **revision)
+        check_segments(config, model)
         names = [config.id2label[label] for label in sorted(config.id2label)]
         self.is_cam = isinstance(config, CamConfig)
         self.names = ["background", *names] if self.is_cam else names

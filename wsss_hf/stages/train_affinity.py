@@ -77,6 +77,7 @@ def train_affinity(
     if not output.done:
         refine = _refinement(recipe)
         with output.working() as folder:
+            _build(cam, recipe)  # says what is wrong before the maps are computed
             labels = _labels(rows, fingerprints, cam, recipe, refine, folder, digest(record.inputs))
             accelerator = begin_training(section.train, recipe.seed, folder)
             model, mean, std = _build(cam, recipe)

@@ -43,13 +43,7 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
     """
     section, rows = with_launcher(recipe.cam), data["train"]
     recipe = dataclasses.replace(recipe, cam=section)
-    if isinstance(rows, IterableDataset):
-        if section.superpixels:
-            raise DataError("cam.superpixels: expected data that are not streamed")
-    else:
-        if section.saliency:
-            check_saliency(rows, "cam.saliency")
-        check_columns(recipe.masks, rows)  # which come later, but nobody should train for them in vain
+    check_data(data, recipe)
     output = StageOutput(out, cam_record(data, recipe), force)
     if not output.done:
         with output.working() as folder:
@@ -73,6 +67,22 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
             )
             output.finish(result)
     return TrainedModel(output.path)
+
+
+def check_data(data: DatasetDict, recipe: Recipe) -> None:
+    """Whether the data have what a classifier and its masks need.
+
+    Raises:
+        DataError: a column is missing.
+    """
+    section, rows = recipe.cam, data["train"]
+    if isinstance(rows, IterableDataset):
+        if section.superpixels:
+            raise DataError("cam.superpixels: expected data that are not streamed")
+    else:
+        if section.saliency:
+            check_saliency(rows, "cam.saliency")
+        check_columns(recipe.masks, rows)  # which come later, but nobody should train for them in vain
 
 
 def build_cam(recipe: Recipe, names: list[str]) -> tuple[PreTrainedModel, list[float], list[float]]:

@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -15,13 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..data.batches import batches_by_size
-from ..data.tagged import class_names, encode_png, source_of
+from ..data.tagged import check_names, class_names, encode_png, source_of
 from ..inference.cam_maps import localize
 from ..inference.load import load_labeler
 from ..models.maps import at_all_classes
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
-from ..models.pretrained import NO_CODE, pinned
 from ..recipes import Recipe
 from ..settings import RefinerSettings
 from ..training.build import build_on_backbone, build_processor, start_layers
@@ -72,13 +72,15 @@ def train_refiner(
     output = StageOutput(out, Record("train-refiner", VERSION, settings, inputs, source_of(data)), force)
     if not output.done:
         with output.working() as folder:
-            compute = partial(_encoded_maps, *load_labeler(os.fspath(cam), PartialState().device), settings=section)
+            classifier, processor = load_labeler(os.fspath(cam), PartialState().device)
+            check_names(classifier, class_names(rows), "classifier")
+            _build(cam, recipe, class_names(rows))  # says what is wrong before the maps are computed
+            compute = partial(_encoded_maps, classifier, processor, settings=section)
             maps = compute_shards(
                 compute, rows, fingerprints, _FEATURES, folder / "maps", _MAPS_AT_A_TIME, "maps", digest(inputs)
             )
             accelerator = begin_training(section.train, recipe.seed, folder)
             model, mean, std = _build(cam, recipe, class_names(rows))
-            start_layers(model, recipe.cam.new_layers, section.new_std, deep=True)
             size = recipe.image.size
             result = train_model(
                 accelerator,
@@ -106,14 +108,15 @@ def _build(
         "background_threshold": recipe.cam.background_threshold,
         "tag_threshold": recipe.cam.tag_threshold,
     }
-    if not recipe.refiner.from_cam:
-        return build_on_backbone(MapRefiner, recipe.cam, recipe.image, "cam", **options)
-    name, revision = pinned(os.fspath(cam), NO_CODE)
-    teacher = CamClassifier.from_pretrained(name, **revision)
-    mean, std = teacher.config.image_mean, teacher.config.image_std
-    options |= {"output_stride": teacher.config.output_stride, "backbone_config": teacher.config.backbone_config}
-    model = MapRefiner(MapRefinerConfig(**options, image_mean=mean, image_std=std))
-    model.backbone.load_state_dict(teacher.backbone.state_dict())
+    if recipe.refiner.from_cam:
+        teacher, _ = load_labeler(os.fspath(cam), "cpu")
+        mean, std = teacher.config.image_mean, teacher.config.image_std
+        options |= {"output_stride": teacher.config.output_stride, "backbone_config": teacher.config.backbone_config}
+        model: Any = MapRefiner(MapRefinerConfig(**options, image_mean=mean, image_std=std))
+        model.backbone.load_state_dict(teacher.backbone.state_dict())
+    else:
+        model, mean, std = build_on_backbone(MapRefiner, recipe.cam, recipe.image, "cam", **options)
+    start_layers(model, recipe.cam.new_layers, recipe.refiner.new_std, deep=True)
     return model, mean, std
 
 

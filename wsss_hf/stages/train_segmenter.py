@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from functools import partial
 from typing import Any
@@ -10,10 +11,9 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import BaseImageProcessor, PreTrainedModel
 
 from ..data.tagged import class_names, source_of
+from ..inference.load import load_labeler
 from ..models.configuration_segmenter import SegmenterConfig
-from ..models.modeling_cam import CamClassifier
 from ..models.modeling_segmenter import Segmenter
-from ..models.pretrained import NO_CODE, pinned
 from ..progress import Progress
 from ..pseudo_labels.area_prior import background_factor, labelled_objects, multiply_background, output_bias
 from ..recipes import Recipe
@@ -101,13 +101,16 @@ def train_segmenter(
 
 
 def check_start(data: DatasetDict, recipe: Recipe) -> None:
-    """Builds what the segmenter of a run starts from, unless it is the CAM classifier that is trained before.
+    """Builds what the segmenter of a run starts from, or a network like it where that is the CAM classifier to come.
 
     Raises:
         RecipeError, OSError, ValueError: there is no such backbone or model, or it can't be used.
     """
-    if recipe.segmenter.model is not None or not recipe.segmenter.from_cam:
-        _build(None, recipe, ["background", *class_names(data["train"])])
+    section = recipe.segmenter
+    if section.from_cam and section.model is None:
+        start = {"backbone": recipe.cam.backbone, "backbone_config": recipe.cam.backbone_config}
+        recipe = dataclasses.replace(recipe, segmenter=dataclasses.replace(section, **start))
+    _build(None, recipe, ["background", *class_names(data["train"])])
 
 
 def _size(recipe: Recipe) -> int:
@@ -126,8 +129,7 @@ def _build(
     if cam is None:
         model, mean, std = build_on_backbone(Segmenter, section, recipe.image, "segmenter", **options)
     else:
-        name, revision = pinned(os.fspath(cam), NO_CODE)
-        classifier = CamClassifier.from_pretrained(name, **revision)
+        classifier, _ = load_labeler(os.fspath(cam), "cpu")
         model = Segmenter(SegmenterConfig(backbone_config=classifier.config.backbone_config, **options))
         model.backbone.load_state_dict(classifier.backbone.state_dict())
         mean, std = classifier.config.image_mean, classifier.config.image_std
