@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from wsss_hf.hub.cards import recipe_cards
 from wsss_hf.recipes import Recipe
+from wsss_hf.reporting.tables import markdown_text
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 
@@ -98,6 +99,21 @@ def test_names_bring_no_markup_into_a_card(made, name, shown):
     for card in recipe_cards("demo", changed, "apache-2.0").values():
         assert f"classes: {shown}, " in card.text and f"| {shown} |" in card.text
         assert name in (shown, name.replace("\n", "")) or name not in card.text.partition("```")[0]
+
+
+@pytest.mark.parametrize("name", ["<img src=x>`<img src=x>`", "![](http://elsewhere/x.png)\n# `a`", "a|b ~~c~~"])
+def test_names_of_folders_and_networks_bring_no_markup_into_a_card(made, name):
+    changed = json.loads(json.dumps(made)) | {"command": "run"}
+    changed["data"] |= {"source": name, "saliency": {"source": name, "learnt_from": name}}
+    changed["recipe"]["masks"]["seeds"] = "drs"
+    changed["recipe"]["cam"] |= {"backbone": name, "backbone_config": None, "methods": {}}
+    line, words = " ".join(name.split()), markdown_text(name)
+    for folder, card in recipe_cards("demo", changed, "apache-2.0").items():
+        text, _, rest = card.text.partition("```")
+        shown = (text + rest).replace("`" + line.replace("`", "'") + "`", "")  # a span of code shows all as it is
+        assert shown != text + rest
+        assert f"it rests on saliency maps of {words}; what they learnt from: {words}." in shown
+        assert f"**Backbone**: {words}" in shown or folder == "segmenter"
 
 
 @pytest.mark.parametrize("name", ['"]);import os#', "it's", "a\\b", "käfer 🐞"])

@@ -246,7 +246,9 @@ def _listed(names: Sequence[str]) -> str:
 
 def _data_name(data: dict) -> str:
     source = data.get("source")
-    return _DATA_NAMES.get(source, f"`{source}`") if source else "private images"
+    if not source:
+        return "private images"
+    return _DATA_NAMES.get(source) or "`" + " ".join(source.split()).replace("`", "'") + "`"  # shown as it is
 
 
 def _hub_data(data: dict) -> list[str] | None:
@@ -297,7 +299,7 @@ def _saliency(made: dict) -> str | None:
         reads = reads or bool(told and rule is not None and rule.saliency == "optional")
     else:
         reads = bool(told)  # a segmenter whose masks were made elsewhere
-    return describe_saliency(told) if reads else None
+    return markdown_text(describe_saliency(told)) if reads else None
 
 
 def _what_it_is(subject: CardSubject, made: dict) -> str:
@@ -368,7 +370,7 @@ def _results(subject: CardSubject, rows: Sequence[dict], own: Sequence[dict]) ->
     ]
     if own:
         kind = "These masks" if subject.folder.startswith("masks") else "This model"
-        parts[0] += f" {kind}: {'; '.join(row['result'] for row in own)}."
+        parts[0] += f" {kind}: {'; '.join(markdown_text(row['result']) for row in own)}."
     names = list(own[0].get("iou", {})) if own else []
     per_class = [{"class": name} | {row["result"]: row["iou"].get(name) for row in own} for name in names]
     if per_class:
@@ -383,7 +385,9 @@ def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
     terms = _DATA_TERMS.get(data.get("source", ""), "Its own terms apply.")
     facts = [f"**Data**: {_data_name(data)}. {terms}"]
     if base:
-        facts.append(f"**Backbone**: {base}" + (f", as `{subject.architecture}`" if subject.architecture else ""))
+        facts.append(
+            f"**Backbone**: {markdown_text(base)}" + (f", as `{subject.architecture}`" if subject.architecture else "")
+        )
     if "cam" in recipe and not subject.on_true_masks:
         methods = recipe["cam"].get("methods") or {}
         facts.append(f"**Localisation**: CAM{''.join(f' + {name.upper()}' for name in methods)}")
