@@ -78,8 +78,8 @@ def resolve_backbone_config(
             raise ImportError(_NEEDS_TIMM.format(backbone)) from error
     elif isinstance(backbone_config, dict):
         backbone_config = usable_config(backbone_config)
+    kind = getattr(backbone_config, "model_type", None)
     if isinstance(backbone_config, BackboneConfigMixin):
-        kind = backbone_config.model_type
         raise ValueError(f"backbone: expected a network for all tasks, got {backbone or kind}, a {kind} on a backbone")
     config = usable_config(getattr(backbone_config, "vision_config", backbone_config))
     return _completed_timm(config) if config.model_type.startswith("timm") else config

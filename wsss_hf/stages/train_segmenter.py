@@ -108,7 +108,7 @@ def check_start(data: DatasetDict, recipe: Recipe) -> None:
     """
     section = recipe.segmenter
     if section.from_cam and section.model is None:
-        start = {"backbone": recipe.cam.backbone, "backbone_config": recipe.cam.backbone_config}
+        start: dict[str, Any] = {name: getattr(recipe.cam, name) for name in ("backbone", "backbone_config")}
         recipe = dataclasses.replace(recipe, segmenter=dataclasses.replace(section, **start))
     _build(None, recipe, ["background", *class_names(data["train"])])
 
