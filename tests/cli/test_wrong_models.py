@@ -190,6 +190,8 @@ NOTHING = "nothing: We couldn't connect"
             ("predict", "photo.png", "--model", "backbone", *OUT),
             "backbone: expected a model for semantic segmentation",
         ),
+        (("predict", "photo.png", "--model", "segmenter with nan", *OUT), "holds nan: its training has diverged"),
+        (("predict", "photo.png", "--model", "no processor", *OUT), "'no processor'"),
         (("push", "cam with nan", "somebody/cam"), "classifier.weight holds nan: its training has diverged"),
         (("export-onnx", "segmenter with nan", *OUT), "holds nan: its training has diverged"),
         (("export-onnx", "no processor", *OUT), "'no processor'"),

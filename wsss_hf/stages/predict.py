@@ -152,6 +152,8 @@ def predict(
     if coco:
         require_pycocotools()
     labeler = _Labeler(os.fspath(model), settings, tags)
+    if force or not all(target.mask.exists() for target in targets):
+        labeler.load()  # what is wrong with it is said once, and leaves no folder
     made_from = {"evaluation": settings, "tags": labeler.tags}
     record = Record("predict", VERSION, made_from, {"model": model_fingerprint(model)})
 
@@ -184,13 +186,15 @@ def _label(
     fingerprints = {target: _fingerprint(target, record) for target in mine}
     finished = set() if force else {target for target in mine if _held_fingerprint(target) == fingerprints[target]}
     undrawn = {target for target in finished if overlays and not target.overlay.exists()}
+    waiting = [target for target in mine if target not in finished]
+    if waiting:
+        labeler.load()
     failed: dict[str, str] = {}
     with Progress("label maps", len(mine), unit="image") as progress, labeler:
         progress.advance(len(finished) - len(undrawn))
         work: list[tuple[Callable, list[Prediction]]] = [
             (_labelled_before, [target for target in mine if target in undrawn])
         ]
-        waiting = [target for target in mine if target not in finished]
         size = 8 * labeler.settings.batch_size  # images among which those of one size are looked for
         work += [(labeler.label, waiting[start : start + size]) for start in range(0, len(waiting), size)]
         for compute, part in work:
@@ -288,7 +292,7 @@ def _check_folder(out: Path, record: Record, force: bool) -> None:
 
 
 class _Labeler:
-    """A model, loaded when the first image needs it, with its refinement; a context manager, as that owns processes.
+    """A model with its refinement; a context manager, as that owns processes.
 
     Attributes:
         names: of its labels.
@@ -331,11 +335,14 @@ class _Labeler:
     def __exit__(self, *exception) -> None:
         self.refine.__exit__(*exception)
 
-    def label(self, targets: Sequence[Prediction]) -> Iterator[tuple[Prediction, tuple[Image.Image, np.ndarray]]]:
-        """Each image and its labels (H, W) uint8, in any order."""
+    def load(self) -> None:
+        """Load the model, unless it is there already."""
         if self.loaded is None:
             load: Callable = load_labeler if self.is_cam else load_segmenter
             self.loaded = load(self.name, PartialState().device)
+
+    def label(self, targets: Sequence[Prediction]) -> Iterator[tuple[Prediction, tuple[Image.Image, np.ndarray]]]:
+        """Each image and its labels (H, W) uint8, in any order."""
         model, processor = self.loaded
         tags = [] if self.tags is None else [self.names.index(tag) - 1 for tag in self.tags]
         columns = {"image_id": [target.name for target in targets], "image": [str(target.image) for target in targets]}
