@@ -143,7 +143,6 @@ NOTHING = "nothing: We couldn't connect"
             ("run", "--set", "segmenter.from_cam=true", "--set", "segmenter.output_stride=3", *OUT),
             "output_stride: expec",
         ),
-        (("evaluate", "--root", "nothing"), "root: expected 'voc' or 'coco' beside it, got 'toy'"),
         (("run", "--set", "image.std=[0,1,1]", *OUT), "image.std: expected "),
         (("demo", "--set", "segmenter.backbone=nothing", "--set", "segmenter.from_cam=false", *OUT), NOTHING),
         (("train-segmenter", "--supervised", "--set", "segmenter.from_cam=true", "--cam", "backbone", *OUT), KIND),

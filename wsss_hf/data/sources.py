@@ -96,8 +96,6 @@ def load_data(
     is_folder = not is_built_in and not is_saved and not is_sharded and path.is_dir()
     if columns and (is_built_in or is_folder):
         raise DataError(f"columns: expected a saved or Hub data set, got {str(source)!r}")
-    if root is not None and source not in ("voc", "coco"):
-        raise DataError(f"root: expected 'voc' or 'coco' beside it, got {str(source)!r}")
     if separator != SEPARATOR and not is_folder:
         raise DataError(f"separator: expected a directory of tagged images, got {str(source)!r}")
     name = str(source)
