@@ -45,6 +45,10 @@ def mobilenet(**kwargs):
     return MobileNetV2Config(depth_multiplier=0.25, min_depth=8, **kwargs)
 
 
+def mobilenet_v1():
+    return MobileNetV1Config(depth_multiplier=0.25, min_depth=8)
+
+
 def regnet():
     return RegNetConfig(
         embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 2], groups_width=8, layer_type="x"
@@ -90,6 +94,7 @@ def build(config, output_stride=None):
         (mobilenet, None, [8, 8, 24, 1280], [4, 8, 16, 32]),
         (mobilenet, 16, [8, 8, 24, 1280], [4, 8, 16, 16]),
         (mobilenet, 8, [8, 8, 24, 1280], [4, 8, 8, 8]),
+        (mobilenet_v1, 8, [16, 32, 64, 128, 256], [2, 4, 8, 8, 8]),
         (regnet, None, [8, 8, 16, 24, 32], [2, 4, 8, 16, 32]),
         (regnet, 8, [8, 8, 16, 24, 32], [2, 4, 8, 8, 8]),
         (vit, None, [32], [16]),
@@ -129,7 +134,7 @@ def test_dilated_mobilenet_is_the_one_that_transformers_dilates_itself(output_st
         torch.testing.assert_close(actual, expected.hidden_states[index])
 
 
-@pytest.mark.parametrize("config", [MobileNetV1Config(depth_multiplier=0.25, min_depth=8), mobilenet()])
+@pytest.mark.parametrize("config", [mobilenet_v1(), mobilenet()])
 def test_mobilenets_pad_by_hand_only_where_the_size_decides(config):
     backbone = build(config)
     own = AutoModel.from_config(config, add_pooling_layer=False).eval()

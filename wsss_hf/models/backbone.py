@@ -122,29 +122,29 @@ class Backbone(nn.Module):
             raise ValueError(f"backbone_layers: expected none for the backbone {config.model_type!r}, got {layers}")
         parameters = inspect.signature(self.body.forward).parameters
         self._options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in parameters else {}
-
-        sizes, _, executed = self._measure()
-        natural_stride = round(_PROBE_SIZE / sizes[-1])
-        if output_stride is not None and natural_stride > output_stride:
-            if getattr(config, "num_attention_heads", None) is None:
-                _dilate(executed, output_stride)
-        _pad_unstrided(self.body)
-        # The last map of each resolution (as it was before dilation) is a stage.
+        with torch.enable_grad():
+            maps, executed = self._measure()
+        sizes = [m.shape[-1] for m in maps]
+        # The last map of each resolution (as it is before dilation) is a stage.
         levels = getattr(config, "undilated_strides", sizes)  # a network may be published dilated
         self.stage_indices = [i for i, level in enumerate(levels) if i + 1 == len(levels) or levels[i + 1] != level]
         if self.plain_vit is not None:
             self.stage_indices = self.plain_vit.stage_indices(len(sizes))
-        sizes, channels, _ = self._measure()
-        self.channels = [channels[i] for i in self.stage_indices]
+        freeze_idle_parameters(self.body, maps[self.stage_indices[-1]])
+        natural_stride = round(_PROBE_SIZE / sizes[-1])
+        wanted_stride = natural_stride if output_stride is None else min(natural_stride, output_stride)
+        if wanted_stride < natural_stride and getattr(config, "num_attention_heads", None) is None:
+            _dilate(executed, wanted_stride)
+        _pad_unstrided(self.body)
+        if wanted_stride < natural_stride:
+            sizes = [m.shape[-1] for m in self.probe({})]
+        self.channels = [maps[i].shape[1] for i in self.stage_indices]
         self.strides = [round(_PROBE_SIZE / sizes[i]) for i in self.stage_indices]
-        if output_stride is not None and self.strides[-1] != min(natural_stride, output_stride):
+        if self.strides[-1] != wanted_stride:
             raise ValueError(
                 f"output_stride: expected {natural_stride} or none (backbone {config.model_type!r} can't be dilated), "
                 f"got {output_stride}"
             )
-
-        with torch.enable_grad():
-            freeze_idle_parameters(self.body, self.probe({})[self.stage_indices[-1]])
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Images (B, 3, H, W) → stage maps (B, D_i, h_i, w_i), shallow to deep."""
@@ -170,17 +170,15 @@ class Backbone(nn.Module):
             f"got {tuple(hidden.shape)}"
         )
 
-    def _measure(self) -> tuple[list[int], list[int], list[tuple[nn.Module, int]]]:
-        """Widths and channels of all maps, and (layer, input stride) of all convolutions and poolings, as executed."""
+    def _measure(self) -> tuple[list[Tensor], list[tuple[nn.Module, int]]]:
+        """All maps of an empty image, and (layer, input stride) of all convolutions and poolings, as executed."""
         layers = []
 
         def record(layer: nn.Module, _inputs: tuple[Tensor], output: Tensor):
             # Read off the output: some networks pad the input of a convolution by hand.
             layers.append((layer, max(1, round(_PROBE_SIZE / output.shape[-1] / _first(layer.stride)))))
 
-        with torch.no_grad():
-            maps = self.probe({m: record for m in self.body.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)})
-        return [m.shape[-1] for m in maps], [m.shape[1] for m in maps], layers
+        return self.probe({m: record for m in self.body.modules() if isinstance(m, nn.Conv2d | nn.MaxPool2d)}), layers
 
     def probe(self, hooks: dict[nn.Module, Callable]) -> list[Tensor]:
         """All maps of an empty image, with forward hooks in place meanwhile."""
@@ -198,10 +196,12 @@ class Backbone(nn.Module):
 
 def freeze_idle_parameters(module: nn.Module, output: Tensor) -> None:
     """Norms of other stages, mask tokens …: distributed training refuses what `output` does not depend on."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    gradients = torch.autograd.grad(output.sum(), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.requires_grad_(gradient is not None)
+    found = waiting = {output.grad_fn}  # the graph says it without a backward pass
+    while waiting := {before for node in waiting if node for before, _ in node.next_functions} - found:
+        found |= waiting
+    used = {id(getattr(node, "variable", None)) for node in found}
+    for parameter in module.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in used)
 
 
 _PROBE_SIZE = 224  # divisible by the strides 2 … 32 and by the patch sizes 14 and 16
