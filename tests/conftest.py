@@ -53,9 +53,12 @@ TINY_SETTINGS = [
 
 @pytest.fixture(autouse=True)
 def own_process():
-    """No test leaves environment variables (quietness, tokens) or signal handlers to the next one."""
+    """No test leaves environment variables (quietness, tokens) or signal handlers to the next one.
+
+    None waits for the disk: what `os.fsync` is called for is held by tests that listen to it.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    with mock.patch.dict(os.environ):
+    with mock.patch.dict(os.environ), mock.patch("os.fsync", lambda descriptor: None):
         yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

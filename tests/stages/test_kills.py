@@ -188,7 +188,6 @@ def finished(data, recipe, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     monkeypatch.setenv("WSSS_QUIET", "1")
     AcceleratorState._reset_state()
     yield
