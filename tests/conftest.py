@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 
 import multiprocessing
 import signal
+import socket
 import sys
 from pathlib import Path
 from unittest import mock
@@ -13,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from datasets import DatasetDict, Image
 from transformers import ResNetConfig
 
@@ -162,5 +164,55 @@ def in_two_processes(tmp_path):
         for process in processes:
             process.join()
         return results
+
+    return run
+
+
+@pytest.fixture
+def in_processes():
+    """Calls a function in forked processes that `accelerate launch --cpu` might have started → results by rank.
+
+    Where the function raises, its result is the exception.
+    """
+    if sys.platform == "win32":
+        pytest.skip("forks")
+    fork = multiprocessing.get_context("fork")
+
+    def work(function, rank, count, port, queue):
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(count),
+            LOCAL_WORLD_SIZE=str(count),
+            MASTER_ADDR="localhost",
+            MASTER_PORT=str(port),
+            ACCELERATE_USE_CPU="true",
+            OMP_NUM_THREADS="1",
+        )
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+        try:
+            result = function()
+        except BaseException as error:
+            result = error
+        queue.put((rank, result))
+        queue.close()
+        queue.join_thread()
+        if torch.distributed.is_initialized() and not isinstance(result, Exception):
+            torch.distributed.destroy_process_group()
+        os._exit(0)
+
+    def run(function, count=2):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            port = probe.getsockname()[1]
+        queue = fork.Queue()
+        processes = [fork.Process(target=work, args=(function, rank, count, port, queue)) for rank in range(count)]
+        for process in processes:
+            process.start()
+        results = dict(queue.get(timeout=240) for _ in processes)
+        for process in processes:
+            process.join()
+        return [results[rank] for rank in range(count)]
 
     return run

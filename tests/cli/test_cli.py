@@ -1,12 +1,15 @@
 """The command line from outside: what it prints, writes and refuses; and its scripts on two processes."""
 
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
 import weakref
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -474,28 +477,29 @@ def test_a_segmenter_of_other_classes_is_not_evaluated(wsss, tiny, tmp_path, pho
     assert_one_line(result, "segmenter: expected the classes of the data, background, cat, dog, got background, vixel")
 
 
-def launch(script, *arguments, processes):
-    """Runs a script on that many CPU processes → what it printed, what it complained of, exit code."""
-    launcher = ["-m", "accelerate.commands.launch", "--num_processes", processes, "--cpu"] if processes > 1 else []
-    command = [sys.executable, *launcher, SCRIPTS / script, *arguments, "--quiet"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=240
-    )
-    return done.stdout, done.stderr, done.returncode
+@pytest.fixture
+def in_two(in_processes):
+    """Runs a script as two processes that nobody launched → exit code, standard output and error of the first."""
 
+    def call(script, *arguments):
+        words = [str(part) for part in (SCRIPTS / script, *arguments, "--quiet")]
 
-def launch_well(*arguments, processes):
-    out, err, code = launch(*arguments, processes=processes)
-    assert code == 0, err[-3000:]
-    return out
+        def work():
+            sys.argv = words
+            with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+                with pytest.raises(SystemExit) as stopped:
+                    runpy.run_path(words[0], run_name="__main__")
+            return stopped.value.code or 0, out.getvalue(), err.getvalue()
+
+        return in_processes(work)[0]
+
+    return call
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_two_processes_share_a_batch(tiny, tmp_path):
+def test_two_processes_share_a_batch(tiny, tmp_path, in_two):
     arguments = [*tiny, "--data", "toy", "--out", tmp_path / "cam", "--set", "cam.train.batch_size=1"]
-    _, err, code = launch("train_cam.py", *arguments, processes=2)
+    code, _, err = in_two("train_cam.py", *arguments)
     assert (
         code
         and "error: batch_size: expected at least 2, an image for each of 2 processes x 1 micro-batches, got 1" in err
@@ -503,14 +507,12 @@ def test_two_processes_share_a_batch(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_two_processes_train_as_one(tiny, tmp_path):
+def test_two_processes_train_as_one(wsss, tiny, tmp_path, in_two):
     """The same global batches, plain SGD, no batch statistics: only the order of additions differs."""
     changes = ["cam.train.optimizer=sgd", "cam.train.lr=0.01", "cam.train.freeze_batch_norm=true"]
-    changes = [part for change in changes for part in ("--set", change)]
-    for count in (1, 2):
-        arguments = [*tiny, *changes, "--data", "toy", "--out", tmp_path / f"cam{count}"]
-        launch_well("train_cam.py", *arguments, processes=count)
+    options = [*tiny, *(part for change in changes for part in ("--set", change)), "--data", "toy"]
+    assert wsss("train-cam", *options, "--out", tmp_path / "cam1", "--quiet")[0] == 0
+    assert in_two("train_cam.py", *options, "--out", tmp_path / "cam2")[0] == 0
     one, two = (load_file(tmp_path / f"cam{count}" / "model.safetensors") for count in (1, 2))
     torch.manual_seed(0)
     start = CamClassifier(CamClassifier.from_pretrained(tmp_path / "cam1").config).state_dict()
@@ -520,26 +522,27 @@ def test_two_processes_train_as_one(tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_two_processes_label_and_evaluate_as_one(tiny, tmp_path, cam_folder):
+def test_two_processes_label_and_evaluate_as_one(wsss, tiny, tmp_path, cam_folder, in_two):
     tiny = [*tiny, "--cam", cam_folder]
-    for count in (1, 2):
-        arguments = [*tiny, "--data", "toy", "--out", tmp_path / f"masks{count}"]
-        launch_well("make_masks.py", *arguments, processes=count)
+    assert wsss("make-masks", *tiny, "--data", "toy", "--out", tmp_path / "masks1", "--quiet")[0] == 0
+    assert in_two("make_masks.py", *tiny, "--data", "toy", "--out", tmp_path / "masks2")[0] == 0
     one, two = (load_from_disk(str(tmp_path / f"masks{count}"))["train"] for count in (1, 2))
     assert one["image_id"][:] == two["image_id"][:]
     assert all(np.array_equal(a, b) for a, b in zip(one["pseudo_mask"], two["pseudo_mask"], strict=True))
-    tables = [
-        launch_well("evaluate_models.py", *tiny, "--recipe", "toy", "--data", tmp_path / "masks1", processes=count)
-        for count in (1, 2)
-    ]
-    assert tables[0] == tables[1] and tables[0].count("mean IoU") == 1
+    arguments = [*tiny, "--recipe", "toy", "--data", tmp_path / "masks1"]
+    code, table, _ = wsss("evaluate", *arguments, "--quiet")
+    assert code == 0 and table.count("mean IoU") == 1
+    assert in_two("evaluate_models.py", *arguments)[:2] == (0, table)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_all_stages_run_on_two_processes(tiny, tmp_path):
-    launch_well("run.py", "--data", "toy", *tiny, "--out", tmp_path / "run", processes=2)
+def test_all_stages_run_on_two_processes_of_the_launcher(tiny, tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", SCRIPTS / "run.py"]
+    command += ["--data", "toy", *tiny, "--out", tmp_path / "run", "--quiet"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
     files = {"cam", "masks", "segmenter", "results.json", "report.html", "gallery.png"}
     assert {path.name for path in (tmp_path / "run").iterdir()} == files
 

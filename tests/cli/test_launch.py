@@ -13,33 +13,33 @@ import pytest
 import torch
 import typer
 import yaml
+from forks import Command
 
 from wsss_hf.cli.launch import run_app
+from wsss_hf.cli.main import main
 
 PAGES_OF_TEN_STEPS = """
-import resource, sys, torch
+import resource, torch
 from wsss_hf.cli.launch import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
 step = lambda: torch.zeros(16 << 20).sum()  # 64 MiB
-step()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+def pages():
     step()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+as_it_is = pages()
+keep_freed_memory()
+print(as_it_is, pages())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
 def test_freed_memory_is_kept_for_the_next_step():
-    pages = {
-        how: int(
-            subprocess.run([sys.executable, "-c", PAGES_OF_TEN_STEPS, how], capture_output=True, check=True).stdout
-        )
-        for how in ("keep", "as it is")
-    }
-    assert pages["keep"] < pages["as it is"] / 10
+    command = [sys.executable, "-c", PAGES_OF_TEN_STEPS]
+    as_it_is, kept = map(int, subprocess.run(command, capture_output=True, check=True).stdout.split())
+    assert kept < as_it_is / 10
 
 
 KERNELS_OF_TWO_PASSES = """
@@ -75,7 +75,9 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the system ends processes with their launcher on Linux only")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGHUP, marks=pytest.mark.exhaustive)]
+)
 def test_nothing_runs_on_when_the_launcher_has_ended(tmp_path, number):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
     command += [str(SCRIPTS / "train_cam.py"), "--data", "toy", "--out", str(tmp_path / "cam"), "--quiet"]
@@ -98,16 +100,15 @@ def test_nothing_runs_on_when_the_launcher_has_ended(tmp_path, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_an_interrupted_command_is_one_line(tmp_path, number):
-    command = [sys.executable, "-m", "wsss_hf.cli.main", "train-cam", "--data", "toy", "--out", str(tmp_path / "cam")]
-    command += ["--quiet", "--set", "toy.num_train=16", "--set", "toy.num_val=1", "--set", "cam.train.epochs=10000"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = ["train-cam", "--data", "toy", "--out", str(tmp_path / "cam"), "--quiet"]
+    command += ["--set", "toy.num_train=16", "--set", "toy.num_val=1", "--set", "cam.train.epochs=10000"]
+    process = Command(command, tmp_path / "errors")
     deadline = time.monotonic() + 60
     while not (tmp_path / "cam.partial" / "checkpoints").is_dir() and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert err == f"interrupted by {number.name}; the same command goes on where it was\n"
+    name = signal.Signals(number).name
+    assert process.wait() == (128 + number, f"interrupted by {name}; the same command goes on where it was\n")
 
 
 def test_a_signal_that_is_ignored_stays_so(monkeypatch):
@@ -138,22 +139,21 @@ def test_a_file_that_ends_too_early_is_no_unexplained_abort(capsys, monkeypatch)
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
 def test_a_preempted_training_exits_with_its_own_code_and_goes_on(tmp_path, name):
     """As SLURM sends it, in the middle of the only epoch."""
-    command = [sys.executable, "-m", "wsss_hf.cli.main", "train-cam", "--data", "toy", "--out", str(tmp_path / "cam")]
+    command = ["train-cam", "--data", "toy", "--out", str(tmp_path / "cam")]
     for change in ("toy.num_train=160", "toy.num_val=1", "cam.train.epochs=1", "cam.train.batch_size=1"):
         command += ["--set", change]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    process = Command(command, tmp_path / "errors")
     log = tmp_path / "cam.partial" / "log.jsonl"
     deadline = time.monotonic() + 60
     while not log.is_file() and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.02)
     process.send_signal(getattr(signal, name))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75
+    code, err = process.wait()
+    assert code == 75
     stopped = re.search(rf"cam: stopped after step (\d+) by {name}; the same command goes on from its checkpoint", err)
     assert stopped and 0 < int(stopped[1]) < 160 and "Traceback" not in err
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment)
-    assert done.returncode == 0 and (tmp_path / "cam" / "model.safetensors").is_file(), done.stderr
+    code, err = Command(command, tmp_path / "errors").wait()
+    assert code == 0 and (tmp_path / "cam" / "model.safetensors").is_file(), err
     steps = [json.loads(line)["step"] for line in (tmp_path / "cam" / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 160
 
@@ -198,11 +198,15 @@ def test_libraries_say_what_their_variables_ask_for_unless_quiet(how, variables,
     assert done.stdout.split("\n")[0] == levels
 
 
-@pytest.mark.slow
-def test_a_shell_completes_commands_and_recipes():
-    program = "import sys; sys.argv = ['wsss']; from wsss_hf.cli.main import main; main()"
-    for words, found in (("wsss train-c", ["train-cam"]), ("wsss run --recipe voc_dr", ["voc_drs"])):
-        asked = {"_WSSS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
-        command = [sys.executable, "-c", program]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | asked)
-        assert done.stdout.split() == found
+@pytest.mark.parametrize(
+    ("words", "found"), [("wsss train-c", "train-cam"), ("wsss run --recipe voc_dr", "voc_drs")], ids=["name", "value"]
+)
+def test_a_shell_completes_commands_and_recipes(monkeypatch, capsys, words, found):
+    monkeypatch.setattr(sys, "argv", ["wsss"])
+    monkeypatch.setattr(sys.modules["__main__"], "__package__", "", raising=False)  # no module that -m has started
+    monkeypatch.setenv("_WSSS_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().out.split() == [found]

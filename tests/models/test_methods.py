@@ -177,7 +177,8 @@ def _train_step(rank: int, processes: int, address: str, folder: str):
 def test_two_processes_agree_with_one(tmp_path):
     _train_step(0, 1, "", str(tmp_path))
     address = f"file://{tmp_path}/rendezvous"
-    torch.multiprocessing.spawn(_train_step, args=(2, address, str(tmp_path)), nprocs=2, daemon=True)
+    arguments = (2, address, str(tmp_path))
+    torch.multiprocessing.start_processes(_train_step, arguments, nprocs=2, daemon=True, start_method="fork")
     one, two = (torch.load(tmp_path / f"{processes}.pt") for processes in (1, 2))
     for part in ("gradients", "buffers"):
         assert one[part].keys() == two[part].keys()

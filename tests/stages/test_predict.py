@@ -1,8 +1,7 @@
 """`predict`: label maps and overlays of image files, whatever is among them and whenever it was stopped."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -394,16 +393,14 @@ def test_large_images_come_in_smaller_batches(photos, segmenter_folder, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_images(photos, segmenter_folder, tmp_path):
+def test_two_processes_share_the_images(photos, segmenter_folder, tmp_path, in_processes, monkeypatch, capfd):
     (photos / "a" / "1.jpg").write_bytes(b"no image")
     script = Path(__file__).parents[2] / "scripts/predict.py"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
     options = [photos, "--model", segmenter_folder, "--out", tmp_path / "two", "--no-flip", "--coco"]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*map(str, launcher + options)], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 1 and done.stderr.count("1.jpg: expected an image") == 1
-    assert "label maps of 6 of 7 images" in done.stdout
+    monkeypatch.setattr(sys, "argv", [str(part) for part in (script, *options)])
+    first, second = in_processes(lambda: runpy.run_path(script, run_name="__main__"))
+    out, err = capfd.readouterr()
+    assert (first.code, second.code) == (1, 1) and err.count("1.jpg: expected an image") == 1
+    assert "label maps of 6 of 7 images" in out
     one = predict(photos, segmenter_folder, tmp_path / "one", settings=PLAIN, coco=True).folder
     assert by_name(one) == by_name(tmp_path / "two")
