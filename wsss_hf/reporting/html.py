@@ -130,7 +130,7 @@ def write_gallery(path: str | Path, examples: Sequence[ReportExample], side: int
             words = words[:-2] + "…"
         draw.text((gap, top - caption + 16), words, fill="#566072", font=font, anchor="lm")
     buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG", optimize=True)
+    sheet.save(buffer, format="PNG")
     return _write_whole(path, buffer.getvalue())
 
 
