@@ -230,7 +230,7 @@ def test_without_optimisation_a_model_is_the_saved_one(cam_folder, tmp_path, mon
     if switch == "environment":
         monkeypatch.setenv("WSSS_OPTIMIZE", "0")
     optimised = {"optimize": True} if switch == "environment" else {}
-    build("segmenter", "mobilenet_v2").save_pretrained(tmp_path)
+    build("segmenter", "resnet").save_pretrained(tmp_path)
     images = torch.randn(2, 3, 64, 64)
     for load, folder, kind in ((load_labeler, cam_folder, CamClassifier), (load_segmenter, tmp_path, Segmenter)):
         model, plain = load(folder, "cpu", **optimised)[0], kind.from_pretrained(folder)

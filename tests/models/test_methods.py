@@ -137,7 +137,7 @@ def test_the_maps_that_make_the_masks_are_a_choice(name):
 
 
 def test_hidden_layers_are_as_wide_as_the_backbone_deserves(tmp_path):
-    backbone = ResNetConfig(depths=[1], hidden_sizes=[1024], embedding_size=8, layer_type="basic")
+    backbone = ResNetConfig(depths=[1], hidden_sizes=[1024], embedding_size=8)
     model = CamClassifier(CamConfig(backbone_config=backbone, icd={}, plda={}))
     assert (model.methods["icd"].config.hidden_channels, model.methods["plda"].config.hidden) == (128, [256, 128])
     model.save_pretrained(tmp_path)

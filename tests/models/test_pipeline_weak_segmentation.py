@@ -366,7 +366,7 @@ def test_auto_is_the_threshold_of_a_data_set_of_one_image(cam_folder, toy_data, 
     names, weak = class_names(toy_data), pipeline("weak-segmentation", model=str(cam_folder))
     settings = MasksSettings(background_threshold="auto", scales=[1.0, 1.5], refine=[refine] if refine else [])
     labeler, thresholds = load_labeler(cam_folder, "cpu"), set()
-    for index in range(6):
+    for index in range(3):
         row, rows = toy_data["train"][index], toy_data["train"].select([index])
         options = {"tags": [names[tag] for tag in row["tags"]], "scales": [1.0, 1.5], "flip": True, "refine": refine}
         masks = {

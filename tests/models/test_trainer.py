@@ -159,7 +159,7 @@ def test_our_trainer_leaves_label_maps_alone(tmp_path):
 @pytest.mark.parametrize("kind", ["cam", "segmenter"])
 def test_accumulated_batches_move_the_weights_like_one(kind, tmp_path):
     moved = []
-    for size, batches in ((4, 1), (2, 2), (1, 4)):
+    for size, batches in ((4, 1), (1, 4)):
         model = build(kind, "vit")  # without batch statistics
         before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches, "optim": "sgd"}
@@ -167,9 +167,8 @@ def test_accumulated_batches_move_the_weights_like_one(kind, tmp_path):
         trainer(kind, tmp_path, model, rows(kind)[:4], **options).train()
         moved.append({name: weight.detach() - before[name] for name, weight in model.named_parameters()})
     assert max(change.abs().max() for change in moved[0].values()) > 1e-4
-    for others in moved[1:]:
-        for name, change in others.items():
-            torch.testing.assert_close(change, moved[0][name], rtol=1e-3, atol=1e-6)
+    for name, change in moved[1].items():
+        torch.testing.assert_close(change, moved[0][name], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

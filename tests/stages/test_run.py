@@ -36,6 +36,7 @@ def stamps(*folders):
 
 def test_all_stages_leave_models_masks_figures_and_a_report(toy_data, tiny_recipe, finished):
     out, rows = finished.folder, finished.results
+    assert finished.affinity is None and finished.refiner is None
     files = {"cam", "masks", "segmenter", "results.json", "report.html", "gallery.png"}
     assert {path.name for path in out.iterdir()} == files
     results = json.loads((out / "results.json").read_text())
