@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 
 # The suite.
 test: $(VENV)/installed $(VENV)/crf
-	$(PYTEST) -n 2 -m "not exhaustive"
+	$(PYTEST) -n 2 --dist worksteal -m "not exhaustive"
 
 # Every kill of every stage, every damaged file: half an hour.
 test-exhaustive: $(VENV)/installed $(VENV)/crf
@@ -21,7 +21,7 @@ test-exhaustive: $(VENV)/installed $(VENV)/crf
 
 # Without the tests marked slow.
 test-fast: $(VENV)/installed
-	$(PYTEST) -n auto -m "not slow"
+	$(PYTEST) -n auto --dist worksteal -m "not slow"
 
 # The whole suite with the lowest versions that pyproject.toml allows, in a venv of its own for each PYTHON.
 test-lowest: $(LOWEST)/installed
