@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Image as ImageFeature
 from datasets import load_from_disk
+from library import needs_segformers_processor
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -151,6 +152,10 @@ CONFIGS = {
     ),
 }
 MASK_CLASSIFIERS = ["eomt", "eomt_dinov3", "mask2former", "maskformer"]
+MODELS = [
+    pytest.param(name, marks=needs_segformers_processor) if name in ("segformer", "upernet") else name
+    for name in CONFIGS
+]
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +185,7 @@ def learn_once(model, new):
     return objective
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_background_gets_likelier_by_a_factor(published, name):
     model, processor, _ = build_library_segmenter(str(published / name), NAMES, 64)
     bias = output_bias(model.eval(), processor)
@@ -196,7 +201,7 @@ def test_background_gets_likelier_by_a_factor(published, name):
     torch.testing.assert_close(after[:, 2] / after[:, 1], before[:, 2] / before[:, 1])
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_model_gets_our_classes_and_keeps_its_weights_and_normalisation(published, name):
     model, processor, new = build_library_segmenter(str(published / name), NAMES, 64)
     assert list(model.config.id2label.values()) == NAMES and model.config.label2id["dog"] == 2
@@ -218,7 +223,7 @@ def test_every_model_gets_our_classes_and_keeps_its_weights_and_normalisation(pu
     assert wide.shape[-2:] == ((64, 64) if name == "dpt" or name.startswith("eomt") else (64, 96))
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if not name.startswith("eomt")])
+@pytest.mark.parametrize("name", [model for model in MODELS if model not in ("eomt", "eomt_dinov3")])
 def test_the_librarys_pipeline_batches_photographs_of_any_size(published, name, tmp_path):
     model, processor, _ = build_library_segmenter(str(published / name), NAMES, 64)
     model.save_pretrained(tmp_path)
@@ -270,6 +275,7 @@ def test_the_pipeline_batches_photographs_that_are_cut_into_squares(published, n
     assert [len(found) for found in segment(images[:3], batch_size=2, subtask="semantic")] == list(map(len, alone[:3]))
 
 
+@needs_segformers_processor
 def test_an_encoder_alone_gets_a_new_head_that_learns_faster(published, tmp_path):
     SegformerModel(SegformerConfig(**SEGFORMER)).save_pretrained(tmp_path)
     model, _, new = build_library_segmenter(str(tmp_path), NAMES, 64)
@@ -285,12 +291,14 @@ def test_an_encoder_alone_gets_a_new_head_that_learns_faster(published, tmp_path
     assert model.decode_head.batch_norm.training and model.decode_head.batch_norm.weight.requires_grad
 
 
+@needs_segformers_processor
 def test_pretrained_batch_norms_can_be_frozen(segformer):
     model, _, new = build_library_segmenter(segformer, NAMES, 64)
     freeze_batch_norm(SegmentationObjective(model, build_loss("cross_entropy"), new).train())
     assert not model.decode_head.batch_norm.training
 
 
+@needs_segformers_processor
 def test_as_many_other_classes_are_learnt_anew_and_the_same_ones_kept(tmp_path):
     config = SegformerConfig(**SEGFORMER, id2label={0: "background", 1: "cat", 2: "cow"})
     SegformerForSemanticSegmentation(config).save_pretrained(tmp_path)
@@ -311,6 +319,7 @@ def labelled(toy_data):
     return type(toy_data)(train=train, val=toy_data["val"])
 
 
+@needs_segformers_processor
 def test_it_is_trained_saved_evaluated_and_loaded_as_transformers_own(
     labelled, tiny_recipe, segformer, cam_folder, tmp_path
 ):
@@ -330,6 +339,7 @@ def test_it_is_trained_saved_evaluated_and_loaded_as_transformers_own(
     assert sum(np.asarray(entry["mask"]).astype(bool).sum() for entry in segments) == 70 * 50
 
 
+@needs_segformers_processor
 @pytest.mark.slow
 def test_a_whole_run_may_end_in_one(toy_data, tiny_recipe, segformer, tmp_path):
     vars(tiny_recipe.segmenter).update({"model": segformer, "size": 64})
@@ -383,6 +393,9 @@ def learnt(request, published, tmp_path_factory):
     """A mask classifier that has learnt the colours of a picture by heart, its processor, its folder, the picture."""
     torch.manual_seed(0)
     model, processor, new = build_library_segmenter(str(published / request.param), NAMES, 64)
+    for module in model.modules():  # transformers before 5.23 begins with queries that are all but alike
+        if isinstance(module, torch.nn.Embedding) and module.weight.std() < 0.1:
+            torch.nn.init.normal_(module.weight)
     labels = torch.zeros(64, 128, dtype=torch.long)
     labels[8:40, 8:40], labels[20:60, 70:110] = 1, 2
     colours = torch.randint(0, 50, (64, 128, 3)) + 200 * torch.nn.functional.one_hot(labels, 3)
@@ -393,7 +406,7 @@ def learnt(request, published, tmp_path_factory):
     objective = SegmentationObjective(model, build_loss("cross_entropy"), new).train()
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
     losses = []
-    for _ in range(40):
+    for _ in range(80):
         loss = objective(pixel_values, labels).loss
         optimizer.zero_grad()
         loss.backward()
