@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from library import needs_segformers_processor
 from PIL import Image
 from transformers import (
     EomtConfig,
@@ -154,6 +155,7 @@ def test_a_segmenter_keeps_to_the_tags(photos, segmenter_folder, toy_data, tmp_p
     assert (found.found[0].labels != expected).mean() < 0.002
 
 
+@needs_segformers_processor
 def test_a_model_without_background_draws_and_exports_its_label_0(photos, streets_folder, tmp_path):
     found = predict(photos, streets_folder, tmp_path / "out", settings=PLAIN, coco=True)
     assert found.names == ["road", "car", "sky"]
