@@ -203,7 +203,7 @@ def test_plans_run_by_the_command_that_they_begin_with(wsss, tmp_path, monkeypat
     assert wsss(*command, "--quiet")[0] == 0
     [(wanted, out, *_)] = asked
     cells = plan_cells(wanted, out)
-    assert cells and all("root" in cell.source for cell in cells if cell.source["source"] != "toy")
+    assert cells and all("root" in cell.source for cell in cells if cell.source["source"] == "voc")
     assert all(cell.recipe.cam.backbone or cell.recipe.cam.backbone_config for cell in cells)
 
 

@@ -252,7 +252,9 @@ def test_icd_seeds_follow_the_sign_of_its_scores(toy_data, settings, cam_folder)
     saliency = [Image.new("L", (48, 48), 255)] * 4  # nothing is background
     rows = dataset(rows["image"][:], rows["tags"][:], saliency=saliency)
     processor = load_labeler(str(cam_folder), "cpu")[1]
-    for item in label_images(model, processor, rows, replace(settings, seeds="icd", scales=[1.0], flip=False)):
+    options = {"seed_options": {"saliency_threshold": 0.5}, "scales": [1.0], "flip": False}
+    settings = replace(settings, seeds="icd", **options)
+    for item in label_images(model, processor, rows, settings):
         pixel_values = processor(images=item.image, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
             maps = model(pixel_values).maps[:, item.classes]

@@ -26,7 +26,10 @@ def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kw
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        raise ValueError(f"{name}: expected weights that fit config.json, got some of other shapes") from error
+        raise ValueError(
+            f"{name}: expected weights that fit its configuration, got some of other shapes (with "
+            "ignore_mismatched_sizes=True these start anew)"
+        ) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
