@@ -147,6 +147,7 @@ def test_the_stages_one_by_one(wsss, tiny, tmp_path, toy_data):
     assert code == 0 and "masks of" in out and "segmenter" in out and "mean IoU" in out
 
 
+@pytest.mark.slow
 def test_run_takes_a_folder_from_tags_to_report(wsss, tiny, tmp_path, photos):
     code, out, err = wsss("run", "--data", photos, "--out", tmp_path / "run", "--limit", 4, "--quiet", *tiny)
     assert code == 0 and not err and "Results" in out
@@ -154,6 +155,7 @@ def test_run_takes_a_folder_from_tags_to_report(wsss, tiny, tmp_path, photos):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_compare_takes_a_plan_or_options(wsss, tiny, tmp_path):
     (tmp_path / "plan.yaml").write_text("rows: {plain: {}, drs: {cam.methods: {drs: {}}}}\nseeds: [5, 6]\n")
     options = ["--data", "toy", "--recipe", "default", "--seeds", "0", "--out", tmp_path / "out", "--quiet", *tiny]

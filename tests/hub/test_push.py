@@ -191,6 +191,7 @@ def test_pictures_stay_at_home_if_one_wants(hub, wsss, run_folder):
     assert "gallery.png" not in files and b"gallery.png" not in files["README.md"]
 
 
+@pytest.mark.slow
 def test_a_second_push_sends_what_is_new(hub, wsss, run_folder):
     first = push_model(run_folder, "tester/pets")
     sent = len(hub.uploads)
@@ -229,6 +230,7 @@ def test_a_licence_that_the_hub_does_not_know_leaves_no_repository(hub, wsss, ru
         assert ModelCard(hub.files("tester/pets")["README.md"].decode()).data.license == licence
 
 
+@pytest.mark.slow
 def test_code_and_weights_that_are_no_longer_needed_go_and_foreign_files_stay(hub, run_folder):
     push_model(run_folder / "cam", "tester/pets")
     held = hub.repositories["model", "tester/pets"].files()
@@ -252,6 +254,7 @@ def test_a_branch_leaves_main_as_it_is(hub, wsss, run_folder):
     assert "config.json" in hub.files("tester/pets", "v2") and "config.json" not in hub.files("tester/pets")
 
 
+@pytest.mark.slow
 def test_a_model_pushes_itself_too(hub, run_folder, tmp_path):
     model = Segmenter.from_pretrained(run_folder / "segmenter")
     model.push_to_hub("tester/own", tags=["pets"])
@@ -298,6 +301,7 @@ def test_of_several_rounds_the_last_is_pushed(hub, run_folder):
 # what is refused
 
 
+@pytest.mark.slow
 def test_a_broken_connection_publishes_nothing(hub, wsss, run_folder):
     push_model(run_folder, "tester/pets")
     before = dict(hub.files("tester/pets"))
@@ -376,6 +380,7 @@ def test_only_files_of_a_model_are_sent(hub, tmp_path, trick):
     assert not hub.repositories
 
 
+@pytest.mark.slow
 def test_a_token_is_never_printed(hub, wsss, run_folder, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     answers = [wsss("push", run_folder, "tester/pets", "--token", TOKEN) for _ in range(2)]
@@ -637,6 +642,7 @@ def weak_histogram(folder, tmp_path):
     ].histogram()
 
 
+@pytest.mark.slow
 def test_a_private_model_is_evaluated_at_its_revision(hub, wsss, run_folder, tmp_path, monkeypatch):
     for split in ("train", "val"):
         folder = tmp_path / "photos" / split

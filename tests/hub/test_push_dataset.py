@@ -41,6 +41,7 @@ def run_folder(tmp_path, toy_data):
     return tmp_path / "run"
 
 
+@pytest.mark.slow
 def test_masks_come_back_from_the_hub_as_they_were(hub, run_folder, toy_data, tmp_path, monkeypatch):
     push_dataset(run_folder, "tester/masks", licence="apache-2.0")
     files = hub.files("tester/masks", kind="dataset")
@@ -88,6 +89,7 @@ def test_the_card_feeds_the_viewer_and_names_its_limits(hub, run_folder, toy_dat
     assert "wsss train-segmenter --data tester/masks" in card.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("record", "in_run", "claims"),
     [
@@ -108,6 +110,7 @@ def test_a_card_claims_tags_only_where_the_record_shows_it(hub, run_folder, reco
     assert ("made by wsss_hf" in text) != claims
 
 
+@pytest.mark.slow
 def test_a_second_push_sends_nothing(hub, run_folder, capsys):
     push_dataset(run_folder / "masks", "tester/masks", licence="mit")
     sent = len(hub.uploads)
@@ -149,6 +152,7 @@ def test_images_that_the_data_set_only_names_are_pushed_with_it(hub, run_folder,
         push_dataset(run_folder, "tester/masks", licence="mit")
 
 
+@pytest.mark.slow
 def test_large_data_go_first_and_the_card_last(hub, run_folder, toy_data, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LARGE_BYTES", 0)
     push_dataset(run_folder, "tester/masks", licence="mit")

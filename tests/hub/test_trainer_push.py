@@ -23,6 +23,7 @@ RESNET = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trainer_class", [Trainer, WsssTrainer])
 @pytest.mark.parametrize("kind", ["cam", "segmenter"])
 def test_the_trainer_pushes_a_repository_that_loads(hub, kind, trainer_class, tmp_path, monkeypatch):

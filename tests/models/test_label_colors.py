@@ -50,6 +50,7 @@ def test_an_overlay_is_a_line_a_contour_and_a_fill_inside_the_object():
     assert np.abs(row[3:] - (0.5 * color + [50, 75, 100])).max() <= 1
 
 
+@pytest.mark.slow
 def test_lines_grow_with_the_image():
     labels = square()
     labels = np.asarray(Image.fromarray(labels).resize((2000, 2000), Image.Resampling.NEAREST))

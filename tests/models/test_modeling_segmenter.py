@@ -132,6 +132,7 @@ def test_of_several_scales_the_largest_logit_counts(build, training):
     torch.testing.assert_close(output.loss, sum(losses), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_trainer_takes_the_mean_loss_of_accumulated_batches(tmp_path):
     backbone = ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32

@@ -361,6 +361,7 @@ def test_labels_are_those_of_evaluation_and_relabelling(pipes, toy_data, tmp_pat
         check_identical(*bits_of(result, names), values[scored.scores.argmax(dim=0)], wanted_maps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refine", [None, "pamr"])
 def test_auto_is_the_threshold_of_a_data_set_of_one_image(cam_folder, toy_data, refine):
     names, weak = class_names(toy_data), pipeline("weak-segmentation", model=str(cam_folder))

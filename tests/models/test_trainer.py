@@ -156,6 +156,7 @@ def test_our_trainer_leaves_label_maps_alone(tmp_path):
     assert run.train().training_loss > 0 and run.evaluate()["eval_loss"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cam", "segmenter"])
 def test_accumulated_batches_move_the_weights_like_one(kind, tmp_path):
     moved = []
@@ -192,6 +193,7 @@ def test_gradient_checkpointing_in_both_modes_changes_no_gradient(kind, body, re
         torch.testing.assert_close(statistics[1][name], value, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_the_trainer_checkpoints_gradients(reentrant, tmp_path):
     losses = []

@@ -98,6 +98,7 @@ def test_a_second_call_trains_nothing_and_a_longer_plan_only_what_is_new(plan, f
     assert {path: after[path] for path in before} == before and len(after) > len(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_rows_that_differ_in_their_masks_only_share_the_classifier(plan, finished, no_training, tmp_path, elsewhere):
     rows = {"pamr": {"masks.refine": ["pamr"]}, "drs pamr": {"cam.methods": {"drs": {}}, "masks.refine": ["pamr"]}}
@@ -116,6 +117,7 @@ def test_rows_that_differ_in_their_masks_only_share_the_classifier(plan, finishe
         assert cell["cost"]["cam"] == origin["cost"]["cam"]
 
 
+@pytest.mark.slow
 def test_classifiers_of_another_seed_recipe_or_data_are_not_taken(plan, finished, no_training, tmp_path):
     others = [{"seeds": [7]}, {"set": [*plan["set"], "cam.train.lr=1"]}, {"set": [*plan["set"], "toy.num_train=8"]}]
     for number, other in enumerate(others):
@@ -127,6 +129,7 @@ def test_classifiers_of_another_seed_recipe_or_data_are_not_taken(plan, finished
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_the_folder_of_the_data_may_be_named_in_two_ways(plan, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     for root, options in (("kit", {}), (str(tmp_path / "kit"), {"cams": ["kit"]})):

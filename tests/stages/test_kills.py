@@ -114,6 +114,7 @@ def squares(rows):
         yield index, {"square": row["number"] ** 2}
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_killed_goes_on(tmp_path):
     assert all_resume(tmp_path, write_stage) > 40
 

@@ -148,6 +148,7 @@ def test_old_pseudo_masks_are_replaced(toy_data, cam_folder, tiny_recipe, tmp_pa
     assert all(np.array_equal(a, b) for a, b in zip(pseudo_masks(out), pseudo_masks(wanted), strict=True))
 
 
+@pytest.mark.slow
 def test_the_found_threshold_is_the_one_of_masks_and_summary(toy_data, cam_folder, tiny_recipe, tmp_path, capsys):
     settings = tiny_recipe.masks
     settings.background_threshold = "auto"
@@ -160,6 +161,7 @@ def test_the_found_threshold_is_the_one_of_masks_and_summary(toy_data, cam_folde
     assert all(np.array_equal(a, b) for a, b in zip(pseudo_masks(out), pseudo_masks(fixed), strict=True))
 
 
+@pytest.mark.slow
 def test_confidence_is_a_column_of_grey_pictures(toy_data, cam_folder, tiny_recipe, tmp_path):
     tiny_recipe.masks.confidence = True
     out = make_masks(toy_data, cam_folder, tiny_recipe, tmp_path / "masks")

@@ -74,6 +74,7 @@ def test_a_second_call_makes_nothing_again_and_shows_the_table(toy_data, tiny_re
     assert f"{100 * rows[1]['mean_iou']:.1f}" in printed and "report.html" in printed
 
 
+@pytest.mark.slow
 def test_minutes_are_those_of_the_stages_however_often(toy_data, tiny_recipe, finished, no_training, tmp_path):
     out = shutil.copytree(finished.folder, tmp_path / "run")
     for minutes, name in ((1.5, "cam"), (2.25, "masks"), (4.0, "segmenter"), (100.0, "segmenter-2")):

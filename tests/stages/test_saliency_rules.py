@@ -70,6 +70,7 @@ def finished(salient, tiny_settings, tmp_path_factory):
     return run(salient, recipe, tmp_path_factory.mktemp("run") / "out"), recipe
 
 
+@pytest.mark.slow
 def test_a_val_split_without_maps_ends_in_a_report(salient, finished):
     result, recipe = finished
     assert result.results[0]["mean_iou"] > 0.2  # the background is that of the maps
@@ -97,6 +98,7 @@ def test_the_results_say_which_thresholds_and_maps_were_used(finished):
     assert load_data(result.masks.folder).source["saliency"] == TOLD
 
 
+@pytest.mark.slow
 def test_masks_are_made_again_when_a_map_or_the_threshold_changes(salient, tiny_recipe, cam_folder, tmp_path, capsys):
     recipe = salient_recipe(tiny_recipe)
     first = make_masks(salient, cam_folder, recipe, tmp_path / "masks")
@@ -123,6 +125,7 @@ def test_masks_are_made_again_when_a_map_or_the_threshold_changes(salient, tiny_
     assert "done before" in capsys.readouterr().err  # argmax reads no map
 
 
+@pytest.mark.slow
 def test_a_comparison_of_rules_needs_no_maps_of_its_example_images(salient, tiny_settings, tmp_path):
     salient.save_to_disk(tmp_path / "data")
     plan = {

@@ -106,6 +106,7 @@ def test_an_empty_stream_ends_in_a_line(shards, tmp_path, toy_data):
         next(iter(StreamedExamples(load_stream(tmp_path / "empty.parquet")["train"], lambda *_: None)))
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_from_a_stream_and_goes_on_after_a_kill(shards, tiny_recipe, tmp_path, monkeypatch):
     data = load_stream(shards)
     with pytest.raises(RecipeError, match="train.steps: expected a number of steps for data that are streamed"):
@@ -251,6 +252,7 @@ def test_finished_shards_are_not_opened(shards, cam_folder, mask_recipe, tmp_pat
     assert opened == [0, 1, 2, 3, 2, 3]  # for the thresholds, then for what is left
 
 
+@pytest.mark.slow
 def test_other_shards_make_the_masks_again(shards, cam_folder, mask_recipe, tmp_path, labelled_rows):
     make_masks(load_stream(shards), cam_folder, mask_recipe, tmp_path / "masks")
     labelled_rows[0].clear()
@@ -295,6 +297,7 @@ def test_saliency_that_is_missing_later_is_named(shards, toy_data, cam_folder, m
 # Evaluation
 
 
+@pytest.mark.slow
 def test_figures_of_a_stream_are_those_of_the_same_rows(
     shards, toy_data, wanted, cam_folder, mask_recipe, segmenter_folder, tmp_path, monkeypatch
 ):
@@ -352,6 +355,7 @@ def test_commands_label_and_evaluate_streams(shards, wanted, cam_folder, tmp_pat
     assert "error: --split: expected train, got val" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_on_a_stream(shards, toy_data, tiny_recipe, tmp_path, no_training, monkeypatch):
     toy_data["val"].to_parquet(shards / "validation-00000-of-00001.parquet")
     data, recipe = load_stream(shards), tiny_recipe.changed(*QUICK, "cam.train.steps=3")

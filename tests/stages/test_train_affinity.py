@@ -39,6 +39,7 @@ def affinity_folder(toy_data, cam_folder, tmp_path_factory):
     return train_affinity(toy_data, cam_folder, recipe, tmp_path_factory.mktemp("affinity") / "out").folder
 
 
+@pytest.mark.slow
 def test_it_learns_on_the_frozen_backbone_of_the_classifier(toy_data, cam_folder, recipe, tmp_path):
     recipe = recipe.changed("affinity.train.epochs=25", "affinity.train.scale=[1.0, 1.0]")
     out = train_affinity(toy_data, cam_folder, recipe, tmp_path / "affinity")
@@ -62,6 +63,7 @@ def test_it_may_start_from_the_published_backbone_of_the_classifier(toy_data, ca
         assert torch.equal(network.backbone.body.state_dict()[name], value), name
 
 
+@pytest.mark.slow
 def test_it_learns_from_certain_labels_and_from_no_mask(toy_data, cam_folder, recipe, tmp_path, monkeypatch):
     seen = []
 
@@ -113,6 +115,7 @@ def test_maps_that_are_certain_of_nothing_are_one_line(toy_data, cam_folder, rec
         train_affinity(untagged, cam_folder, recipe, tmp_path / "affinity")
 
 
+@pytest.mark.slow
 def test_masks_walk_by_the_network_that_is_given(toy_data, cam_folder, affinity_folder, recipe, tmp_path):
     plain = make_masks(toy_data, cam_folder, recipe.changed("masks.refine=[]"), tmp_path / "plain")
     walked = make_masks(toy_data, cam_folder, recipe, tmp_path / "walked", affinity=affinity_folder)
@@ -141,6 +144,7 @@ def test_masks_are_made_again_when_the_network_has_changed(
     assert "made again, because affinity changed" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_trains_it_where_a_walk_names_no_network(toy_data, recipe, tmp_path):
     result = run(toy_data, recipe, tmp_path / "run")
     assert result.affinity is not None and (result.affinity / "model.safetensors").is_file()

@@ -55,6 +55,7 @@ def test_targets_keep_only_the_strongest_class_of_a_pixel():
     assert torch.equal(module._strongest(maps), expected)
 
 
+@pytest.mark.slow
 def test_a_refiner_learns_the_maps_of_the_classifier(toy_data, cam_folder, recipe, tmp_path):
     vars(recipe.refiner.train).update({"epochs": 20, "lr": 3e-3, "freeze_batch_norm": False})
     vars(recipe.refiner.train).update({"scale": [1.0, 1.0], "color_jitter": 0.0})
@@ -81,6 +82,7 @@ def test_true_masks_are_never_read(toy_data, poisoned_data, cam_folder, recipe, 
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_a_killed_stage_goes_on_where_it_was(toy_data, cam_folder, recipe, tmp_path, monkeypatch):
     unbroken = train_refiner(toy_data, cam_folder, recipe, tmp_path / "unbroken")
     forward, calls = MapRefiner.forward, []
@@ -101,6 +103,7 @@ def test_a_killed_stage_goes_on_where_it_was(toy_data, cam_folder, recipe, tmp_p
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_it_may_start_from_the_classifiers_backbone(toy_data, cam_folder, recipe, tmp_path):
     recipe.cam.backbone_config = None
     recipe.refiner.from_cam = True

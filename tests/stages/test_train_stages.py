@@ -144,6 +144,7 @@ def test_missing_saliency_is_named_before_anything_is_written(toy_data, tiny_rec
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_classifier_learns_the_tags(toy_data, tiny_recipe, tmp_path):
     vars(tiny_recipe.cam.train).update({"epochs": 20, "lr": 1e-2, "head_lr_factor": 1.0, "freeze_batch_norm": False})
     vars(tiny_recipe.cam.train).update({"scale": [1.0, 1.0], "color_jitter": 0.0, "batch_size": 12})
@@ -171,6 +172,7 @@ def test_weak_training_never_reads_a_true_mask(toy_data, poisoned_data, unmasked
         assert same_weights(tmp_path / "clean" / "segmenter", tmp_path / name / "segmenter")
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_where_it_was(toy_data, tiny_recipe, tmp_path, monkeypatch):
     unbroken = train_cam(toy_data, tiny_recipe, tmp_path / "unbroken")
     forward = CamClassifier.forward
@@ -241,6 +243,7 @@ def test_a_published_backbone_brings_its_weights_and_normalisation(toy_data, tin
     assert model.config.image_mean == [0.5] * 3 and model.config.image_std == [0.25] * 3
 
 
+@pytest.mark.slow
 def test_a_segmenter_learns_its_masks_with_background_first(labelled, tiny_recipe, tmp_path):
     vars(tiny_recipe.segmenter.train).update({"epochs": 8, "lr": 3e-3, "freeze_batch_norm": False})
     out = train_segmenter(labelled, tiny_recipe, tmp_path / "segmenter")
@@ -308,6 +311,7 @@ def test_the_supervised_bound_learns_from_true_masks(labelled, poisoned_data, ti
         train_segmenter(poisoned_data, tiny_recipe, tmp_path / "bad", mask_column="mask")
 
 
+@pytest.mark.slow
 def test_what_doubts_labels_is_for_pseudo_masks_alone(labelled, tiny_recipe, tmp_path):
     plain = {name: train_segmenter(labelled, tiny_recipe, tmp_path / name, mask_column=name) for name in ("mask",)}
     plain["pseudo_mask"] = train_segmenter(labelled, tiny_recipe, tmp_path / "pseudo_mask")

@@ -90,6 +90,7 @@ def test_the_accelerator_accumulates_and_compiles_as_asked(launched, tmp_path):
     assert build_accelerator(compiled).state.dynamo_plugin.backend.value == "INDUCTOR"
 
 
+@pytest.mark.slow
 def test_a_compiled_training_equals_the_plain_one(tmp_path, launched):
     slopes = []
     for backend in ("no", "EAGER"):
