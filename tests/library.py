@@ -5,5 +5,5 @@ import transformers
 
 needs_segformers_processor = pytest.mark.skipif(
     getattr(transformers.SegformerImageProcessorPil, "is_dummy", False),
-    reason="before 5.23, transformers has the image processor of SegFormer and UperNet with torchvision alone",
+    reason="before 5.23, transformers needs torchvision for SegFormer's image processor, and for label maps in ours",
 )

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from library import needs_segformers_processor
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
@@ -135,6 +136,7 @@ def test_half_precision_gives_the_labels_of_single_precision():
 # label maps and batches of images of different sizes
 
 
+@needs_segformers_processor
 def test_label_maps_follow_their_images_and_keep_their_values():
     processor = WsssImageProcessor(size={"shortest_edge": 20, "longest_edge": 96})
     labels = np.zeros((40, 60), dtype=np.uint8)
@@ -150,6 +152,7 @@ def test_label_maps_follow_their_images_and_keep_their_values():
         assert torch.equal(batch["labels"][0], wanted)
 
 
+@needs_segformers_processor
 def test_images_of_different_sizes_are_padded_into_a_batch():
     processor = WsssImageProcessor(size={"shortest_edge": 20, "longest_edge": 96})
     images = [photograph(60, 40), photograph(40, 60)]
