@@ -38,7 +38,7 @@ def pinned(name: Any, hub_kwargs: dict) -> tuple[Any, dict]:
     if not revision or os.path.exists(name):
         return name, hub_kwargs
     if os.path.isdir(repo_id):
-        raise ValueError(f"{name}: expected no revision of a model's folder, got {revision}")
+        raise ValueError(f"{name}: expected no revision of a model's folder, got {revision!r}")
     return repo_id, hub_kwargs | {"revision": revision}
 
 
