@@ -18,22 +18,6 @@ from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.train_segmenter import train_segmenter
 
 
-@pytest.fixture
-def labelled_rows(monkeypatch):
-    """The image ids that were labelled, in order; labelling stops with an error before row `stop_at[0]`."""
-    seen, stop_at = [], [None]
-
-    def watched(model, processor, rows, settings, rules=None):
-        for item in label_images(model, processor, rows, settings, rules):
-            if len(seen) == stop_at[0]:
-                raise KeyboardInterrupt
-            seen.append(rows[item.index]["image_id"])
-            yield item
-
-    monkeypatch.setattr(module, "label_images", watched)
-    return seen, stop_at
-
-
 def pseudo_masks(folder):
     return [np.array(mask) for mask in load_from_disk(str(folder))["train"]["pseudo_mask"]]
 

@@ -22,10 +22,8 @@ from wsss_hf.data.tagged import DataError, class_names, undecoded
 from wsss_hf.models.configuration_segmenter import SegmenterConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_segmenter import Segmenter
-from wsss_hf.pseudo_labels.label_images import label_images
 from wsss_hf.recipes import RecipeError, load_recipe
 from wsss_hf.stages import evaluate as evaluate_module
-from wsss_hf.stages import make_masks as make_masks_module
 from wsss_hf.stages.evaluate import evaluate
 from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.run import run
@@ -145,22 +143,6 @@ def test_a_segmenter_learns_from_a_stream(shards, tiny_recipe, tmp_path):
 QUICK = ["masks.scales=[1.0]", "masks.batch_size=4", "masks.background_threshold=auto"]
 FIXED = "masks.background_threshold=0.3"
 TINY_BACKBONE = {"model_type": "resnet", "layer_type": "basic", "depths": [1, 1], "hidden_sizes": [8, 16]}
-
-
-@pytest.fixture
-def labelled_rows(monkeypatch):
-    """The image ids that were labelled, in order; labelling stops with an error before row `stop_at[0]`."""
-    seen, stop_at = [], [None]
-
-    def watched(model, processor, rows, settings, rules=None):
-        for item in label_images(model, processor, rows, settings, rules):
-            if len(seen) == stop_at[0]:
-                raise KeyboardInterrupt
-            seen.append(rows[item.index]["image_id"])
-            yield item
-
-    monkeypatch.setattr(make_masks_module, "label_images", watched)
-    return seen, stop_at
 
 
 def masks_by_id(data):

@@ -22,20 +22,27 @@ _VERSION = 1  # of what is checked
 _WORTHWHILE = 1000  # rows; fewer are read in no time, unless they are some of many
 
 
-def read_once(read: Callable[[], DatasetDict], arguments: Mapping[str, Any], *folders: str | Path) -> DatasetDict:
+def read_once(
+    read: Callable[[], DatasetDict], arguments: Mapping[str, Any], *folders: str | Path, paints: bool = False
+) -> DatasetDict:
     """The checked data that `read` gives: memory-mapped from the datasets' cache where they are in it.
 
     They are used again as long as no file in `folders` has another name, size or time of change, and for the same
-    `arguments`. Images are not copied; masks that `read` paints, elsewhere, are painted again where they are gone. Of
-    several processes the main one reads, and the others open what it has written.
+    `arguments`. Images are not copied. Of several processes the main one reads, and the others open what it has
+    written.
+
+    Args:
+        paints: `read` makes the files of the masks, elsewhere; it does so again where they are gone.
 
     Raises:
         DataError: as of `read` and [`check_dataset`].
     """
     with _main_process_first():
         place = _place("rows", arguments, *map(tree_state, folders))
-        if place.is_dir() and _has_masks(held := load_from_disk(str(place))):
-            return held
+        if place.is_dir():
+            held = load_from_disk(str(place))
+            if not paints or _has_masks(held):
+                return held
         data = read()
         check_dataset(data)
         if not _is_worthwhile(data, arguments):

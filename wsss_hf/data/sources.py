@@ -143,7 +143,7 @@ def load_data(
 
     folders = [folder for folder in (root, None if is_built_in else path, maps) if folder is not None]
     if is_folder or source in ("voc", "coco"):
-        dataset = read_once(read, arguments, *folders)
+        dataset = read_once(read, arguments, *folders, paints=source == "coco")
     else:
         dataset = read()
         check_once(dataset, arguments, *folders)

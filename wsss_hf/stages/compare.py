@@ -113,10 +113,13 @@ def compare(
     for source in reversed(dict.fromkeys(json.dumps(cell.source) for cell in cells)):
         data = _load(source)  # says what is wrong before any cell is trained; the first cell's stays loaded
         alike = {json.dumps(c.recipe.changed("seed=0").to_dict()): c for c in cells if json.dumps(c.source) == source}
+        starts = {}  # rows may differ in their masks alone
         for cell in alike.values():
             train_cam.check_data(data, cell.recipe)
             check_recipe(data, cell.recipe, cell.segmenter)
-            train_cam.build_cam(cell.recipe, class_names(data["train"]))
+            starts[repr((cell.recipe.cam, cell.recipe.image))] = cell.recipe
+        for recipe in starts.values():
+            train_cam.build_cam(recipe, class_names(data["train"]))
     with only_run(out):
         return _compare(cells, out, jobs, folders, force)
 

@@ -97,16 +97,18 @@ def resume(accelerator: Accelerator, folder: Path, run: str = "") -> dict[str, A
     if checkpoint is None:
         return None
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-    processes = json.loads((checkpoint / _MANIFEST_FILE).read_text()).get("processes")
-    if deepspeed and processes != accelerator.num_processes:
-        raise CheckpointError(
-            f"{checkpoint}: expected {processes} processes, as DeepSpeed has written it, got "
-            f"{accelerator.num_processes}"
-        )
     try:
         progress = json.loads((checkpoint / _PROGRESS_FILE).read_text())
+        written_by = json.loads((checkpoint / _MANIFEST_FILE).read_text()).get("processes")
+        if deepspeed and written_by != accelerator.num_processes:
+            raise CheckpointError(
+                f"{checkpoint}: expected {written_by} processes, as DeepSpeed has written it, got "
+                f"{accelerator.num_processes}"
+            )
         with _weights_only() if deepspeed else nullcontext():
             accelerator.load_state(str(checkpoint))
+    except CheckpointError:
+        raise
     except _UNREADABLE as error:
         raise CheckpointError(
             f"{checkpoint}: expected a checkpoint of this training, got another ({_words(error)}); "
