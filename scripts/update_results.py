@@ -34,7 +34,7 @@ SHOWN = {
     "methods": [*COMPARED, "best threshold, by masks", "at", "boundary F", "mAP"],
     "refined": [*COMPARED, "boundary F"],  # the oracle threshold of plain maps says nothing about refined ones
     "saliency": [*COMPARED, "boundary F"],
-    "segmenters": [*COMPARED, "segmenter, mean IoU"],
+    "segmenters": [*COMPARED, "segmenter, mean IoU", "on true masks, mean IoU", "share of it"],
     "walk": [*COMPARED, "boundary F"],
 }
 """First word of a plan's name → the columns of its table."""

@@ -54,6 +54,18 @@ def test_a_segmenter_is_judged_on_held_out_images_and_pays_for_both_trainings():
     assert row["cost"]["minutes"] == 5
 
 
+def test_the_share_of_the_supervised_twin_is_that_of_each_seed():
+    cells = [record("plain", seed, 0.4, held_out=0.4 + seed / 10) for seed in range(2)]
+    for cell, twin in zip(cells, (0.5, 1.0), strict=True):
+        cell["supervised"] = cell["maps"] | {"mean_iou": twin}
+    [row] = comparison_table(summarize(cells))
+    assert format_value(row["on true masks, mean IoU"]) == "75.0 ± 35.4"
+    assert format_value(row["share of it"]) == "65.0 ± 21.2"  # 80 and 50 %, not 45 of 75
+    assert "| plain, segmenter on true masks | 40.0 | " in comparison_markdown(summarize(cells))
+    del cells[1]["supervised"]
+    assert "share of it" not in comparison_table(summarize(cells))[0]
+
+
 def test_markdown_says_what_masks_have_chosen():
     rows = summarize([record("plain", 0, 0.4), record("plain", 1, 0.5), record("plain", 0, 0.3, data="cars")])
     text = comparison_markdown(rows)

@@ -7,6 +7,7 @@ import yaml
 from PIL import Image
 
 from wsss_hf.data.sources import load_data
+from wsss_hf.data.tagged import DataError
 from wsss_hf.inference.load import load_labeler
 from wsss_hf.models.drs import DrsConfig
 from wsss_hf.settings import MasksSettings, RecipeError, TrainSettings
@@ -14,8 +15,9 @@ from wsss_hf.stages import compare as module
 from wsss_hf.stages import make_masks, train_cam
 from wsss_hf.stages.cache import OutputError
 from wsss_hf.stages.compare import CompareError, compare, training_cost
-from wsss_hf.stages.evaluate import evaluate_cam
+from wsss_hf.stages.evaluate import evaluate_cam, segmenter_row
 from wsss_hf.stages.plan import plan_cells, read_plan
+from wsss_hf.stages.train_segmenter import train_segmenter
 
 COCO = {"source": "coco", "root": "x", "masks": "all"}
 
@@ -234,6 +236,31 @@ def test_whole_runs_are_compared_by_their_segmenters(plan, tmp_path):
     assert "segmenter, mean IoU" in (tmp_path / "out" / "comparison.md").read_text()
 
 
+@pytest.mark.slow
+def test_a_supervised_twin_learns_from_true_masks_once_for_rows_of_one_start(small, tmp_path):
+    whole = small | {"rows": {"low": {"masks.background_threshold": 0.2}, "high": {}}, "segmenter": True}
+    out = tmp_path / "out"
+    compare(whole, out)
+    before = stamps(out / "cells")
+    results = compare(whole | {"supervised": True}, out)
+    trained = {path: stamp for path, stamp in before.items() if path.name == "model.safetensors"}
+    assert trained.items() <= stamps(out / "cells").items()  # no training but that of the twin
+    low, high = (out / f"cells/toy/{row}/seed0" for row in ("low", "high"))
+    assert (low / "supervised/recipe.yaml").read_bytes() == (high / "supervised/recipe.yaml").read_bytes()
+    cell = results.cells[0]["settings"]
+    data, recipe = load_data(**cell["source"]), plan_cells(whole, out)[0].recipe
+    alone = train_segmenter(data, recipe, tmp_path / "alone", mask_column="mask", cam=low / "cam")
+    weights = [folder / "model.safetensors" for folder in (alone.folder, low / "supervised", low / "segmenter")]
+    assert weights[0].read_bytes() == weights[1].read_bytes() != weights[2].read_bytes()
+    twin = segmenter_row("", alone, data, recipe.evaluation)["mean_iou"]
+    for row in results.rows:
+        assert row["supervised"]["mean_iou"]["values"] == [twin]
+        assert row["share"]["values"] == [row["segmenter"]["mean_iou"]["values"][0] / twin]
+    before = stamps(out / "cells")
+    compare(whole | {"supervised": True}, out)
+    assert stamps(out / "cells") == before
+
+
 def test_data_without_masks_are_compared_by_pictures(plan, tmp_path):
     folder = tmp_path / "photos"
     for name in ("cat", "dog"):
@@ -248,6 +275,9 @@ def test_data_without_masks_are_compared_by_pictures(plan, tmp_path):
     assert set(results.cells[0]["cost"]) == {"cam", "refiner"}
     assert "maps" not in results.rows[0] and results.rows[0]["data"] == "photos"
     assert (tmp_path / "out" / "comparison.html").read_text().count("data:image/jpeg") == 3 * 2
+    with pytest.raises(DataError, match="split 'train': expected true masks"):
+        compare(unmasked | {"segmenter": True, "supervised": True}, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_failed_cell_does_not_stop_the_others(plan, tmp_path):
@@ -315,6 +345,8 @@ def test_recipes_by_name_are_rows_on_several_data_sets(tmp_path):
         ({"rows": {"a/b": {}}}, "plan: row: expected a name that can be a folder, got 'a/b'"),
         ({"rows": {"drs": "drs"}}, "plan: row drs: expected a mapping of changes of the recipe, got 'drs'"),
         ({"rows": {"drs": {"cam.metods": {}}}}, "cam.metods: unknown; did you mean cam.methods"),
+        ({"segmenter": "no"}, "plan: segmenter: expected true or false, got 'no'"),
+        ({"supervised": True}, r"plan: supervised: expected segmenter: true \(--segmenter\) beside it"),
         ({"set": "seed"}, "plan: set: expected a mapping, or a list of key=value, got 'seed'"),
     ],
 )

@@ -397,12 +397,17 @@ def predict(
 def compare(
     out: Out,
     plan: Annotated[
-        Path | None, typer.Argument(help="YAML: rows, seeds, data, recipe, set, segmenter; options below win.")
+        Path | None,
+        typer.Argument(help="YAML: rows, seeds, data, recipe, set, segmenter, supervised; options below win."),
     ] = None,
     recipes: Annotated[str | None, typer.Option(help="Recipes a,b,c as rows, instead of a plan.")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds 0,1,2 of every row.")] = None,
     segmenter: Annotated[
         bool, typer.Option("--segmenter", help="Whole runs, not only CAM classifiers and their maps.")
+    ] = False,
+    supervised: Annotated[
+        bool,
+        typer.Option("--supervised", help="Beside every segmenter the same one trained on TRUE masks, for scale."),
     ] = False,
     cams: Annotated[
         list[Path] | None,
@@ -447,8 +452,9 @@ def compare(
         wanted["rows"] = [name.strip() for name in recipes.split(",")]
     if seeds is not None:
         wanted["seeds"] = integers("--seeds", seeds)
-    if segmenter:
-        wanted["segmenter"] = True
+    for key, given in (("segmenter", segmenter), ("supervised", supervised)):
+        if given:
+            wanted[key] = True
     named = data_options(source, root, classes, columns, separator, saliency, limit, revision)
     if source is not None:
         wanted["data"] = named

@@ -19,12 +19,13 @@ _SHARES = (
     "mean_average_precision",
     "best_threshold_mean_iou",
 )
-_MAIN_COLUMNS = ("segmenter, mean IoU", "masks, mean IoU")
+_MAIN_COLUMNS = ("segmenter, mean IoU", "on true masks, mean IoU", "share of it", "masks, mean IoU")
 NOTES = """\
 In percent. ± is the sample standard deviation over seeds; an interval is the bootstrap 95 % interval over images, its
 ends averaged over seeds. "threshold" is the recipe's background threshold, chosen without masks; the column "best
 threshold, by masks" is the mean IoU at the oracle threshold (of maps before refinement), which reads true masks: it
-shows how good the maps are, and is no result of weak supervision. Minutes and seconds are those of training.
+shows how good the maps are, and is no result of weak supervision. "on true masks" is the same segmenter trained on
+them: an upper bound. Minutes and seconds are those of training.
 """
 
 
@@ -33,7 +34,8 @@ def summarize(records: Sequence[dict]) -> list[dict]:
 
     Returns:
         rows with `data`, `row`, `seeds`, `threshold` (a number or "auto"); `maps` and, where one was trained,
-        `segmenter`: figure name -> {"mean", "sd", "values"}, `iou`: class name -> mean IoU, and `mean_iou_interval`;
+        `segmenter` and `supervised`, its twin on true masks: figure name -> {"mean", "sd", "values"}, `iou`: class
+        name -> mean IoU, and `mean_iou_interval`; `share`: how much of its twin's mean IoU the segmenter reaches;
         `threshold_curve`, `used_threshold` and `best_threshold`, means over seeds; `cost`: `seconds_per_step`,
         `minutes`, `label_seconds_per_image`.
     """
@@ -64,6 +66,12 @@ def _summary(data: str, row: str, cells: list[dict]) -> dict:
     last = [results[-1] for results in held_out if results and "mean_iou" in results[-1]]
     if last:
         summary["segmenter"] = _figures(last)
+    twins = [cell["supervised"] for cell in cells if "mean_iou" in cell.get("supervised", {})]
+    if last and len(twins) == len(last):
+        summary["supervised"] = _figures(twins)
+        summary["share"] = _spread_of(
+            [own["mean_iou"] / twin["mean_iou"] for own, twin in zip(last, twins, strict=True)]
+        )
     summary["cost"] = _cost([cell["cost"] for cell in cells])
     return summary
 
@@ -73,8 +81,7 @@ def _figures(figures: list[dict]) -> dict:
     for key in _SHARES:
         values = [f[key] for f in figures if f.get(key) is not None]
         if values:
-            deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-            summary[key] = {"mean": float(np.mean(values)), "sd": deviation, "values": values}
+            summary[key] = _spread_of(values)
     summary["iou"] = {}
     for name in figures[0]["iou"]:
         known = [f["iou"][name] for f in figures if f["iou"][name] is not None]
@@ -83,6 +90,11 @@ def _figures(figures: list[dict]) -> dict:
     summary["mean_iou_interval"] = np.mean(intervals, axis=0).tolist() if intervals else [None, None]
     summary["num_images"] = figures[0]["num_images"]
     return summary
+
+
+def _spread_of(values: list[float]) -> dict:
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return {"mean": float(np.mean(values)), "sd": deviation, "values": values}
 
 
 def _cost(costs: list[dict]) -> dict:
@@ -121,6 +133,11 @@ def comparison_table(rows: Sequence[dict]) -> list[dict]:
                 "segmenter, 95 % interval": segmenter["mean_iou_interval"],
                 "segmenter, boundary F": _spread(segmenter, "boundary_f"),
             }
+        if "supervised" in row:
+            cells |= {
+                "on true masks, mean IoU": _spread(row["supervised"], "mean_iou"),
+                "share of it": _spread(row, "share"),
+            }
         cells |= {
             "masks, mean IoU": _spread(maps, "mean_iou"),
             "masks, 95 % interval": maps.get("mean_iou_interval"),
@@ -157,10 +174,10 @@ def comparison_markdown(rows: Sequence[dict]) -> str:
     per_class = [
         {"method": f"{row['row']}, {kind}", **row[kind]["iou"]}
         for row in rows
-        for kind in ("segmenter", "maps")
+        for kind in ("segmenter", "supervised", "maps")
         if kind in row
     ]
-    names = {"maps": "masks"}
+    names = {"maps": "masks", "supervised": "segmenter on true masks"}
     for cells in per_class:
         name, _, kind = cells["method"].rpartition(", ")
         cells["method"] = f"{name}, {names.get(kind, kind)}"

@@ -118,6 +118,8 @@ def compare(
             train_cam.check_data(data, cell.recipe)
             check_recipe(data, cell.recipe, cell.segmenter)
             starts[repr((cell.recipe.cam, cell.recipe.image))] = cell.recipe
+            if cell.supervised:
+                evaluate.needs_masks(data, "train")
         for recipe in starts.values():
             train_cam.build_cam(recipe, class_names(data["train"]))
     with only_run(out):
@@ -206,6 +208,7 @@ def run_cell(cell: Cell, cams: Sequence[Path] = (), force: bool = False) -> dict
         train_affinity.affinity_of_run(data, labeler, recipe, folder / "affinity", force=force)
     if cell.segmenter:
         results = run(data, recipe, folder, force=force).results
+    supervised = _supervised(cell, data, cams, force) if cell.supervised else {}
     settings = with_affinity(recipe.masks, folder / "affinity" if walks else None)
     started = time.perf_counter()
     maps = evaluate.maps_row("maps", labeler, data, settings)
@@ -220,11 +223,20 @@ def run_cell(cell: Cell, cams: Sequence[Path] = (), force: bool = False) -> dict
     # Thresholds that were found without masks are not searched again.
     _save_examples(cell, data, labeler, at_thresholds(settings, maps))
     record: dict[str, Any] = {"settings": _settings(cell), "made_from": _made_from(cell).to_dict()}
-    record |= {"maps": maps, "results": results, "cost": cost, "device": _device_name()}
+    record |= {"maps": maps, "results": results, "supervised": supervised, "cost": cost, "device": _device_name()}
     record["class_names"] = ["background", *class_names(data)]
     remove_unfinished(folder)
     write_atomically(folder / _CELL_FILE, json.dumps(record, indent=1))
     return record
+
+
+def _supervised(cell: Cell, data: DatasetDict, cams: Sequence[Path], force: bool) -> dict[str, Any]:
+    """Figures of the segmenter of the same settings that learnt from the true masks; rows with one start share it."""
+    folder, cam = cell.folder / "supervised", cell.folder / "cam"
+    if not force:
+        _borrow(folder, train_segmenter.segmenter_record(data, cell.recipe, mask_column="mask", cam=cam), cams)
+    twin = train_segmenter.train_segmenter(data, cell.recipe, folder, mask_column="mask", cam=cam, force=force)
+    return evaluate.segmenter_row("segmenter trained on true masks", twin, data, cell.recipe.evaluation)
 
 
 def _segmenters(cell: Cell) -> list[str]:
@@ -291,7 +303,7 @@ def training_cost(model: Path, settings: TrainSettings, num_images: int) -> dict
 
 def _settings(cell: Cell) -> dict[str, Any]:
     """What a cell is called and how it is computed, as JSON has it."""
-    values = {name: getattr(cell, name) for name in ("data", "row", "seed", "source", "segmenter")}
+    values = {name: getattr(cell, name) for name in ("data", "row", "seed", "source", "segmenter", "supervised")}
     return json.loads(json.dumps(values | {"recipe": cell.recipe.to_dict()}))
 
 
@@ -307,6 +319,7 @@ def _made_from(cell: Cell) -> Record:
             inputs[f"segmenter.{name}"] = model_fingerprint(model)
     versions = {stage.__name__.rpartition(".")[2]: stage.VERSION for stage in _STAGES}
     settings = {"recipe": cell.recipe, "segmenter": cell.segmenter, "versions": versions}
+    settings |= {"supervised": True} if cell.supervised else {}
     return Record("compare", VERSION, settings, inputs)
 
 

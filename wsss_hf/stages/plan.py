@@ -15,7 +15,7 @@ from ..models.options import unknown_name
 from ..recipes import Recipe
 from ..settings import RecipeError
 
-PLAN_KEYS = ("recipe", "set", "rows", "seeds", "data", "segmenter")
+PLAN_KEYS = ("recipe", "set", "rows", "seeds", "data", "segmenter", "supervised")
 _DATA_KEYS = ("source", "root", "classes", "columns", "limit", "revision", "masks", "separator", "saliency")
 
 
@@ -28,6 +28,7 @@ class Cell:
         recipe: its seed is the cell's.
         source: arguments of `load_data`.
         segmenter: whether a segmenter is trained too.
+        supervised: whether its twin is, on true masks, for scale.
         folder: where models, figures and example masks go.
     """
 
@@ -37,6 +38,7 @@ class Cell:
     recipe: Recipe
     source: dict[str, Any]
     segmenter: bool
+    supervised: bool
     folder: Path
 
     @property
@@ -70,7 +72,8 @@ def plan_cells(plan: Mapping[str, Any], out: str | os.PathLike) -> list[Cell]:
             from, and `seeds` of the row's own), or a list of recipes' names; `recipe`: the recipe that all start from;
             `set`: changes for all, as "key=value" strings or a mapping; `seeds`: whole numbers, default those of the
             recipe; `data`: name → arguments of `load_data`, or one such mapping; `segmenter`: train it too, not the
-            CAM classifier only; `folder`: where files of recipes are looked for.
+            CAM classifier only; `supervised`: and its twin on true masks, for scale; `folder`: where files of recipes
+            are looked for.
         out: folder of the comparison.
 
     Raises:
@@ -84,6 +87,11 @@ def plan_cells(plan: Mapping[str, Any], out: str | os.PathLike) -> list[Cell]:
         rows = {str(name): {"recipe": name} for name in rows}
     if not isinstance(rows, dict) or not rows:
         raise RecipeError(f"plan: rows: expected name: {{changes}}, or a list of recipes, got {plan.get('rows')!r}")
+    for key in ("segmenter", "supervised"):
+        if type(plan.get(key, False)) is not bool:
+            raise RecipeError(f"plan: {key}: expected true or false, got {plan[key]!r}")
+    if plan.get("supervised") and not plan.get("segmenter"):
+        raise RecipeError("plan: supervised: expected segmenter: true (--segmenter) beside it")
     folder = Path(plan.get("folder") or "")
     common = _changes(plan.get("set") or {}, "set")
     cells = []
@@ -109,7 +117,8 @@ def plan_cells(plan: Mapping[str, Any], out: str | os.PathLike) -> list[Cell]:
                         seed=seed,
                         recipe=recipe.changed(f"seed={seed}"),
                         source=source | drawn,
-                        segmenter=bool(plan.get("segmenter", False)),
+                        segmenter=plan.get("segmenter", False),
+                        supervised=plan.get("supervised", False),
                         folder=Path(out) / "cells" / data_name / row / f"seed{seed}",
                     )
                 )

@@ -17,7 +17,7 @@ from ..models.modeling_segmenter import Segmenter
 from ..progress import Progress
 from ..pseudo_labels.area_prior import background_factor, labelled_objects, multiply_background, output_bias
 from ..recipes import Recipe
-from ..settings import SelfTrainingSettings
+from ..settings import SegmenterSettings, SelfTrainingSettings
 from ..training.build import build_on_backbone, build_processor
 from ..training.launcher import with_launcher
 from ..training.library_segmenter import build_library_segmenter
@@ -60,16 +60,9 @@ def train_segmenter(
     """
     section, rows = with_launcher(recipe.segmenter), data["train"]
     supervised = mask_column == "mask"
-    by_confidence = not supervised and bool(section.confidence or section.min_confidence)
-    from_cam = cam if section.from_cam and section.model is None else None
-    masks = ["image_id", mask_column, *(["confidence"] if by_confidence else [])]
-    inputs = {"data": data_fingerprint(data, ["image_id", "tags", "image"]), "masks": data_fingerprint(data, masks)}
-    for name, start in (("cam", from_cam), ("backbone", section.backbone), ("model", section.model)):
-        if start is not None and (name != "backbone" or from_cam is None):
-            inputs[name] = model_fingerprint(start)
-    settings: dict[str, Any] = {"mask_column": mask_column, "seed": recipe.seed, "image": recipe.image}
-    settings["segmenter"] = section
-    output = StageOutput(out, Record("train-segmenter", VERSION, settings, inputs, source_of(data)), force)
+    by_confidence = _by_confidence(section, mask_column)
+    from_cam = _start_from_cam(section, cam)
+    output = StageOutput(out, segmenter_record(data, recipe, mask_column=mask_column, cam=cam), force)
     if not output.done:
         with output.working() as folder:
             accelerator = begin_training(section.train, recipe.seed, folder)
@@ -98,6 +91,32 @@ def train_segmenter(
             )
             output.finish(result)
     return TrainedModel(output.path)
+
+
+def segmenter_record(
+    data: DatasetDict, recipe: Recipe, *, mask_column: str = "pseudo_mask", cam: str | os.PathLike | None = None
+) -> Record:
+    """What [`train_segmenter`] makes its model from."""
+    section = with_launcher(recipe.segmenter)
+    from_cam = _start_from_cam(section, cam)
+    masks = ["image_id", mask_column, *(["confidence"] if _by_confidence(section, mask_column) else [])]
+    inputs = {"data": data_fingerprint(data, ["image_id", "tags", "image"]), "masks": data_fingerprint(data, masks)}
+    for name, start in (("cam", from_cam), ("backbone", section.backbone), ("model", section.model)):
+        if start is not None and (name != "backbone" or from_cam is None):
+            inputs[name] = model_fingerprint(start)
+    settings: dict[str, Any] = {"mask_column": mask_column, "seed": recipe.seed, "image": recipe.image}
+    settings["segmenter"] = section
+    return Record("train-segmenter", VERSION, settings, inputs, source_of(data))
+
+
+def _by_confidence(section: SegmenterSettings, mask_column: str) -> bool:
+    """Whether the confidence of the pseudo masks is read."""
+    return mask_column != "mask" and bool(section.confidence or section.min_confidence)
+
+
+def _start_from_cam(section: SegmenterSettings, cam: str | os.PathLike | None) -> str | os.PathLike | None:
+    """The CAM classifier whose backbone is the start, if the recipe says so."""
+    return cam if section.from_cam and section.model is None else None
 
 
 def check_start(data: DatasetDict, recipe: Recipe) -> None:
