@@ -8,7 +8,8 @@
 - rate: images per second of our loop by the clock, in as many processes as a launcher started;
 - processes: the same in 1 and in --processes processes, each started anew. They share the cores that there are;
 - localisation: multi-scale maps in batches against the plain loop of `benchmark_labeling.py`;
-- labelling: from photograph to pseudo mask, in this process, seconds as of loop, and masks and maps as PNG files;
+- labelling: from photograph to pseudo mask, in this process, seconds as of loop, and masks and maps as PNG files; also
+  to what an affinity network learns from, where the recipe walks;
 - peak: bf16 and torch.compile on one batch of noise, as share of --peak, against a float32 loop. Of GPUs.
 
 Masks, of segmenter and affinity network, are true ones, for measuring only. The model is untrained, on a published
@@ -54,9 +55,10 @@ from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import class_names, encode_png
 from wsss_hf.inference.optimize import for_inference
 from wsss_hf.progress import Progress, set_quiet
-from wsss_hf.pseudo_labels.affinity_labels import needs_affinity
+from wsss_hf.pseudo_labels.affinity_labels import certain_labels, needs_affinity
 from wsss_hf.pseudo_labels.label_images import label_images
 from wsss_hf.recipes import Recipe
+from wsss_hf.refinement.steps import build_refinement
 from wsss_hf.reporting.costs import cost_rows
 from wsss_hf.reporting.tables import markdown_table, print_table
 from wsss_hf.settings import TrainSettings
@@ -244,12 +246,16 @@ def rate_of_processes(count: int) -> float:
 
 
 def labelling(case: Case, recipe: Recipe, rows: Dataset, device: torch.device) -> dict[str, float]:
-    """Images per second from photograph to pseudo mask, and bytes of an image's mask and of its maps."""
+    """Images per second from photograph to pseudo mask, and bytes of an image's mask and of its maps.
+
+    Where the recipe walks, also images per second from photograph to what the affinity network learns from.
+    """
     masks = replace(recipe.masks, workers=0)
     if isinstance(masks.background_threshold, str):
-        masks = replace(masks, background_threshold=0.4)  # which a pass of its own finds
+        masks = replace(masks, background_threshold=0.4)  # found on some images, whatever their number
+    learns_affinity, measured = needs_affinity(masks), {}
     with tempfile.TemporaryDirectory() as folder:
-        if needs_affinity(masks):
+        if learns_affinity:
             affinity = build_case("affinity", recipe, rows)
             affinity.model.save_pretrained(folder)
             affinity.processor.save_pretrained(folder)
@@ -266,8 +272,18 @@ def labelling(case: Case, recipe: Recipe, rows: Dataset, device: torch.device) -
                     progress.advance(1)
 
         seconds = seconds_of(label, device)
+    if learns_affinity:
+        refine = build_refinement(recipe.affinity.refine)
+        refine.prepare()
+
+        def find_certain() -> None:
+            with Progress("affinity labels", len(rows), unit="image") as progress:
+                for _ in certain_labels(model, case.processor, rows, masks, recipe.affinity, refine):
+                    progress.advance(1)
+
+        measured["affinity_labels_per_second"] = len(rows) / seconds_of(find_certain, device)
     mask, maps = np.mean(sizes, axis=0)
-    return {"images_per_second": len(rows) / seconds, "mask_bytes": mask, "map_bytes": maps}
+    return measured | {"images_per_second": len(rows) / seconds, "mask_bytes": mask, "map_bytes": maps}
 
 
 def _with_model(step: Any, model: str) -> Any:
@@ -416,9 +432,12 @@ def main() -> None:
     if "labelling" in parts:
         found = measured["labelling"] = labelling(cam, recipe, rows, device)
         print(f"labelling: {found['images_per_second']:.2f} images/s")
-        # A threshold that is found takes maps of all images before, and so do the labels of an affinity network.
-        passes = 1 + isinstance(recipe.masks.background_threshold, str) + ("affinity" in cases)
-        measured["stages"]["make-masks"] = {"images_per_second": found["images_per_second"], "passes": passes}
+        measured["stages"]["make-masks"] = {"images_per_second": found["images_per_second"], "passes": 1}
+        if "affinity_labels_per_second" in found:
+            labels = found["affinity_labels_per_second"]
+            print(f"affinity labels: {labels:.2f} images/s")
+            if "train-affinity" in measured["stages"]:
+                measured["stages"]["train-affinity"]["labels_per_second"] = labels
         measured["bytes"] = {"pseudo masks": found["mask_bytes"], "maps": found["map_bytes"]}
     if "peak" in parts:
         measured["peak"] = peak_share(cam, device, steps, arguments.peak)

@@ -16,6 +16,10 @@ MEASURED = {
 
 def test_a_stage_sees_its_images_as_often_as_the_recipe_says():
     assert stage_hours({"images_per_second": 10.0, "passes": 3}, 12_000) == pytest.approx(1.0)
+    # Labels are made once.
+    assert stage_hours({"images_per_second": 10.0, "passes": 3, "labels_per_second": 5.0}, 18_000) == pytest.approx(
+        2.5
+    )
     # Steps are the same number whatever the data.
     steps = {"images_per_second": 10.0, "passes": None, "images": 72_000}
     assert stage_hours(steps, 12_000) == stage_hours(steps, 10**6) == pytest.approx(2.0)

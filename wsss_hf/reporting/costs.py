@@ -14,11 +14,12 @@ def stage_hours(stage: Mapping[str, Any], images: int) -> float:
 
     Args:
         stage: its `images_per_second`, and either `passes` over the images or, where the recipe counts steps, the
-            `images` that all steps together see.
+            `images` that all steps together see; `labels_per_second` where it labels all images first.
         images: in the data set.
     """
     seen = stage["images"] if stage.get("passes") is None else stage["passes"] * images
-    return seen / stage["images_per_second"] / 3600
+    labelling = images / stage["labels_per_second"] if "labels_per_second" in stage else 0
+    return (seen / stage["images_per_second"] + labelling) / 3600
 
 
 def cost_rows(measured: Mapping[str, Any], devices: Sequence[int] = (1, 8, 64)) -> list[dict[str, Any]]:
