@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from wsss_hf import AffinityConfig, AffinityNetwork
 from wsss_hf.models.options import OptionError
 from wsss_hf.models.pamr import pamr
 from wsss_hf.refinement import matting
@@ -15,6 +16,7 @@ from wsss_hf.refinement.crf import dense_crf
 from wsss_hf.refinement.grid_crf import grid_crf
 from wsss_hf.refinement.matting import closed_form_alphas
 from wsss_hf.refinement.steps import Matting, Note, RefinementChain, RefinementError, build_refinement, levels
+from wsss_hf.training.build import build_processor
 
 SIZE = (40, 44)
 
@@ -146,9 +148,23 @@ def test_one_pixel_one_colour_and_no_class(name):
     assert torch.equal(refine([name], only_background, image), only_background)
 
 
+def test_what_else_is_refined_on_a_cpu_changes_no_bit(scores, image, tmp_path):
+    torch.manual_seed(0)
+    backbone = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16]}
+    AffinityNetwork(AffinityConfig(backbone_config=backbone | {"depths": [1, 1]}, radius=4)).save_pretrained(tmp_path)
+    build_processor(max(SIZE), [0.5] * 3, [0.5] * 3).save_pretrained(tmp_path)
+    walk = {"walk": {"model": str(tmp_path), "radius": 3, "steps": 8}}
+    for steps in ([walk], ["pamr"], [walk, "pamr"]):
+        chain = build_refinement(steps)
+        batch = [scores, scores[:2], scores.flip(-1)], [image, image, np.ascontiguousarray(image[:, ::-1])]
+        found = chain.batch(*batch, [Note() for _ in batch[0]])
+        for own, picture, result in zip(*batch, found, strict=True):
+            assert torch.equal(result, chain(own, picture))
+
+
 @pytest.mark.parametrize("steps", [["pamr"], ["pamr", "matting"]])
 def test_a_batch_is_refined_like_each_image_alone(steps, scores, image, monkeypatch):
-    monkeypatch.setattr(steps_module, "_PAMR_PIXELS", 3 * SIZE[0] * SIZE[1])
+    monkeypatch.setattr(steps_module, "_count_together", lambda _scores: 3)  # as on a GPU
     wide = np.ascontiguousarray(image.transpose(1, 0, 2))
     batch = [(scores, image), (scores[:2], image[::-1]), (scores[:1], image), (scores[:, ::2], image[::2])]
     batch += [(scores, image[:, ::-1]), (scores[[0, 2]], image), (scores.transpose(1, 2), wide)]

@@ -46,12 +46,12 @@ def colour_affinity(images: Tensor, dilations: Sequence[int]) -> Tensor:
     for neighbour in neighbours(images, dilations):
         difference = neighbour - images
         total += difference
-        squares += difference.square()
+        squares += difference.square_()
     count = 9 * len(dilations)
     deviation = ((squares - total.square() / count) / (count - 1)).clamp(min=0).sqrt()
     scale = 0.1 * deviation + 1e-8
-    similarity = [-((neighbour - images).abs() / scale).mean(dim=1) for neighbour in neighbours(images, dilations)]
-    return torch.stack(similarity, dim=1).softmax(dim=1)
+    distance = [(neighbour - images).abs_().div_(scale).mean(dim=1) for neighbour in neighbours(images, dilations)]
+    return torch.stack(distance, dim=1).neg_().softmax(dim=1)
 
 
 @torch.no_grad()

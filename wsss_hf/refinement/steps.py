@@ -32,8 +32,7 @@ from .grid_crf import grid_crf
 from .matting import VitMatte, closed_form_alphas, knn_alphas
 from .trimap import BACKGROUND, FOREGROUND, trimaps
 
-_WALK_PIXELS = 1 << 20  # of images that walk together
-_PAMR_PIXELS = 1 << 20  # of images that PAMR refines together: its affinities take 200 bytes for each
+_PIXELS = 1 << 20  # of images that a step refines together: PAMR's affinities take 200 bytes for each
 
 
 class RefinementError(OptionError):
@@ -134,7 +133,7 @@ class Pamr(RefinementStep):
         self, scores: list[Tensor], images: list[np.ndarray], notes: list[Note], workers: Workers
     ) -> list[Tensor]:
         refined = list(scores)
-        for together, pictures, padded in _of_one_size(scores, images, _PAMR_PIXELS):
+        for together, pictures, padded in _of_one_size(scores, images):
             results = refine_pictures(torch.from_numpy(pictures), padded, self.iterations, self.dilations)
             if self.normalize:
                 results = torch.cat([padded[:, :1], normalize_maps(results[:, 1:])], dim=1)
@@ -144,23 +143,28 @@ class Pamr(RefinementStep):
 
 
 def _of_one_size(
-    scores: Sequence[Tensor], images: Sequence[np.ndarray], pixels: int
+    scores: Sequence[Tensor], images: Sequence[np.ndarray]
 ) -> Iterator[tuple[list[int], np.ndarray, Tensor]]:
     """Images of one size together: indices, images (B, H, W, 3), and scores (B, K, H, W), padded by channels of 0.
 
     For steps in which channels do not influence each other, so that those of the padding do no harm.
-
-    Args:
-        pixels: of the images of a batch, about.
     """
     of_size: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
         of_size.setdefault(image.shape, []).append(i)
-    for (height, width, _), members in of_size.items():
-        count = max(1, pixels // (height * width))
+    for members in of_size.values():
+        count = _count_together(scores[members[0]])
         for together in (members[start : start + count] for start in range(0, len(members), count)):
             padded = pad_sequence([scores[i] for i in together], batch_first=True)
             yield together, np.stack([images[i] for i in together]), padded
+
+
+def _count_together(scores: Tensor) -> int:
+    """How many images of the size of these scores are refined together.
+
+    On a CPU each stays alone, so that its result does not depend on the others, see `image_by_image`.
+    """
+    return 1 if scores.device.type == "cpu" else max(1, _PIXELS // (scores.shape[-2] * scores.shape[-1]))
 
 
 @dataclass
@@ -210,7 +214,7 @@ class Walk(RefinementStep):
     ) -> list[Tensor]:
         network, processor = self._network
         refined = list(scores)
-        for together, pictures, padded in _of_one_size(scores, images, _WALK_PIXELS):
+        for together, pictures, padded in _of_one_size(scores, images):
             network.to(padded.device)
             inputs = processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(padded.device)
             if self.background_alpha is not None:

@@ -206,7 +206,7 @@ def needs_masks(data: DatasetDict, split: str) -> None:
         raise DataError(f"split {split!r}: expected true masks to evaluate on, and no row has one")
 
 
-VERSION = 3
+VERSION = 4
 _WINDOW = 256  # rows of a stream that are in memory
 _NO_MASKS = "column {!r}: expected masks to evaluate on, and no row has one"
 

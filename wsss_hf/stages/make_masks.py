@@ -41,7 +41,7 @@ from .lock import locked, partial_of
 from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
 
-VERSION = 5
+VERSION = 6
 _COLUMNS = ("pseudo_mask", "confidence")
 
 

@@ -26,7 +26,7 @@ from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_finge
 from .results import LabelledData
 from .shards import compute_shards
 
-VERSION = 2
+VERSION = 3
 _AREA_IMAGES = 96
 _FEATURES = Features({"pseudo_mask": ImageFeature(), "confidence": ImageFeature()})
 
