@@ -7,7 +7,9 @@ import yaml
 from PIL import Image
 
 from wsss_hf.data.sources import load_data
-from wsss_hf.data.tagged import DataError
+from wsss_hf.data.tagged import DataError, class_names
+from wsss_hf.data.toy import make_toy
+from wsss_hf.data.voc import VOC_CLASSES
 from wsss_hf.inference.load import load_labeler
 from wsss_hf.models.drs import DrsConfig
 from wsss_hf.settings import MasksSettings, RecipeError, TrainSettings
@@ -259,6 +261,33 @@ def test_a_supervised_twin_learns_from_true_masks_once_for_rows_of_one_start(sma
     before = stamps(out / "cells")
     compare(whole | {"supervised": True}, out)
     assert stamps(out / "cells") == before
+
+
+@pytest.mark.slow
+def test_a_supervised_twin_sees_the_masks_that_are_not_evaluated_on(small, tmp_path):
+    for folder in ("JPEGImages", "Annotations", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (tmp_path / folder).mkdir(parents=True)
+    toy = make_toy(num_train=8, num_val=2, image_size=48)
+    names = VOC_CLASSES[: len(class_names(toy))]
+    for split, rows in toy.items():
+        for row in rows:
+            name = f"{split}{row['image_id']}"
+            row["image"].convert("RGB").save(tmp_path / f"JPEGImages/{name}.jpg")
+            tags = "".join(f"<object><name>{names[tag]}</name></object>" for tag in row["tags"])
+            (tmp_path / f"Annotations/{name}.xml").write_text(f"<annotation>{tags}</annotation>")
+            row["mask"].save(tmp_path / f"SegmentationClassAug/{name}.png")
+    for name, split, count in (("train_aug", "train", 8), ("train", "train", 2), ("val", "val", 2)):
+        ids = [f"{split}{image_id}\n" for image_id in toy[split]["image_id"][:count]]
+        (tmp_path / f"ImageSets/Segmentation/{name}.txt").write_text("".join(ids))
+    source = {"source": "voc", "root": str(tmp_path), "classes": list(names)}
+    whole = small | {"data": source, "segmenter": True, "supervised": True}
+    [cell] = compare(whole, tmp_path / "out").cells
+    assert cell["maps"]["num_images"] == 2
+    folder, recipe = tmp_path / "out/cells/voc/plain/seed0", plan_cells(whole, "")[0].recipe
+    data = load_data(**source, masks="all")
+    alone = train_segmenter(data, recipe, tmp_path / "alone", mask_column="mask", cam=folder / "cam")
+    weights = [(path / "model.safetensors").read_bytes() for path in (alone.folder, folder / "supervised")]
+    assert weights[0] == weights[1]
 
 
 def test_data_without_masks_are_compared_by_pictures(plan, tmp_path):

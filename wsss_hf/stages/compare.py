@@ -119,7 +119,7 @@ def compare(
             check_recipe(data, cell.recipe, cell.segmenter)
             starts[repr((cell.recipe.cam, cell.recipe.image))] = cell.recipe
             if cell.supervised:
-                evaluate.needs_masks(data, "train")
+                evaluate.needs_masks(_with_all_masks(cell), "train")
         for recipe in starts.values():
             train_cam.build_cam(recipe, class_names(data["train"]))
     with only_run(out):
@@ -208,7 +208,7 @@ def run_cell(cell: Cell, cams: Sequence[Path] = (), force: bool = False) -> dict
         train_affinity.affinity_of_run(data, labeler, recipe, folder / "affinity", force=force)
     if cell.segmenter:
         results = run(data, recipe, folder, force=force).results
-    supervised = _supervised(cell, data, cams, force) if cell.supervised else {}
+    supervised = _supervised(cell, cams, force) if cell.supervised else {}
     settings = with_affinity(recipe.masks, folder / "affinity" if walks else None)
     started = time.perf_counter()
     maps = evaluate.maps_row("maps", labeler, data, settings)
@@ -230,9 +230,9 @@ def run_cell(cell: Cell, cams: Sequence[Path] = (), force: bool = False) -> dict
     return record
 
 
-def _supervised(cell: Cell, data: DatasetDict, cams: Sequence[Path], force: bool) -> dict[str, Any]:
+def _supervised(cell: Cell, cams: Sequence[Path], force: bool) -> dict[str, Any]:
     """Figures of the segmenter of the same settings that learnt from the true masks; rows with one start share it."""
-    folder, cam = cell.folder / "supervised", cell.folder / "cam"
+    folder, cam, data = cell.folder / "supervised", cell.folder / "cam", _with_all_masks(cell)
     if not force:
         _borrow(folder, train_segmenter.segmenter_record(data, cell.recipe, mask_column="mask", cam=cam), cams)
     twin = train_segmenter.train_segmenter(data, cell.recipe, folder, mask_column="mask", cam=cam, force=force)
@@ -319,7 +319,9 @@ def _made_from(cell: Cell) -> Record:
             inputs[f"segmenter.{name}"] = model_fingerprint(model)
     versions = {stage.__name__.rpartition(".")[2]: stage.VERSION for stage in _STAGES}
     settings = {"recipe": cell.recipe, "segmenter": cell.segmenter, "versions": versions}
-    settings |= {"supervised": True} if cell.supervised else {}
+    if cell.supervised:
+        settings["supervised"] = True
+        inputs["true masks"] = rows_fingerprint(_with_all_masks(cell)["train"], ["image_id", "mask"])
     return Record("compare", VERSION, settings, inputs)
 
 
@@ -332,7 +334,12 @@ def _finished(cell: Cell) -> dict[str, Any] | None:
     return record if _made_from(cell).difference(record.get("made_from", {})) is None else None
 
 
-@lru_cache(maxsize=1)
+def _with_all_masks(cell: Cell) -> DatasetDict:
+    """The data of a cell with the true masks of all training images, also those that are not evaluated on."""
+    return _load(json.dumps(cell.source | {"masks": "all"}))
+
+
+@lru_cache(maxsize=2)  # the masks of an upper bound are a data set of their own
 def _load(source: str) -> DatasetDict:
     """The data set, the same for all seeds: what `limit` draws depends on no cell."""
     return load_data(**json.loads(source))
