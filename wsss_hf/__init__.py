@@ -8,6 +8,7 @@ their own in `pipeline("image-segmentation")` and `pipeline("image-classificatio
 import importlib
 from typing import TYPE_CHECKING
 
+from .models import libraries as _libraries  # noqa: F401  (which imports them faster)
 from .models import registration as _registration  # noqa: F401  (what its import does)
 from .models.attention import AttentionConfig
 from .models.configuration_cam import CamConfig

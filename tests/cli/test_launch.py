@@ -42,6 +42,24 @@ def test_freed_memory_is_kept_for_the_next_step():
     assert kept < as_it_is / 10
 
 
+FROZEN = """
+import gc
+from wsss_hf.cli.launch import prepare_libraries
+prepare_libraries(True)
+first = gc.get_freeze_count()
+held = [[] for _ in range(10**5)]
+prepare_libraries(True)
+print(gc.isenabled(), first, gc.get_freeze_count() - first, len(gc.get_objects()) - len(held))
+"""
+
+
+def test_what_a_command_imports_is_never_searched_for_garbage():
+    done = subprocess.run([sys.executable, "-c", FROZEN], capture_output=True, text=True, check=True)
+    is_enabled, frozen, later, others = done.stdout.split()
+    assert is_enabled == "True" and int(frozen) > 10**5  # objects
+    assert int(later) <= 0 and int(others) < 10**4  # and only they
+
+
 KERNELS_OF_TWO_PASSES = """
 import sys, torch
 from wsss_hf.cli.launch import keep_kernels

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -136,3 +137,17 @@ def test_painted_masks_that_are_gone_are_painted_again(coco, opened):
     for _ in range(2):
         assert [np.asarray(mask).sum() for mask in load_data("coco", root=coco)["val"]["mask"]] == [9] * 4
     assert len(opened) == 4  # twice each
+
+
+def test_the_state_of_a_folder_is_that_of_its_files_in_the_order_of_their_paths(tmp_path):
+    """Records of streams and the names of what is in the cache hold it: another one would make all of it again."""
+    names = ["a/b.png", "a.png", "a-b/c/d.png", "b\udcff.png"]  # "-" and "." are before "/", and one is not UTF-8
+    content = os.path.abspath(tmp_path / "photos")
+    for number, name in enumerate(sorted(names)):
+        file = tmp_path / "photos" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"x" * number)
+        os.utime(file, ns=(0, 10**9 * number))
+        content += f"{file}\0{number}\0{10**9 * number}\n"
+    wanted = hashlib.blake2b(content.encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    assert prepared.tree_state(tmp_path / "photos") == wanted

@@ -96,19 +96,23 @@ def tree_state(folder: str | Path) -> str:
     if os.path.isfile(folder):
         found = os.stat(folder)
         state.update(f"{found.st_size}\0{found.st_mtime_ns}".encode())
-    for path, size, changed in sorted(_files(os.fspath(folder))) if os.path.isdir(folder) else ():
-        state.update(f"{path}\0{size}\0{changed}\n".encode(errors="surrogateescape"))
+    elif os.path.isdir(folder):
+        lines = sorted(_file_states(os.fspath(folder)))
+        state.update("".join(lines).encode(errors="surrogateescape"))
     return state.hexdigest()
 
 
-def _files(folder: str) -> Iterator[tuple[str, int, int]]:
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _files(entry.path)
-            else:
-                found = entry.stat()
-                yield entry.path, found.st_size, found.st_mtime_ns
+def _file_states(folder: str) -> Iterator[str]:
+    """A line for each file in a folder and those below it: unordered, but sorting them sorts the paths."""
+    folders = [folder]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    folders.append(entry.path)
+                else:
+                    found = entry.stat()
+                    yield f"{entry.path}\0{found.st_size}\0{found.st_mtime_ns}\n"
 
 
 @contextmanager

@@ -35,9 +35,8 @@ def row_fingerprints(rows: Dataset, columns: Sequence[str]) -> list[str]:
     images = {name for name in names if isinstance(rows.features[name], ImageFeature)}
     found = []
     for batch in undecoded(rows.select_columns(names)).iter(_ROWS_AT_A_TIME):
-        for values in zip(*(batch[name] for name in names), strict=True):
-            parts = [_image(v) if name in images else repr(v) for name, v in zip(names, values, strict=True)]
-            found.append(digest([*names, *parts]))
+        parts = (map(_image if name in images else repr, batch[name]) for name in names)
+        found += [digest([*names, *row]) for row in zip(*parts, strict=True)]
     return found
 
 
