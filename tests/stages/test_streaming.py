@@ -24,6 +24,7 @@ from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.recipes import RecipeError, load_recipe
 from wsss_hf.stages import evaluate as evaluate_module
+from wsss_hf.stages import predict_masks as predict_masks_module
 from wsss_hf.stages.evaluate import evaluate
 from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.run import run
@@ -283,7 +284,7 @@ def test_saliency_that_is_missing_later_is_named(shards, toy_data, cam_folder, m
 def test_figures_of_a_stream_are_those_of_the_same_rows(
     shards, toy_data, wanted, cam_folder, mask_recipe, segmenter_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluate_module, "_WINDOW", 2)
+    monkeypatch.setattr(evaluate_module, "WINDOW", 2)
     for index in range(2):
         part = toy_data["val"].shard(2, index, contiguous=True)
         part.to_parquet(shards / f"validation-{index:05d}-of-00002.parquet")
@@ -298,6 +299,32 @@ def test_figures_of_a_stream_are_those_of_the_same_rows(
     models = {"segmenter": segmenter_folder, "against": segmenter_folder}
     gaps = [evaluate(of, recipe, **models).gap for of in (data, toy_data)]
     assert gaps[0] == gaps[1]
+
+
+def test_label_maps_of_a_stream_are_those_of_the_same_rows(shards, toy_data, segmenter_folder, tmp_path, monkeypatch):
+    pytest.importorskip("pycocotools")
+    monkeypatch.setattr(predict_masks_module, "WINDOW", 2)
+    found = {}
+    for name, data in (("stream", load_stream(shards)), ("rows", toy_data)):
+        out, coco = tmp_path / name, tmp_path / f"{name}.json"
+        figures = evaluate(data, segmenter=segmenter_folder, split="train", save_masks=out, export_coco=coco)
+        found[name] = figures.results, coco.read_bytes(), {file.name: file.read_bytes() for file in out.iterdir()}
+    assert found["stream"] == found["rows"] and len(found["rows"][2]) == 12
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_label_maps_of_a_stream_need_rows_and_files_of_their_own(shards, toy_data, segmenter_folder, tmp_path):
+    data = load_stream(shards, columns={"mask": "none"})
+    evaluate(data, segmenter=segmenter_folder, split="train", save_masks=tmp_path / "maps")  # nothing to measure on
+    assert len(list((tmp_path / "maps").iterdir())) == 12
+    toy_data["train"].select([0]).to_parquet(shards / "train-00004-of-00004.parquet")
+    options = {"segmenter": segmenter_folder, "split": "train", "save_masks": tmp_path / "none"}
+    with pytest.raises(DataError, match="expected a file of its own, got .*.png of row"):
+        evaluate(load_stream(shards), **options)
+    toy_data["train"].select([]).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match="label maps: expected rows to make them of, got none"):
+        evaluate(load_stream(tmp_path / "empty.parquet"), **options)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_stream_without_true_masks_is_said(shards, toy_data, cam_folder, mask_recipe, tmp_path):
@@ -390,6 +417,8 @@ for source in ("shards", "one.parquet"):
     data = load_stream(folder / source)
     make_masks(data, cam, recipe, folder / f"{source}-masks")
     found = [evaluate(data, recipe, cam=cam), evaluate(data, recipe, segmenter=segmenter, split="train")]
+    saved = {"save_masks": folder / f"{source}-maps", "export_coco": folder / f"{source}-coco.json"}
+    found.append(evaluate(data, recipe, segmenter=segmenter, split="train", **saved))
     train_cam(data, recipe, folder / f"{source}-cam")
     if PartialState().is_main_process:
         (folder / f"{source}.json").write_text(json.dumps([one.results for one in found]))
@@ -421,11 +450,16 @@ def test_two_processes_share_a_stream(
     done = in_two_processes(tmp_path, tmp_path / "work.py", *arguments)
     assert done.returncode == 0, done.stderr
     models = {"cam": cam_folder}, {"segmenter": segmenter_folder, "split": "train"}
+    saved = {"save_masks": tmp_path / "maps", "export_coco": tmp_path / "coco.json"}
+    models += ({**models[1], **saved},)
     figures = json.loads(json.dumps([evaluate(toy_data, recipe, **options).results for options in models]))
     for source in ("shards", "one.parquet"):  # two shards for each process, and one for both
         masks = masks_by_id(load_from_disk(str(tmp_path / f"{source}-masks")))
         assert list(masks.items()) == list(masks_by_id(wanted.data).items())
         assert json.loads((tmp_path / f"{source}.json").read_text()) == figures
+        assert (tmp_path / f"{source}-coco.json").read_text() == (tmp_path / "coco.json").read_text()
+        for file in (tmp_path / "maps").iterdir():
+            assert (tmp_path / f"{source}-maps" / file.name).read_bytes() == file.read_bytes()
         seen = [(tmp_path / f"{source}-{rank}.txt").read_text().split() for rank in range(2)]
         assert len(seen[0]) == len(seen[1]) == 6 and {*seen[0], *seen[1]} == masks.keys()
 

@@ -27,6 +27,7 @@ from .folder import SPLIT_NAMES
 from .sources import RECORD, as_list, shard_loader
 from .tagged import DataError, TaggedData, check_class_names, undecoded
 
+WINDOW = 256  # rows of a stream that are in memory, where no setting says how many
 _MAPS = ("mask", "saliency", "superpixels", "pseudo_mask", "confidence")
 
 

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from ..data.export import file_stem
 from ..data.palette import check_palette
 from ..data.saliency import check_saliency
-from ..data.streams import sample_of, windows
+from ..data.streams import WINDOW, sample_of, windows
 from ..data.tagged import (
     DataError,
     check_classes,
@@ -115,8 +115,6 @@ def evaluate(
     if segmenter is not None and save_masks is not None:
         if split not in data:
             raise RecipeError(f"--split: expected {' or '.join(data)}, got {split}")
-        if isinstance(data[split], IterableDataset):
-            raise RecipeError("--save-masks: expected data that are not streamed")
         predict_masks(segmenter, data[split], recipe.evaluation, save_masks, **exports)
         if has_masks(data, split):
             row = {"result": f"segmenter {segmenter}", "split": split, "of": Path(segmenter).name}
@@ -207,7 +205,6 @@ def needs_masks(data: DatasetDict, split: str) -> None:
 
 
 VERSION = 4
-_WINDOW = 256  # rows of a stream that are in memory
 _NO_MASKS = "column {!r}: expected masks to evaluate on, and no row has one"
 
 # Figures
@@ -243,7 +240,7 @@ def _share(rows: Dataset | IterableDataset, *columns: str) -> tuple[Iterable[Dat
 
 def _filled_windows(rows: IterableDataset, columns: Sequence[str]) -> Iterator[Dataset]:
     count = np.zeros(1, dtype=np.int64)
-    for _, window in windows(rows, _WINDOW):
+    for _, window in windows(rows, WINDOW):
         for column in columns:
             window = window.select(np.flatnonzero(has_value(window, column)) if column in window.features else [])
         if len(window):
