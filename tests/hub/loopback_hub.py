@@ -61,6 +61,7 @@ class LoopbackHub:
         requests: (method, path) of every request, in order.
         uploads: paths of the files that commits brought, in order.
         cut_commits: break the connection in the middle of every commit.
+        refusal: the body of the answer 400 to every card; None looks at them.
     """
 
     def __init__(self):
@@ -68,6 +69,7 @@ class LoopbackHub:
         self.requests: list[tuple[str, str]] = []
         self.uploads: list[str] = []
         self.cut_commits = False
+        self.refusal: bytes | None = None
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -178,6 +180,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"url": f"{self.hub.url}/{prefix}{repo_id}", "name": repo_id}, 409 if known else 200)
 
     def _validate_card(self):
+        if self.hub.refusal is not None:
+            return self._send(400, self.hub.refusal, {"Content-Type": ""})
         header = re.match(r"---\r?\n(.*?)\r?\n---", json.loads(self._body())["content"], re.DOTALL)
         try:
             valid = header is not None and isinstance(yaml.safe_load(header[1]), dict)

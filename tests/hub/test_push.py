@@ -230,6 +230,22 @@ def test_a_licence_that_the_hub_does_not_know_leaves_no_repository(hub, wsss, ru
         assert ModelCard(hub.files("tester/pets")["README.md"].decode()).data.license == licence
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("<html>\n <b>Bad request</b></html>", "'<html> <b>Bad request</b></html>'"),
+        ('{"error": "Invalid content"}', """'{"error": "Invalid content"}'"""),
+        ('{"errors": ["Invalid content"]}', """'{"errors": ["Invalid content"]}'"""),
+        ("", "'it gives no reason'"),
+    ],
+)
+def test_a_refusal_in_any_form_is_one_line(hub, wsss, run_folder, answer, said):
+    hub.refusal = answer.encode()
+    code, out, err = wsss("push", run_folder, "tester/pets")
+    assert (code, out, err) == (1, "", f"error: README.md: the Hub refuses its metadata: {said}\n")
+    assert not hub.repositories
+
+
 @pytest.mark.slow
 def test_code_and_weights_that_are_no_longer_needed_go_and_foreign_files_stay(hub, run_folder):
     push_model(run_folder / "cam", "tester/pets")

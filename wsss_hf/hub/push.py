@@ -475,8 +475,17 @@ def _check_card(file: Path, repo_type: str) -> None:
     try:
         RepoCard.load(file).validate(repo_type)
     except ValueError as error:  # with the Hub's answer
-        reasons = " and ".join(entry["message"] for entry in json.loads(str(error))["errors"])
+        reasons = _reasons(str(error))
         raise HubError(f"{file.name}: the Hub refuses its metadata: {brief(reasons)}") from error
+
+
+def _reasons(answer: str) -> str:
+    """The messages in the Hub's answer; all of it where it has another form, as that of a proxy."""
+    try:
+        found = " and ".join(entry["message"] for entry in json.loads(answer)["errors"])
+    except (ValueError, LookupError, TypeError):
+        found = ""
+    return found or " ".join(answer.split()) or "it gives no reason"
 
 
 def _files_to_push(folder: Path, token: str | None) -> dict[str, Path]:
