@@ -2,11 +2,13 @@
 
     python scripts/benchmark_size.py --images 2000 20000
     python scripts/benchmark_size.py --images 100000 --stages make-masks --steps 2
+    python scripts/benchmark_size.py --images 2000 10000 --stages evaluate-stream --steps 2
 
 For every number of images and stage: peak resident memory of the process, its CPU and wall-clock seconds; of labelling
 also those until it starts, with rows read, checked and compared with earlier results, and those of the finished
 command given once more. Some seconds of each are the imports. Images and masks are a few pictures under many names;
-networks are tiny.
+networks are tiny. What the chosen stages need runs before them; evaluate-stream measures classifier and segmenter on
+the same images in tar files, read as a stream.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import io
 import os
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -26,8 +29,10 @@ from PIL import Image
 
 BACKBONE = "{model_type: resnet, layer_type: basic, embedding_size: 8, hidden_sizes: [8, 16], depths: [1, 1]}"
 CLASSES = ("circle", "cross", "square")  # in the order that a folder gives them
-STAGES = ("train-cam", "make-masks", "train-segmenter", "evaluate")
+STAGES = ("train-cam", "make-masks", "train-segmenter", "evaluate", "evaluate-stream")
+NEEDS = {"make-masks": 1, "train-segmenter": 2, "evaluate": 3, "evaluate-stream": 3}  # so many of the first stages
 PICTURES = 60  # that differ
+SHARD = 1000  # images of a tar file
 
 
 def generate(folder: Path, count: int, side: int) -> None:
@@ -54,6 +59,22 @@ def generate(folder: Path, count: int, side: int) -> None:
     (folder / "metadata.csv").write_text("\n".join(lines))
 
 
+def generate_shards(folder: Path, data: Path) -> None:
+    """Write the images, tags and masks that `generate` wrote to `data` as tar files for a stream."""
+    if folder.exists():
+        return
+    folder.mkdir()
+    rows = [line.split(",") for line in (data / "metadata.csv").read_text().splitlines()[1:]]
+    for start in range(0, len(rows), SHARD):
+        with tarfile.open(folder / f"train-{start // SHARD:05d}.tar", "w") as shard:
+            for image, tag, mask in rows[start : start + SHARD]:
+                contents = {"png": (data / image).read_bytes(), "mask.png": (data / mask).read_bytes()}
+                for suffix, content in (contents | {"txt": tag.encode()}).items():
+                    member = tarfile.TarInfo(f"{Path(image).stem}.{suffix}")
+                    member.size = len(content)
+                    shard.addfile(member, io.BytesIO(content))
+
+
 def _png(pixels: np.ndarray) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, format="PNG")
@@ -62,7 +83,7 @@ def _png(pixels: np.ndarray) -> bytes:
 
 def command(stage: str, data: Path, out: Path, side: int, steps: int) -> list[str]:
     """The command of a stage, on what the stages before it have written beside `out`."""
-    source = data if stage != "train-segmenter" else out / "make-masks"
+    source = {"train-segmenter": out / "make-masks", "evaluate-stream": out / "shards"}.get(stage, data)
     options = ["--data", str(source), "--recipe", "default", "--quiet", "--set", f"image.size={side}"]
     for part in ("cam", "segmenter"):
         options += ["--set", f"{part}.backbone_config={BACKBONE}", "--set", f"{part}.train.steps={steps}"]
@@ -70,13 +91,16 @@ def command(stage: str, data: Path, out: Path, side: int, steps: int) -> list[st
         options += ["--set", change]
     for change in ("evaluation.scales=[1.0]", "evaluation.flip=false", "segmenter.keep_area=false"):
         options += ["--set", change]
-    if stage == "make-masks":
+    if stage in ("make-masks", "evaluate-stream"):
         options += ["--cam", str(out / "train-cam")]
-    if stage == "evaluate":
+    if stage == "evaluate-stream":
+        options += ["--streaming", "--classes", ",".join(CLASSES)]
+        options += ["--columns", "image_id=__key__,image=png,mask=mask.png,tags=txt"]
+    if stage.startswith("evaluate"):
         options += ["--model", str(out / "train-segmenter"), "--split", "train"]
     else:
         options += ["--out", str(out / stage)]
-    return [sys.executable, "-m", "wsss_hf", stage, *options]
+    return [sys.executable, "-m", "wsss_hf", stage.removesuffix("-stream"), *options]
 
 
 def measure(arguments: list[str], appears: Path | None = None) -> dict[str, float]:
@@ -112,8 +136,11 @@ def main() -> None:
             folder = (arguments.folder or Path(temporary)) / str(count)
             generate(folder / "data", count, arguments.side)
             for stage in STAGES:
-                if stage not in arguments.stages and not (stage == "train-cam" and "make-masks" in arguments.stages):
+                needed = STAGES[: max(NEEDS.get(chosen, 0) for chosen in arguments.stages)]
+                if stage not in (*arguments.stages, *needed):
                     continue
+                if stage == "evaluate-stream":
+                    generate_shards(folder / "shards", folder / "data")
                 run = command(stage, folder / "data", folder, arguments.side, arguments.steps)
                 partial = folder / f"{stage}.partial" / "recipe.yaml" if stage == "make-masks" else None
                 report(count, stage, measure(run, partial))
