@@ -1,29 +1,44 @@
 """Stages on streams: shards that are read while a stage runs."""
 
+import io
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Image, IterableDataset, IterableDatasetDict, List, Value, config, load_from_disk
+from datasets import (
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    List,
+    Value,
+    concatenate_datasets,
+    config,
+    load_from_disk,
+)
 from safetensors.torch import load_file
 
 from wsss_hf.cli.main import main
 from wsss_hf.data import examples as module
 from wsss_hf.data.examples import StreamedExamples
 from wsss_hf.data.sources import load_data
-from wsss_hf.data.streams import load_stream
+from wsss_hf.data.streams import load_stream, sample_of
 from wsss_hf.data.tagged import DataError, class_names, undecoded
 from wsss_hf.models.configuration_segmenter import SegmenterConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.recipes import RecipeError, load_recipe
 from wsss_hf.stages import evaluate as evaluate_module
+from wsss_hf.stages import make_masks as make_masks_module
 from wsss_hf.stages import predict_masks as predict_masks_module
 from wsss_hf.stages.evaluate import evaluate
 from wsss_hf.stages.make_masks import make_masks
@@ -314,7 +329,8 @@ def test_label_maps_of_a_stream_are_those_of_the_same_rows(shards, toy_data, seg
 
 
 def test_label_maps_of_a_stream_need_rows_and_files_of_their_own(shards, toy_data, segmenter_folder, tmp_path):
-    data = load_stream(shards, columns={"mask": "none"})
+    toy_data["train"].remove_columns("mask").to_parquet(tmp_path / "plain.parquet")
+    data = load_stream(tmp_path / "plain.parquet")
     evaluate(data, segmenter=segmenter_folder, split="train", save_masks=tmp_path / "maps")  # nothing to measure on
     assert len(list((tmp_path / "maps").iterdir())) == 12
     toy_data["train"].select([0]).to_parquet(shards / "train-00004-of-00004.parquet")
@@ -328,8 +344,9 @@ def test_label_maps_of_a_stream_need_rows_and_files_of_their_own(shards, toy_dat
 
 
 def test_a_stream_without_true_masks_is_said(shards, toy_data, cam_folder, mask_recipe, tmp_path):
+    toy_data["train"].remove_columns("mask").to_parquet(tmp_path / "plain.parquet")
     with pytest.raises(DataError, match="split 'train': expected true masks to evaluate on, and no row has one"):
-        evaluate(load_stream(shards, columns={"mask": "none"}), mask_recipe, cam=cam_folder)
+        evaluate(load_stream(tmp_path / "plain.parquet"), mask_recipe, cam=cam_folder)
     empty = undecoded(toy_data["train"]).map(lambda row: {"mask": None}).cast_column("image", Image())
     empty.cast_column("mask", Image()).to_parquet(tmp_path / "empty.parquet")
     with pytest.raises(DataError, match="column 'mask': expected masks to evaluate on, and no row has one"):
@@ -384,6 +401,107 @@ def test_a_run_on_a_stream(shards, toy_data, tiny_recipe, tmp_path, no_training,
     assert load_from_disk(str(result.masks))["train"].column_names == ["image_id", "tags", "pseudo_mask"]
     figures = evaluate(data, recipe, segmenter=result.segmenter).results[0]
     assert figures["iou"] == result.results[1]["iou"]
+
+
+# What is wrong with a stream
+
+
+def with_tags(rows, tags, file):
+    """Rows as Parquet with any numbers as tags, which the library would not write."""
+    table = rows.data.table.combine_chunks()
+    place = table.schema.get_field_index("tags")
+    values = pa.array(tags, table.schema.field("tags").type)
+    pq.write_table(table.set_column(place, table.schema.field("tags"), values), file)
+    return file
+
+
+@pytest.mark.parametrize("wrong", [None, [8], [-1], [0, None]])
+def test_tags_that_are_no_class_name_their_row(toy_data, tmp_path, wrong):
+    tags = [wrong if number == 5 else value for number, value in enumerate(toy_data["train"]["tags"])]
+    file = with_tags(toy_data["train"], tags, tmp_path / "tags.parquet")
+    message = f"tags.parquet: row 'train_00005': tags: expected class indices 0..7, got {wrong}"
+    with pytest.raises(DataError, match=re.escape(message)):
+        list(load_stream(file)["train"])
+
+
+def test_one_image_id_far_from_the_other_is_found_before_the_masks_have_a_name(
+    shards, toy_data, cam_folder, mask_recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(make_masks_module, "sample_of", lambda rows: sample_of(rows, 4))
+    concatenate_datasets([toy_data["val"], toy_data["train"].select([1])]).to_parquet(shards / "train-00004.parquet")
+    with pytest.raises(DataError, match="expected an image_id that no other row has, got 'train_00001' twice"):
+        make_masks(load_stream(shards), cam_folder, mask_recipe.changed(FIXED), tmp_path / "masks")
+    assert not (tmp_path / "masks").exists()
+
+
+def tar_of(rows, file):
+    tag = class_names(rows)[0].encode()
+    with tarfile.open(file, "w") as shard:
+        for row in undecoded(rows):
+            contents = {"png": row["image"]["bytes"], "mask.png": row["mask"]["bytes"], "txt": tag}
+            for suffix, content in contents.items():
+                member = tarfile.TarInfo(f"{row['image_id']}.{suffix}")
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_damaged_shard_ends_every_stage_in_a_line(
+    shards, toy_data, cam_folder, segmenter_folder, mask_recipe, tiny_recipe, tmp_path, kind
+):
+    options = {}
+    if kind == "tar":
+        options = {"columns": {"image": "png", "mask": "mask.png", "tags": "txt"}, "classes": class_names(toy_data)}
+        for file in shards.iterdir():
+            file.unlink()
+        for number in range(2):
+            tar_of(toy_data["train"].shard(2, number), shards / f"train-{number}.tar")
+    damaged = max(shards.iterdir())
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    data = load_stream(shards, **options)
+    for stage in (
+        lambda: make_masks(data, cam_folder, mask_recipe.changed(FIXED), tmp_path / "masks"),
+        lambda: evaluate(data, segmenter=segmenter_folder, split="train"),
+        lambda: train_cam(data, tiny_recipe.changed("cam.train.steps=8"), tmp_path / "cam"),
+    ):
+        with pytest.raises(DataError, match="stream: expected shards that can be read, got a damaged one"):
+            stage()
+    for file in shards.iterdir():
+        file.write_bytes(b"nothing of the kind" * 100)
+    with pytest.raises(DataError, match="shards" if kind == "tar" else "damaged"):
+        list(load_stream(shards, **options)["train"])
+
+
+def test_columns_that_are_not_there_or_hold_no_images_are_said_at_once(shards, tmp_path):
+    for columns, message in (
+        ({"masks": "mask"}, "columns: expected one of image_id, image, tags, mask, .*, got 'masks'"),
+        ({"mask": "truth"}, "columns: expected a column of .*, image_id, image, tags, mask, got 'truth'"),
+        ({"mask": "tags"}, r"column 'tags': expected images \(datasets.Image\), got List"),
+        ({"image": "image_id"}, r"column 'image_id': expected images \(datasets.Image\), got Value"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_stream(shards, columns=columns)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "train.csv").write_text("image,tags\na.png,cat\n")
+    with pytest.raises(DataError, match="texts: expected shards with images, Parquet or WebDataset, got others"):
+        load_stream(tmp_path / "texts")
+
+
+@pytest.mark.slow
+def test_a_broken_image_in_a_worker_is_one_line(shards, toy_data, tiny_settings, tmp_path, capsys):
+    rows = undecoded(toy_data["train"])
+    cut = {"bytes": rows[0]["image"]["bytes"][:200], "path": None}
+    broken = rows.map(lambda row, n: {"image": cut if n == 5 else row["image"]}, with_indices=True)
+    for column in ("image", "mask"):
+        broken = broken.cast_column(column, Image())
+    broken.to_parquet(tmp_path / "broken.parquet")
+    changes = [*tiny_settings, "cam.train.steps=3", "cam.train.workers=1"]
+    options = ["--streaming", "--quiet", *itertools.chain.from_iterable(("--set", change) for change in changes)]
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["train-cam", "--data", str(tmp_path / "broken.parquet"), "--out", str(tmp_path / "cam"), *options])
+    said = "row 'train_00005', column image: expected an image, got a file that can't be decoded"
+    assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
 # Two processes

@@ -80,7 +80,10 @@ def _is_for_users(error: Exception) -> bool:
 def _reason(error: BaseException) -> str:
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__  # which says why
-    return str(error).strip() or type(error).__name__
+    text = str(error).strip()
+    if " in DataLoader worker process " in text.partition("\n")[0]:  # then torch's report, with the error at its end
+        text = text.splitlines()[-1].partition(": ")[2]
+    return text or type(error).__name__
 
 
 def _leave_process_group() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..models.maps import IGNORE_INDEX
+from .streams import whole_shards
 from .tagged import (
     DataError,
     class_names,
@@ -158,10 +159,11 @@ class StreamedExamples(TaggedExamples, torch.utils.data.IterableDataset):
         for number in itertools.count():
             rows.set_epoch(number)
             before = done
-            for row in rows:
-                if done >= self.start:
-                    yield self.example(row, np.random.default_rng((self.seed, self.process, done)))
-                done += 1
+            with whole_shards():
+                for row in rows:
+                    if done >= self.start:
+                        yield self.example(row, np.random.default_rng((self.seed, self.process, done)))
+                    done += 1
             if done == before:
                 raise DataError(f"stream: expected rows for each of {self.processes} processes, got none for one")
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import yaml
 from accelerate import PartialState
 from datasets import (
@@ -56,7 +59,7 @@ def load_stream(
         its own.
 
     Raises:
-        DataError: no such data, no split "train", or columns that can't be tags and images.
+        DataError: no such data, no split "train", or columns that are not there or can't be tags and images.
     """
     labelled = _labelled_stream(Path(source))
     if labelled is not None:
@@ -67,12 +70,13 @@ def load_stream(
     options = {} if loader is None else {"data_files" if Path(source).is_file() else "data_dir": name}
     try:
         found = load_dataset(loader or name, revision=revision, streaming=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, tarfile.TarError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: expected shards or the id of a data set to stream, got {reason}") from error
     splits = {split: next((name for name in names if name in found), None) for split, names in SPLIT_NAMES.items()}
     if not isinstance(found, IterableDatasetDict) or splits["train"] is None:
         raise DataError(f"{name}: expected a split 'train', got {', '.join(map(str, found))}")
+    _check_columns([found[theirs] for theirs in splits.values() if theirs is not None], name, columns or {})
     rows = {
         split: _with_our_columns(found[theirs], name, classes, columns or {}, split)
         for split, theirs in splits.items()
@@ -113,21 +117,45 @@ def windows(
                 reader = reader or iter(rows.shard(rows.num_shards, shard).skip(start))
                 read = itertools.islice(reader, size)
                 if by_shard or number % state.num_processes == state.process_index:
-                    window = _in_memory(read, rows.features)
+                    with whole_shards():
+                        window = _in_memory(read, rows.features)
                     count = len(window)
                     yield name, window
                 else:
-                    count = sum(1 for _ in read)
+                    with whole_shards():
+                        count = sum(1 for _ in read)
             start += count
             if count < size:
                 break
 
 
 def sample_of(rows: IterableDataset, count: int = 256) -> Dataset:
-    """About `count` rows of a stream, the same in every process: the first of up to 16 evenly spaced shards."""
+    """About `count` rows of a stream, the same in every process: the first of up to 16 evenly spaced shards.
+
+    Raises:
+        DataError: there is none.
+    """
     shards = np.unique(np.linspace(0, rows.num_shards - 1, 16).astype(int)).tolist()
     parts = (rows.shard(rows.num_shards, shard).take(-(-count // len(shards))) for shard in shards)
-    return _in_memory(itertools.chain.from_iterable(parts), rows.features)
+    with whole_shards():
+        sample = _in_memory(itertools.chain.from_iterable(parts), rows.features)
+    if not len(sample):
+        raise DataError("stream: expected rows, got none")
+    return sample
+
+
+@contextmanager
+def whole_shards() -> Iterator[None]:
+    """For reading: what libraries say of a damaged file, in one line.
+
+    Raises:
+        DataError: there is one.
+    """
+    try:
+        yield
+    except (tarfile.TarError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"stream: expected shards that can be read, got a damaged one ({reason})") from error
 
 
 def _in_memory(rows: Iterable[dict], features: Features) -> Dataset:
@@ -165,6 +193,18 @@ def _with_pseudo_masks(data: TaggedData, folder: Path) -> TaggedData:
     return TaggedData({**data, "train": rows}, {"source": str(folder), "streaming": True})
 
 
+def _check_columns(splits: Sequence[IterableDataset], source: str, columns: Mapping[str, str]) -> None:
+    """That columns have types, and that those exist in some split which are mapped to ours."""
+    if any(rows.features is None for rows in splits):
+        raise DataError(f"{source}: expected shards with images, Parquet or WebDataset, got others")
+    for ours, theirs in columns.items():
+        known = ("image_id", "image", "tags", *_MAPS)
+        if ours not in known:
+            raise DataError(f"columns: expected one of {', '.join(known)}, got {ours!r}")
+        if all(_feature(rows.features, theirs) is None for rows in splits):
+            raise DataError(f"columns: expected a column of {source}, {', '.join(splits[0].features)}, got {theirs!r}")
+
+
 def _with_our_columns(
     rows: IterableDataset, source: str, classes: Sequence[str] | None, columns: Mapping[str, str], split: str
 ) -> IterableDataset:
@@ -174,6 +214,10 @@ def _with_our_columns(
     for name in ("image", "tags"):
         if features[name] is None:
             raise DataError(f"{source}: expected a column {places[name]!r}, got {', '.join(rows.features)}")
+    for name in ("image", *_MAPS):
+        if features[name] is not None and not _holds_images(features[name]):
+            expected = f"{source}, column {places[name]!r}: expected images (datasets.Image)"
+            raise DataError(f"{expected}, got {features[name]}")
     label: Any = features["tags"].feature if isinstance(features["tags"], List) else features["tags"]
     names = list(label.names if isinstance(label, ClassLabel) else classes or ())
     if not names:
@@ -183,13 +227,17 @@ def _with_our_columns(
     check_class_names(names)
     kept = [name for name in ("image", *_MAPS) if features[name] is not None]
     numbers = {name: number for number, name in enumerate(names)}
+    indices = set(numbers.values())
 
     def convert(row: dict, index: int) -> dict:
         identity = None if features["image_id"] is None else _value(row, places["image_id"])
         found = {"image_id": f"{split}_{index:06d}" if identity is None else str(identity)}
-        tags = as_list(_value(row, places["tags"]))
+        value, where = _value(row, places["tags"]), f"{source}: row {found['image_id']!r}"
+        tags = as_list(value)
         if not isinstance(label, ClassLabel):
-            tags = _indices(tags, numbers, f"{source}: row {found['image_id']!r}")
+            tags = _indices(tags, numbers, where)
+        elif (value is None and isinstance(features["tags"], List)) or not set(tags) <= indices:
+            raise DataError(f"{where}: tags: expected class indices 0..{len(names) - 1}, got {value}")
         return found | {"tags": tags} | {name: _value(row, places[name]) for name in kept}
 
     wanted = {"image_id": Value("string"), "tags": List(ClassLabel(names=names))}
@@ -218,6 +266,11 @@ def _feature(features: Mapping[str, Any], place: str) -> Any:
     if isinstance(feature, List) and isinstance(feature.feature, dict) and field in feature.feature:
         return List(feature.feature[field])
     return feature.get(field) if isinstance(feature, dict) else None
+
+
+def _holds_images(feature: Any) -> bool:
+    """Also of shards without the library's own description of their columns."""
+    return isinstance(feature, ImageFeature) or (isinstance(feature, dict) and {"bytes", "path"} <= feature.keys())
 
 
 def _value(row: dict, place: str) -> Any:

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ def make_masks(
         and alphas of the first `masks.keep` rows, by row and class index.
 
     Raises:
-        DataError: the classifier has other classes than the data, or a column that the label rule needs is missing.
+        DataError: the classifier has other classes than the data, a column that the label rule needs is missing, or
+            two rows of a stream have one image_id: known before where its first rows show it, else at the end.
     """
     rows, settings = data["train"], recipe.masks
     is_streamed = isinstance(rows, IterableDataset)
@@ -130,6 +131,8 @@ def make_masks(
         with rules[0]:  # which may own worker processes
             made = compute_shards(compute, rows, fingerprints, features, shards, size, "masks", key, beside)
         if state.is_main_process:
+            if is_streamed:
+                _check_ids(made["image_id"])
             labelled, result = made.remove_columns("fallbacks"), folder / "result"
             if not is_streamed:
                 labelled = concatenate_datasets([rows.select_columns(others), labelled], axis=1)
@@ -155,15 +158,17 @@ def _checked_sample(rows: IterableDataset) -> Dataset:
         DataError: there is none, or masks can't be found by their image_id.
     """
     sample = sample_of(rows)
-    if not len(sample):
-        raise DataError("stream: expected rows, got none")
-    twice = [image_id for image_id, count in Counter(sample["image_id"]).items() if count > 1]
+    _check_ids(sample["image_id"])
+    return sample
+
+
+def _check_ids(image_ids: Iterable[str]) -> None:
+    twice = [image_id for image_id, count in Counter(image_ids).items() if count > 1]
     if twice:
         raise DataError(
             f"stream: expected an image_id that no other row has, got {twice[0]!r} twice (map a column of names to "
             "image_id)"
         )
-    return sample
 
 
 def _print_summary(summary: dict) -> None:
