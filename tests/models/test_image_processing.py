@@ -39,6 +39,17 @@ def test_images_of_any_mode_are_read_as_rgb(mode):
         torch.testing.assert_close(grey[0], grey[1])
 
 
+def test_transparent_pixels_are_white():
+    processor, picture = WsssImageProcessor(), photograph()
+    alpha = Image.new("L", picture.size, 255)
+    alpha.paste(0, (0, 0, 30, 40))
+    expected = picture.copy()
+    expected.paste("white", (0, 0, 30, 40))
+    picture.putalpha(alpha)
+    seen, wanted = (processor(image, return_tensors="pt")["pixel_values"] for image in (picture, expected))
+    assert torch.equal(seen, wanted)
+
+
 def test_16_bits_and_floating_point_are_scaled_and_not_cut_off():
     processor, grey = WsssImageProcessor(), np.asarray(photograph().convert("L"))
     expected = processor(Image.fromarray(grey), return_tensors="pt")["pixel_values"]

@@ -1,13 +1,11 @@
 """Image processor of the CAM classifier and the segmenter (PIL backend: torchvision is not needed)."""
 
-from __future__ import annotations
-
 from PIL import Image
 from transformers import BatchFeature
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
 from .maps import IGNORE_INDEX
-from .pictures import eight_bits
+from .pictures import opaque
 
 
 class WsssImageProcessor(SegformerImageProcessorPil):
@@ -22,9 +20,9 @@ class WsssImageProcessor(SegformerImageProcessorPil):
     size = {"shortest_edge": 224, "longest_edge": 1792}
     default_to_square = False
 
-    def convert_to_rgb(self, image, input_data_format=None):
-        image = eight_bits(image) if isinstance(image, Image.Image) else image
-        return super().convert_to_rgb(image, input_data_format)
+    def convert_to_rgb(self, image, *args, **kwargs):  # transformers 5.23 gives the input's format, 5.20 nothing
+        image = opaque(image) if isinstance(image, Image.Image) else image
+        return super().convert_to_rgb(image, *args, **kwargs)
 
     def _preprocess_image_like_inputs(self, *args, do_pad=None, pad_size=None, return_tensors=None, **kwargs):
         found = super()._preprocess_image_like_inputs(*args, **kwargs | {"return_tensors": None})

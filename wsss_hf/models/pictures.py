@@ -69,29 +69,28 @@ def to_rgb(image: Image.Image) -> Image.Image:
         PictureError: it is far too long, or its values have another range.
     """
     check_shape(image)
-    image = eight_bits(upright(image))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    image = opaque(upright(image))
     image.info = {}  # else whoever reads its EXIF data turns it again
     return image
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Grey values of 16 bits or floating point → mode "L", scaled as in [`to_rgb`]; other images as they are."""
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    values: np.ndarray = np.asarray(image)
-    lowest, highest = values.min(), values.max()
-    if image.mode == "F":
-        if lowest >= 0 and highest <= 1:  # nor NaN
-            return Image.fromarray((255 * values).round().astype(np.uint8))
-        wanted = "floating-point values in [0, 1]"
-    else:
-        if lowest >= 0 and (_DARK <= highest <= 65535 or highest == 0):
-            return Image.fromarray((values // 257).astype(np.uint8))
-        wanted = "16-bit values that use their range, 0..65535"
+def opaque(image: Image.Image) -> Image.Image:
+    """An image of any mode → one of mode "RGB" as in [`to_rgb`], but neither turned nor held against its shape."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(eight_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of 16 bits or floating point → uint8, scaled as in [`to_rgb`]."""
+    lowest, highest, whole = values.min(), values.max(), values.dtype.kind != "f"
+    if whole and lowest >= 0 and (_DARK <= highest <= 65535 or highest == 0):
+        return (values // 257).astype(np.uint8)
+    if not whole and lowest >= 0 and highest <= 1:  # nor NaN
+        return (255 * values).round().astype(np.uint8)
+    wanted = "16-bit values that use their range, 0..65535" if whole else "floating-point values in [0, 1]"
     raise PictureError(f"expected {wanted}, got {lowest:g} to {highest:g} (scale them, or save 8 bits)")
 
 
