@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import wsss_hf
 
@@ -90,8 +91,20 @@ def test_the_wheel_alone_is_enough_for_accelerate(tmp_path):
     assert done.stdout.count("\ncam:") == 2
 
 
-def test_the_metadata_of_the_wheel(tmp_path):
-    metadata = importlib.metadata.PathDistribution(built("prepare_metadata_for_build_wheel", tmp_path)).metadata
+@pytest.fixture(scope="module")
+def metadata(tmp_path_factory):
+    folder = built("prepare_metadata_for_build_wheel", tmp_path_factory.mktemp("metadata"))
+    return importlib.metadata.PathDistribution(folder).metadata
+
+
+def test_every_requirement_has_a_floor(metadata):
+    wanted = [Requirement(text) for text in metadata.get_all("Requires-Dist")]
+    wanted = [one for one in wanted if one.name.lower().replace("-", "_") != metadata["Name"]]
+    assert all([part.operator for part in one.specifier] == [">="] for one in wanted)
+    assert {one.name.lower() for one in wanted} == floors().keys()
+
+
+def test_the_metadata_of_the_wheel(metadata):
     assert metadata["Version"] == wsss_hf.__version__ and metadata["License-Expression"] == "Apache-2.0"
     assert "class activation maps" in metadata["Keywords"].split(",")
     classifiers = metadata.get_all("Classifier")
