@@ -60,7 +60,8 @@ def build_accelerator(settings: TrainSettings, folder: Path | None = None) -> Ac
         mixed_precision=settings.mixed_precision,
         gradient_accumulation_plugin=accumulation,
         dynamo_plugin=_dynamo(settings),
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        # The loop's batches come in multiples of the processes: there is nothing to fill up.
+        dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True),
         step_scheduler_with_optimizer=False,  # of which Accelerate would make one for each process
         log_with=settings.track,
         project_dir=folder,

@@ -217,10 +217,10 @@ class Training:
             batches = itertools.islice(self.loader, (steps - first) * self._micro_batches)
             return (send_to_device(batch, self.accelerator.device) for batch in batches)
         self.order.set_epoch(epoch)
-        self.loader.set_epoch(epoch)
         if hasattr(self.examples, "set_epoch"):
             self.examples.set_epoch(epoch)
         loader = skip_first_batches(self.loader, first * self._micro_batches) if first else self.loader
+        loader.set_epoch(epoch)  # else it starts with epoch 0 where Accelerate 1.10 skips batches
         return itertools.islice(loader, (steps - first) * self._micro_batches)
 
     def _add_gradients(self, batch: dict, epoch: int, number: int) -> None:
