@@ -15,6 +15,7 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
+from library import needs_segformers_processor
 from loopback_hub import TOKEN
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -136,7 +137,13 @@ CUTTING = partial(EomtImageProcessorPil, do_split_image=True)
 @pytest.mark.parametrize(
     ("kind", "config", "processor", "call"),
     [
-        (SegformerForSemanticSegmentation, SEGFORMER, SegformerImageProcessorPil, '("photo.jpg")'),
+        pytest.param(
+            SegformerForSemanticSegmentation,
+            SEGFORMER,
+            SegformerImageProcessorPil,
+            '("photo.jpg")',
+            marks=needs_segformers_processor,
+        ),
         (EomtForUniversalSegmentation, EOMT, CUTTING, '("photo.jpg", subtask="semantic")'),
     ],
     ids=["segformer", "eomt"],
@@ -154,6 +161,7 @@ def test_a_segmenter_of_the_library_is_pushed_as_one(hub, tmp_path, kind, config
     assert ("the library's own pipeline takes them one by one" in card) == (kind is EomtForUniversalSegmentation)
 
 
+@needs_segformers_processor
 @pytest.mark.parametrize("processor", [SegformerImageProcessorPil, WsssImageProcessor])
 def test_a_pushed_segmenter_of_the_library_takes_batches_of_any_photographs(hub, tmp_path, processor):
     SegformerForSemanticSegmentation(SEGFORMER).save_pretrained(tmp_path / "segmenter")
