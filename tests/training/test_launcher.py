@@ -25,6 +25,8 @@ def fresh_accelerator():
 @pytest.fixture
 def launched(monkeypatch):
     """As `accelerate launch` leaves the environment of a process without options, and with these."""
+    if not hasattr(torch.compiler, "is_exporting"):  # torch 2.6, which compiles the small network of these tests
+        monkeypatch.setattr(torch.compiler, "is_exporting", torch.compiler.is_compiling, raising=False)
 
     def set_environment(precision="no", accumulation=None, backend="no"):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
@@ -67,6 +69,15 @@ def test_a_precision_that_training_lacks_is_refused(launched):
     launched(precision="fp8")
     with pytest.raises(OptionError, match="mixed_precision: expected no, bf16 or fp16, got 'fp8'"):
         with_launcher(load_recipe().cam)
+
+
+@pytest.mark.parametrize("backend", ["no", "INDUCTOR"])
+def test_compilation_with_torch_2_6_is_refused(launched, monkeypatch, backend):
+    launched(backend=backend)
+    section = load_recipe("toy", [f"cam.train.compile={backend == 'no'}"]).cam
+    monkeypatch.delattr(torch.compiler, "is_exporting", raising=False)
+    with pytest.raises(OptionError, match=r"^train.compile: expected torch > 2.6, got \d"):
+        with_launcher(section)
 
 
 def test_a_result_is_of_the_precision_it_was_trained_in(launched, toy_data, tiny_recipe):

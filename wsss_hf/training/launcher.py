@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     DataLoaderConfiguration,
@@ -18,6 +19,7 @@ from accelerate.utils import (
 )
 from transformers.integrations import unset_hf_deepspeed_config
 
+from ..models.options import OptionError
 from ..progress import say
 from ..settings import TrainSettings
 
@@ -32,7 +34,7 @@ def with_launcher(section: Any) -> Any:
     of it gave way. As the batch size counts the images of a step, accumulation leaves it as it is.
 
     Raises:
-        OptionError: a precision that training does not have.
+        OptionError: a precision that training does not have, or compilation with a torch that can't.
     """
     environment, settings = os.environ, section.train
     asked = {
@@ -44,6 +46,9 @@ def with_launcher(section: Any) -> Any:
     changes = {name: value for name, value in asked.items() if value not in (silent[name], getattr(settings, name))}
     for name, value in changes.items():
         say(f"train.{name}: {value} from the launcher instead of {getattr(settings, name)} from the recipe")
+    if (settings.compile or asked["compile"]) and not hasattr(torch.compiler, "is_exporting"):
+        # It fails in what transformers wraps around every model's forward.
+        raise OptionError(f"train.compile: expected torch > 2.6, got {torch.__version__}")
     return dataclasses.replace(section, train=dataclasses.replace(settings, **changes)) if changes else section
 
 
