@@ -48,10 +48,12 @@ $(VENV)/crf: $(VENV)/installed
 		|| echo "pydensecrf2 does not build here: the tests of the dense CRF are skipped"
 	touch $@
 
+# pymatting compiles its functions when it is first imported: a minute, which would count as the time of a test.
 $(LOWEST)/installed: pyproject.toml constraints-lowest.txt
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt --editable ".[test]"
+	$(LOWEST)/bin/python -c "import pymatting"
 	touch $@
 
 $(LOWEST)/crf: $(LOWEST)/installed
