@@ -46,7 +46,7 @@ def with_launcher(section: Any) -> Any:
     changes = {name: value for name, value in asked.items() if value not in (silent[name], getattr(settings, name))}
     for name, value in changes.items():
         say(f"train.{name}: {value} from the launcher instead of {getattr(settings, name)} from the recipe")
-    if (settings.compile or asked["compile"]) and not hasattr(torch.compiler, "is_exporting"):
+    if (settings.compile or asked["compile"]) and torch.__version__ < "2.7":
         # It fails in what transformers wraps around every model's forward.
         raise OptionError(f"train.compile: expected torch > 2.6, got {torch.__version__}")
     return dataclasses.replace(section, train=dataclasses.replace(settings, **changes)) if changes else section
