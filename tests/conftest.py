@@ -154,7 +154,9 @@ def in_two_processes(tmp_path):
         PartialState._reset_state()
         PartialState(cpu=True)
         queue.put(function(rank))
-        torch.distributed.destroy_process_group()
+        queue.close()
+        queue.join_thread()
+        os._exit(0)  # with torch 2.6, taking the group down may never end
 
     def run(function):
         processes = [fork.Process(target=work, args=(function, rank)) for rank in range(2)]
