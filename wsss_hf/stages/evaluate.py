@@ -282,13 +282,14 @@ def evaluate_cam(
     columns = columns_to_read(settings, known)
     metric = Figures(["background", *names])
     curve = ThresholdCurve(["background", *names])
-    scores, tags = [], []  # an array for each part: one for each row takes a kilobyte
+    all_scores: list[np.ndarray] = []  # an array for each part: one for each row takes a kilobyte
+    all_tags: list[np.ndarray] = []
     with Progress("evaluating maps", count, unit="image") as progress:
         for part in parts:
             truths, part = undecoded(part.select_columns(["image_id", "mask", "tags"])), part.select_columns(columns)
             if "saliency" in columns:
                 check_saliency(part, f"masks.seeds: {settings.seeds}")  # that of a stream is not known before
-            part_scores, part_tags = np.empty((2, len(part), len(names)), dtype=np.float32)
+            scores, tags = np.empty((2, len(part), len(names)), dtype=np.float32)
             for labelled in label_images(model, processor, part, settings):
                 row = truths[labelled.index]
                 name, truth = f"row {row['image_id']!r}", _truth(row)
@@ -296,13 +297,13 @@ def evaluate_cam(
                 maps = np.zeros((len(names), *truth.shape), dtype=np.float32)
                 maps[labelled.classes] = labelled.maps
                 curve.add(maps, truth, name=name)
-                part_scores[labelled.index] = labelled.logits
-                part_tags[labelled.index] = tags_to_multi_hot(row["tags"], len(names)).numpy()
+                scores[labelled.index] = labelled.logits
+                tags[labelled.index] = tags_to_multi_hot(row["tags"], len(names)).numpy()
                 progress.advance(1)
-            scores.append(part_scores)
-            tags.append(part_tags)
+            all_scores.append(scores)
+            all_tags.append(tags)
     points = curve.all_reduce().compute()
-    scores, tags = np.concatenate(gather_object(scores)), np.concatenate(gather_object(tags))
+    scores, tags = np.concatenate(gather_object(all_scores)), np.concatenate(gather_object(all_tags))
     return metric.compute() | {
         "threshold_curve": points["curve"],
         "best_threshold": points["best"],
