@@ -13,8 +13,6 @@ from typing import Any
 
 import typer
 
-from ..models.libraries import without_collections
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 _ACCELERATE = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
@@ -105,16 +103,17 @@ def prepare_libraries(quiet: bool) -> None:
         quiet: libraries say nothing but errors; otherwise those do whose own environment variable, such as
             TRANSFORMERS_VERBOSITY, does not ask for more.
     """
-    with without_collections():
-        from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
-        from datasets import logging as datasets_logging
-        from datasets.utils import disable_progress_bars
-        from huggingface_hub.utils import logging as hub_logging
-        from transformers import logging as transformers_logging
-    if not gc.get_freeze_count():
-        gc.freeze()  # what imports have made is in use until the end: no search for garbage has to begin with it
+    gc.disable()  # what imports make is in use until the end: no search for garbage has to begin with it
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    from datasets import logging as datasets_logging
+    from datasets.utils import disable_progress_bars
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers import logging as transformers_logging
 
+    if not gc.get_freeze_count():
+        gc.freeze()
+    gc.enable()
     for library, variable in (
         (transformers_logging, "TRANSFORMERS_VERBOSITY"),
         (datasets_logging, "DATASETS_VERBOSITY"),
