@@ -6,7 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Dataset, Features, List, Value, config
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, config
 from datasets import Image as ImageFeature
 from PIL import Image
 
@@ -70,10 +70,41 @@ def test_tar_shards_of_webdataset(tmp_path):
     assert all(row["image"]["bytes"] for row in stream)
 
 
-def test_a_damaged_shard_is_named(tmp_path):
-    (tmp_path / "rows.parquet").write_bytes(b"PAR1 no more")
-    with pytest.raises(DataError, match=f"^{tmp_path}/rows.parquet: expected Parquet or WebDataset shards, got some"):
-        load_data(tmp_path / "rows.parquet")
+@pytest.mark.parametrize("load", [load_data, load_stream])
+def test_a_damaged_shard_is_named(load, tmp_path):
+    rows([0, 1], ClassLabel(names=["cat", "dog"])).to_parquet(tmp_path / "train-0.parquet")
+    damaged = tmp_path / "train-1.parquet"
+    damaged.write_bytes((tmp_path / "train-0.parquet").read_bytes()[:-20])
+    for source in (tmp_path, damaged):
+        with pytest.raises(DataError, match=f"^{damaged}: expected a Parquet file, got one that can't be read"):
+            load(source)
+
+
+@pytest.mark.parametrize("load", [load_data, load_stream])
+@pytest.mark.parametrize("column", ["tags", "objects.name"])
+def test_shards_of_other_classes_are_named(load, column, tmp_path):
+    for name, classes in (("train", ["cat", "dog"]), ("validation", ["dog"])):
+        label, tags = ClassLabel(names=classes), [0] * len(classes)
+        if column != "tags":
+            label, tags = List({"name": label}), [[{"name": 0}] for _ in classes]
+        rows(tags, label, column.partition(".")[0]).to_parquet(tmp_path / f"{name}-0.parquet")
+    expected = f"^{tmp_path}/validation-0.parquet, column '{column}': expected the classes of .*, cat, dog, got dog$"
+    with pytest.raises(DataError, match=expected):
+        load(tmp_path, columns={"tags": column})
+
+
+@pytest.mark.parametrize("form", [lambda label: label, List])
+def test_splits_of_other_classes_are_refused(form, tmp_path):
+    """An index would mean another class in each split."""
+    splits = {"train": ["cat", "dog"], "validation": ["dog", "cat"]}
+    DatasetDict(
+        {
+            split: rows([[0], [1]] if form is List else [0, 1], form(ClassLabel(names=names)))
+            for split, names in splits.items()
+        }
+    ).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="split 'val.*expected .*'cat', 'dog'.* got .*'dog', 'cat'"):
+        load_data(tmp_path / "saved")
 
 
 @pytest.mark.parametrize(

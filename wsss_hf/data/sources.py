@@ -21,6 +21,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
+from pyarrow.parquet import read_schema
 
 from .coco import load_coco
 from .folder import METADATA_NAMES, SPLIT_NAMES, load_folder
@@ -133,10 +134,13 @@ def load_data(
         elif is_folder:
             dataset = load_folder(path, classes, separator, skip=maps)
         else:
-            load = (
-                _load_saved if is_saved else _load_shards if is_sharded else partial(_load_from_hub, revision=revision)
-            )
-            dataset = _unify(load(name), name, classes, columns or {})
+            if is_saved:
+                found = _load_saved(name)
+            elif is_sharded:
+                found = _load_shards(name, (columns or {}).get("tags", "tags"))
+            else:
+                found = _load_from_hub(name, revision)
+            dataset = _unify(found, name, classes, columns or {})
         if maps is not None:
             dataset = with_saliency(dataset, maps, count_others=limit is None)
         return DatasetDict({split: limited(rows) for split, rows in dataset.items()})
@@ -190,8 +194,49 @@ def shard_loader(path: Path) -> str | None:
     return _SHARDS.get(next(found, ""))
 
 
-def _load_shards(name: str) -> DatasetDict:
+def check_shards(path: Path, tags: str) -> None:
+    """That Parquet files can be read and agree on the classes: datasets takes one file's names for all.
+
+    Args:
+        path: a file, or a directory of them.
+        tags: the column of tags, "a.b" for the field b of a column a.
+
+    Raises:
+        DataError: names the file that can't be read or differs.
+    """
+    if shard_loader(path) != "parquet":
+        return
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    first: tuple[list[str], Path] | None = None
+    for file in files:
+        try:
+            features = Features.from_arrow_schema(read_schema(file))
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise DataError(f"{file}: expected a Parquet file, got one that can't be read ({reason})") from error
+        feature = feature_at(features, tags)
+        label = feature.feature if isinstance(feature, List) else feature
+        if isinstance(label, ClassLabel):
+            names, where = first = first or (label.names, file)
+            if label.names != names:
+                got = f"{', '.join(names)}, got {', '.join(label.names)}"
+                raise DataError(f"{file}, column {tags!r}: expected the classes of {where}, {got}")
+
+
+def feature_at(features: Mapping[str, Any], place: str) -> Any:
+    """The feature of a column, or of a field "a.b" in it; None where there is none."""
+    outer, _, field = place.partition(".")
+    if place in features or not field:
+        return features.get(place)
+    feature = features.get(outer)
+    if isinstance(feature, List) and isinstance(feature.feature, dict) and field in feature.feature:
+        return List(feature.feature[field])
+    return feature.get(field) if isinstance(feature, dict) else None
+
+
+def _load_shards(name: str, tags: str) -> DatasetDict:
     path = Path(name)
+    check_shards(path, tags)
     files = {"data_files": name} if path.is_file() else {"data_dir": name}
     try:
         return load_dataset(str(shard_loader(path)), **files)
@@ -271,6 +316,10 @@ def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] 
     tags = {split: [as_list(value) for value in rows["tags"]] for split, rows in splits.items()}
     if isinstance(label, ClassLabel):
         names = label.names
+        for split, rows in splits.items():
+            theirs = rows.features["tags"]
+            if theirs != feature:
+                raise DataError(f"{source!r}, split {split!r}: tags: expected {feature} as in 'train', got {theirs}")
     elif isinstance(label, Value) and label.dtype in ("string", "large_string"):
         if any(name is None for values in tags.values() for value in values for name in value):
             raise DataError(f"{source!r}, column 'tags': expected lists of class names, got one with an empty name")

@@ -27,7 +27,7 @@ from datasets import (
 from datasets import Image as ImageFeature
 
 from .folder import SPLIT_NAMES
-from .sources import RECORD, as_list, shard_loader
+from .sources import RECORD, as_list, check_shards, feature_at, shard_loader
 from .tagged import DataError, TaggedData, check_class_names, undecoded
 
 WINDOW = 256  # rows of a stream that are in memory, where no setting says how many
@@ -66,6 +66,7 @@ def load_stream(
         if classes or columns:
             raise DataError(f"{source}: expected no classes and no columns beside the masks of a stream")
         return _with_pseudo_masks(load_stream(**labelled), Path(source))
+    check_shards(Path(source), (columns or {}).get("tags", "tags"))
     loader, name = shard_loader(Path(source)), str(source)
     options = {} if loader is None else {"data_files" if Path(source).is_file() else "data_dir": name}
     try:
@@ -201,7 +202,7 @@ def _check_columns(splits: Sequence[IterableDataset], source: str, columns: Mapp
         known = ("image_id", "image", "tags", *_MAPS)
         if ours not in known:
             raise DataError(f"columns: expected one of {', '.join(known)}, got {ours!r}")
-        if all(_feature(rows.features, theirs) is None for rows in splits):
+        if all(feature_at(rows.features, theirs) is None for rows in splits):
             raise DataError(f"columns: expected a column of {source}, {', '.join(splits[0].features)}, got {theirs!r}")
 
 
@@ -210,7 +211,7 @@ def _with_our_columns(
 ) -> IterableDataset:
     rows = undecoded(rows)
     places = {name: columns.get(name, name) for name in ("image_id", "image", "tags", *_MAPS)}
-    features = {name: _feature(rows.features, place) for name, place in places.items()}
+    features = {name: feature_at(rows.features, place) for name, place in places.items()}
     for name in ("image", "tags"):
         if features[name] is None:
             raise DataError(f"{source}: expected a column {places[name]!r}, got {', '.join(rows.features)}")
@@ -255,17 +256,6 @@ def _indices(tags: list, numbers: Mapping[str, int], where: str) -> list[int]:
     if len(tags) != len(numbers) or not set(tags) <= {0, 1}:
         raise DataError(f"{where}: tags: expected 0 or 1 for each of {len(numbers)} classes, got {tags}")
     return np.flatnonzero(tags).tolist()
-
-
-def _feature(features: Mapping[str, Any], place: str) -> Any:
-    """The feature of a column, or of a field "a.b" in it; None where there is none."""
-    outer, _, field = place.partition(".")
-    if place in features or not field:
-        return features.get(place)
-    feature = features.get(outer)
-    if isinstance(feature, List) and isinstance(feature.feature, dict) and field in feature.feature:
-        return List(feature.feature[field])
-    return feature.get(field) if isinstance(feature, dict) else None
 
 
 def _holds_images(feature: Any) -> bool:
