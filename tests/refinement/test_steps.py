@@ -60,13 +60,6 @@ def test_pamr_is_the_models_pamr(scores, image):
     torch.testing.assert_close(refined, expected, atol=1e-6, rtol=0)
 
 
-def test_pamr_makes_maps_where_it_normalizes(scores, image):
-    refined = refine([{"pamr": {"normalize": True}}], scores, image)
-    assert torch.equal(refined[0], scores[0])
-    maps = pamr(as_images(image), scores[None, 1:])[0]
-    torch.testing.assert_close(refined[1:], maps / maps.amax(dim=(1, 2), keepdim=True), atol=1e-4, rtol=0)
-
-
 def test_grid_crf_takes_its_options(scores, image):
     options = {"iterations": 2, "sxy": 30.0, "srgb": 20.0, "compat": 2.0, "grid": 5}
     expected = grid_crf(scores, torch.from_numpy(image.copy()).permute(2, 0, 1), **options)
@@ -251,7 +244,7 @@ def test_a_solver_that_does_not_converge_keeps_the_scores(scores, image, monkeyp
         ([["pamr"]], r"refine\[0\]: \['pamr'\]: unknown"),
         ([{"pamr": {}, "crf": {}}], "expected one name with its options"),
         ([{"pamr": 3}], r"refine\[0\].pamr: expected a mapping of options, got 3"),
-        ([{"pamr": {"steps": 3}}], r"refine\[0\].pamr.steps: unknown; expected iterations, dilations or normalize"),
+        ([{"pamr": {"steps": 3}}], r"refine\[0\].pamr.steps: unknown; expected iterations or dilations"),
         ([{"pamr": {"iterations": "many"}}], "pamr.iterations: expected a whole number >= 1, got 'many'"),
         ([{"pamr": {"iterations": 0}}], "pamr.iterations: expected a whole number >= 1, got 0"),
         ([{"crf": {"tolerance": 1.0}}], r"crf.tolerance: expected a number in \[0, 1\), got 1.0"),

@@ -22,7 +22,7 @@ class ThresholdSearch:
     """Finds one threshold for the maps of many images, or of a single one.
 
     Args:
-        num_stages: number of feature maps of each image; 0 looks at the maps alone.
+        num_stages: number of feature maps of each image.
         device: where sums are kept.
     """
 
@@ -40,8 +40,7 @@ class ThresholdSearch:
         """
         self.images += 1
         self.histogram += value_histogram(maps)
-        if features:
-            self.explained += explained_features(maps, features)
+        self.explained += explained_features(maps, features)
 
     def merge(self, add_up: Callable[[Tensor], Tensor]) -> None:
         """Count the images of other processes, too; `add_up` gives the sum of a tensor over the processes."""
@@ -98,17 +97,16 @@ def choose_threshold(histogram: Tensor, explained: Tensor) -> float:
     - Otsu's criterion on the values of the maps (IEEE Trans. SMC, 1979): the variance between object and background
       pixels. Where maps have wide slopes its maximum is flat.
     - The same for the features of every backbone stage: maps of different methods can have the same values and
-      objects of different size. Without features the values count for them.
+      objects of different size.
     - A prior against large objects: tagged objects cover about a tenth of an image, rather than most of it.
 
     The criteria are scaled to a maximum of 1. (`scripts/benchmark_thresholds.py` measures the choice.)
 
     Args:
         histogram: (100,), the mean of [`value_histogram`] over images.
-        explained: (S, 19), the mean of [`explained_features`]; S may be 0.
+        explained: (S, 19), the mean of [`explained_features`].
     """
-    values = _scaled(otsu_criterion(histogram))
-    quality = values + _FEATURE_WEIGHT * (_scaled(explained).mean(dim=0) if len(explained) else values)
+    quality = _scaled(otsu_criterion(histogram)) + _FEATURE_WEIGHT * _scaled(explained).mean(dim=0)
     excess = (object_areas(histogram).clamp(min=1e-4) / _USUAL_AREA).log()
     return THRESHOLDS[int((quality - _PRIOR_WEIGHT * excess.square()).argmax())]
 

@@ -22,7 +22,7 @@ from ..models.maps import add_background
 from ..models.method_helpers import all_reduce_sum
 from ..models.modeling_cam import CamClassifier
 from ..progress import Progress
-from ..refinement.steps import Matting, Note, Pamr, RefinementChain, build_refinement
+from ..refinement.steps import Matting, Note, RefinementChain, build_refinement
 from ..settings import AUTO, MasksSettings
 from .rules import build_rule, reads_saliency
 
@@ -35,10 +35,9 @@ def auto_threshold(
     """The background threshold for the maps of `rows`, found without any mask, see [`ThresholdSearch`].
 
     Looks at `num_images` tagged images, evenly spaced. Where the refinement begins with steps that make maps, such as
-    a walk, the maps that they make are looked at: these do not depend on the threshold. Those that PAMR makes follow
-    the colours already, which the features of low stages would count again, so features do not count there. Where the
-    recipe refines further, the threshold is the one at which the refined objects cover the same area as these maps at
-    theirs. (Matting takes its trimaps from the levels of the scores, so neither it nor the steps after it count.) The
+    a walk, the maps that they make are looked at: these do not depend on the threshold. Where the recipe refines
+    further, the threshold is the one at which the refined objects cover the same area as these maps at theirs.
+    (Matting takes its trimaps from the levels of the scores, so neither it nor the steps after it count.) The
     processes of torch.distributed share the images and get one number.
 
     Args:
@@ -59,8 +58,7 @@ def auto_threshold(
     first = RefinementChain(list(itertools.takewhile(lambda step: step.makes_maps, steps)))
     first.prepare()
     steps = steps[len(first.steps) :]
-    follows_colours = any(isinstance(step, Pamr) for step in first.steps)
-    search = ThresholdSearch(0 if follows_colours else len(model.backbone.channels), model.device)
+    search = ThresholdSearch(len(model.backbone.channels), model.device)
     maps: list[Tensor] = []
     images: list[np.ndarray] = []
     rows = rows.select(chosen[rank::world])
@@ -73,10 +71,8 @@ def auto_threshold(
         if first.steps:
             scores = [add_background(one[None], 0.5)[0] for one in maps_of]
             maps_of = [one[1:] for one in first.batch(scores, pictures, [Note() for _ in pictures])]
-        features: list[tuple[Tensor, ...]] = [()] * len(maps_of)
-        if not follows_colours:
-            with torch.inference_mode():
-                features = list(zip(*_stage_maps(model.backbone, pixel_values), strict=True))
+        with torch.inference_mode():
+            features = list(zip(*_stage_maps(model.backbone, pixel_values), strict=True))
         for own, stages in zip(maps_of, features, strict=True):
             search.add(own, stages)
         if steps:

@@ -112,22 +112,10 @@ class ImageStep(RefinementStep):
 
 @dataclass
 class Pamr(RefinementStep):
-    """Pixel-adaptive refinement on the device of the scores, see `models.pamr`.
-
-    With `normalize` it makes maps: it refines those of the classes, and divides each by its maximum.
-    """
+    """Pixel-adaptive refinement on the device of the scores, see `models.pamr`."""
 
     iterations: int = option(10, "Number of times.", at_least=1)
     dilations: list[int] = option([1, 2, 4, 8, 12, 24], "Distances to the neighbours in pixels.", at_least=1)
-    normalize: bool = option(
-        False,
-        "Divide each refined map by its maximum; masks.background_threshold: auto then looks at these where no other "
-        "step comes before.",
-    )
-
-    @property
-    def makes_maps(self) -> bool:
-        return self.normalize
 
     def refine(
         self, scores: list[Tensor], images: list[np.ndarray], notes: list[Note], workers: Workers
@@ -135,8 +123,6 @@ class Pamr(RefinementStep):
         refined = list(scores)
         for together, pictures, padded in _of_one_size(scores, images):
             results = refine_pictures(torch.from_numpy(pictures), padded, self.iterations, self.dilations)
-            if self.normalize:
-                results = torch.cat([padded[:, :1], normalize_maps(results[:, 1:])], dim=1)
             for i, result in zip(together, results, strict=True):
                 refined[i] = result[: len(scores[i])]
         return refined
