@@ -10,6 +10,7 @@ from wsss_hf.data.tagged import DataError, decode_gray
 from wsss_hf.inference.load import load_labeler
 from wsss_hf.pseudo_labels.affinity_labels import certain_labels
 from wsss_hf.pseudo_labels.label_images import label_images
+from wsss_hf.refinement import steps as steps_module
 from wsss_hf.refinement.steps import RefinementError, build_refinement
 from wsss_hf.stages import train_affinity as module
 from wsss_hf.stages.evaluate import evaluate
@@ -107,6 +108,29 @@ def test_affinitynets_labels_are_background_where_both_claim_a_pixel(toy_data, c
         expected = np.where(is_background, 0, np.where(is_object, best, 255))
         # Where both scores are within rounding of each other either label is right.
         np.testing.assert_array_equal(labels[found.index], expected)
+
+
+@pytest.mark.parametrize("alphas", ["null", "[4, 24]"])
+def test_pamr_refines_the_maps_once_for_both_backgrounds(toy_data, cam_folder, recipe, alphas, monkeypatch):
+    recipe = recipe.changed(f"affinity.alphas={alphas}")
+    model, processor = load_labeler(str(cam_folder), "cpu")
+    rows, refine = toy_data["train"].select(range(4)), build_refinement(["pamr"])
+    rows = rows.map(lambda row, i: {"tags": row["tags"] if i else []}, with_indices=True, load_from_cache_file=False)
+    calls = []
+    refine_pictures = steps_module.refine_pictures
+    monkeypatch.setattr(steps_module, "refine_pictures", lambda *given: calls.append(1) or refine_pictures(*given))
+
+    def labels():
+        return dict(certain_labels(model, processor, rows, recipe.masks, recipe.affinity, refine))
+
+    once = labels()
+    assert len(calls) == len(rows)
+    monkeypatch.setattr(type(refine.steps[0]), "keeps_channels_apart", False)
+    apart = labels()
+    assert len(calls) == len(rows) + 2 * (len(rows) - 1)  # the image without tags has nothing to refine
+    assert any((one == 255).any() for one in apart.values())
+    for index, expected in apart.items():
+        np.testing.assert_array_equal(once[index], expected)
 
 
 def test_maps_that_are_certain_of_nothing_are_one_line(toy_data, cam_folder, recipe, tmp_path):

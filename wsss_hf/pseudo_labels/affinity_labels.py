@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.batches import batches_by_size
 from ..inference.cam_maps import label_map, localize
-from ..models.maps import IGNORE_INDEX, add_background
+from ..models.maps import IGNORE_INDEX
 from ..models.modeling_cam import CamClassifier
 from ..refinement.crf import refine_labels
 from ..refinement.steps import Note, RefinementChain
@@ -49,12 +49,10 @@ def certain_labels(
         maps, _ = localize(model, pixel_values, tags, batch.size, *augmentation)
         maps_of = maps.split([int(count) for count in batch.tags.sum(dim=1)])
         images = [np.asarray(image) for image in batch.images]
-        both = [_scores(one, settings) for one in maps_of]
-        for_objects, for_background = [one[0] for one in both], [one[1] for one in both]
-        if settings.label_confidence is None:
-            notes = [Note() for _ in range(2 * len(images))]
-            refined = refine.batch([*for_objects, *for_background], images * 2, notes)
-            for_objects, for_background = refined[: len(images)], refined[len(images) :]
+        steps = refine if settings.label_confidence is None else RefinementChain([])
+        for_objects, for_background = _refined(
+            maps_of, [_backgrounds(one, settings) for one in maps_of], images, steps
+        )
         for i, index in enumerate(batch.indices):
             classes = tags[i].nonzero()[:, 0]
             high, low = (label_map(scores[i], classes)[0] for scores in (for_objects, for_background))
@@ -71,15 +69,26 @@ def certain_labels(
             yield index, labels.to(torch.uint8).cpu().numpy()
 
 
-def _scores(maps: Tensor, settings: AffinitySettings) -> tuple[Tensor, Tensor]:
-    """(K+1, H, W) scores of an image's maps with the background score for certain objects, and for background."""
+def _backgrounds(maps: Tensor, settings: AffinitySettings) -> Tensor:
+    """(2, H, W) background scores of an image's maps (K, H, W): that which certain objects win over, and the lower."""
     if settings.alphas is None:
-        thresholds = settings.foreground_threshold, settings.background_threshold
-        high, low = (add_background(maps[None], threshold)[0] for threshold in thresholds)
-        return high, low
-    largest = maps.amax(dim=0, keepdim=True) if len(maps) else maps.new_zeros(1, *maps.shape[1:])
-    high, low = (torch.cat([(1 - largest).clamp(min=0) ** alpha, maps]) for alpha in settings.alphas)
-    return high, low
+        thresholds = (settings.foreground_threshold, settings.background_threshold)
+        return torch.stack([maps.new_full(maps.shape[1:], threshold) for threshold in thresholds])
+    largest = maps.amax(dim=0) if len(maps) else maps.new_zeros(maps.shape[1:])
+    return torch.stack([(1 - largest).clamp(min=0) ** alpha for alpha in settings.alphas])
+
+
+def _refined(
+    maps: Sequence[Tensor], backgrounds: Sequence[Tensor], images: list[np.ndarray], refine: RefinementChain
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Refined scores (K+1, H, W) of every image with its first and with its second background."""
+    if refine.keeps_channels_apart:  # both beside the maps at once: half the work
+        stacks = [torch.cat([both, own]) for both, own in zip(backgrounds, maps, strict=True)]
+        stacks = refine.batch(stacks, images, [Note() for _ in images])
+        return [torch.cat([stack[:1], stack[2:]]) for stack in stacks], [stack[1:] for stack in stacks]
+    scores = [torch.cat([both[i : i + 1], own]) for i in (0, 1) for both, own in zip(backgrounds, maps, strict=True)]
+    refined = refine.batch(scores, images * 2, [Note() for _ in scores])
+    return refined[: len(images)], refined[len(images) :]
 
 
 def _follow_colours(labels: Tensor, image: np.ndarray, count: int, confidence: float) -> Tensor:

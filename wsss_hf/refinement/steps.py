@@ -61,6 +61,11 @@ class RefinementStep(Options):
         """Whether it makes maps, each divided by its maximum, that do not depend on the background score."""
         return False
 
+    @property
+    def keeps_channels_apart(self) -> bool:
+        """Whether each channel is refined as if it were the only one."""
+        return False
+
     def prepare(self) -> None:
         """Load what the step needs.
 
@@ -116,6 +121,10 @@ class Pamr(RefinementStep):
 
     iterations: int = option(10, "Number of times.", at_least=1)
     dilations: list[int] = option([1, 2, 4, 8, 12, 24], "Distances to the neighbours in pixels.", at_least=1)
+
+    @property
+    def keeps_channels_apart(self) -> bool:
+        return True
 
     def refine(
         self, scores: list[Tensor], images: list[np.ndarray], notes: list[Note], workers: Workers
@@ -415,6 +424,11 @@ class RefinementChain:
 
     def __exit__(self, *_exception) -> None:
         self.workers.close()
+
+    @property
+    def keeps_channels_apart(self) -> bool:
+        """Whether each channel is refined as if it were the only one."""
+        return all(step.keeps_channels_apart for step in self.steps)
 
     def prepare(self) -> None:
         """Load what the steps need, before hours of work.
