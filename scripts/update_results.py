@@ -82,9 +82,9 @@ def update_run(run: Path) -> None:
 
 def update_comparison(comparison: Path) -> None:
     """The table of a comparison; the folder has the name of its plan."""
-    rows = json.loads((comparison / "results.json").read_text())["rows"]
-    table = markdown_table(comparison_table(rows), SHOWN[comparison.name.partition("_")[0]])
-    write_table(comparison.name, table, f"`wsss compare scripts/plans/{comparison.name}.yaml`")
+    rows = comparison_table(json.loads((comparison / "results.json").read_text())["rows"])
+    shown = [name for name in SHOWN[comparison.name.partition("_")[0]] if any(name in row for row in rows)]
+    write_table(comparison.name, markdown_table(rows, shown), f"`wsss compare scripts/plans/{comparison.name}.yaml`")
 
 
 def update_costs(costs: Path) -> None:
