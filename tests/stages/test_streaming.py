@@ -457,18 +457,23 @@ def test_a_damaged_shard_ends_every_stage_in_a_line(
         for number in range(2):
             tar_of(toy_data["train"].shard(2, number), shards / f"train-{number}.tar")
     damaged = max(shards.iterdir())
-    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    content = bytearray(damaged.read_bytes())
+    if kind == "tar":
+        del content[len(content) // 2 :]
+    else:  # whose end tells where everything is
+        content[100 : len(content) // 2] = bytes(len(content) // 2 - 100)
+    damaged.write_bytes(content)
     data = load_stream(shards, **options)
     for stage in (
         lambda: make_masks(data, cam_folder, mask_recipe.changed(FIXED), tmp_path / "masks"),
         lambda: evaluate(data, segmenter=segmenter_folder, split="train"),
         lambda: train_cam(data, tiny_recipe.changed("cam.train.steps=8"), tmp_path / "cam"),
     ):
-        with pytest.raises(DataError, match="stream: expected shards that can be read, got a damaged one"):
+        with pytest.raises(DataError, match="stream: expected shards that can be read, got one that can't be"):
             stage()
     for file in shards.iterdir():
         file.write_bytes(b"nothing of the kind" * 100)
-    with pytest.raises(DataError, match="shards" if kind == "tar" else "damaged"):
+    with pytest.raises(DataError, match="shards" if kind == "tar" else "train-00000.*: expected a Parquet file"):
         list(load_stream(shards, **options)["train"])
 
 

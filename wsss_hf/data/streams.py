@@ -147,16 +147,16 @@ def sample_of(rows: IterableDataset, count: int = 256) -> Dataset:
 
 @contextmanager
 def whole_shards() -> Iterator[None]:
-    """For reading: what libraries say of a damaged file, in one line.
+    """For reading: what libraries say of a damaged file, or of one that is out of reach, in one line.
 
     Raises:
         DataError: there is one.
     """
     try:
         yield
-    except (tarfile.TarError, pa.ArrowException) as error:
+    except (tarfile.TarError, pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"stream: expected shards that can be read, got a damaged one ({reason})") from error
+        raise DataError(f"stream: expected shards that can be read, got one that can't be ({reason})") from error
 
 
 def _in_memory(rows: Iterable[dict], features: Features) -> Dataset:
