@@ -53,6 +53,7 @@ print(gc.isenabled(), first, gc.get_freeze_count() - first, len(gc.get_objects()
 """
 
 
+@pytest.mark.slow
 def test_what_a_command_imports_is_never_searched_for_garbage():
     done = subprocess.run([sys.executable, "-c", FROZEN], capture_output=True, text=True, check=True)
     is_enabled, frozen, later, others = done.stdout.split()
