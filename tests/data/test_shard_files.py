@@ -93,18 +93,42 @@ def test_shards_of_other_classes_are_named(load, column, tmp_path):
         load(tmp_path, columns={"tags": column})
 
 
-@pytest.mark.parametrize("form", [lambda label: label, List])
-def test_splits_of_other_classes_are_refused(form, tmp_path):
+CAT_DOG, DOG_CAT, NAME = ClassLabel(names=["cat", "dog"]), ClassLabel(names=["dog", "cat"]), Value("string")
+
+
+@pytest.mark.parametrize(
+    ("train", "val"), [(CAT_DOG, DOG_CAT), (List(CAT_DOG), List(DOG_CAT)), (NAME, CAT_DOG), (List(CAT_DOG), NAME)]
+)
+def test_splits_whose_tags_mean_other_things_are_refused(train, val, tmp_path):
     """An index would mean another class in each split."""
-    splits = {"train": ["cat", "dog"], "validation": ["dog", "cat"]}
-    DatasetDict(
-        {
-            split: rows([[0], [1]] if form is List else [0, 1], form(ClassLabel(names=names)))
-            for split, names in splits.items()
-        }
-    ).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match="split 'val.*expected .*'cat', 'dog'.* got .*'dog', 'cat'"):
+    splits = {}
+    for split, feature in (("train", train), ("validation", val)):
+        tags = ["cat", "dog"] if feature == NAME else [0, 1]
+        splits[split] = rows([[tag] for tag in tags] if isinstance(feature, List) else tags, feature)
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="split 'val': tags: expected .* as in 'train', got"):
         load_data(tmp_path / "saved")
+
+
+@pytest.mark.parametrize(("train", "val"), [(List(CAT_DOG), CAT_DOG), (CAT_DOG, List(CAT_DOG)), (NAME, List(NAME))])
+def test_a_split_may_have_one_tag_a_row_and_another_lists(train, val, tmp_path):
+    def of(feature):
+        tags = [0, 1] if "ClassLabel" in str(feature) else ["cat", "dog"]
+        return rows([[tag] for tag in tags] if isinstance(feature, List) else tags, feature)
+
+    DatasetDict({"train": of(train), "validation": of(val)}).save_to_disk(tmp_path / "saved")
+    found = load_data(tmp_path / "saved")
+    assert class_names(found) == ["cat", "dog"]
+    assert all(found[split]["tags"][:] == [[0], [1]] for split in ("train", "val"))
+
+
+@pytest.mark.parametrize("train", [List(CAT_DOG), NAME])
+def test_a_split_may_have_no_tags(train, tmp_path):
+    tags = ["cat", "dog"] if train == NAME else [[0], [1]]
+    untagged = rows([[], []], List(Value("null")))
+    DatasetDict({"train": rows(tags, train), "validation": untagged}).save_to_disk(tmp_path / "saved")
+    found = load_data(tmp_path / "saved")
+    assert found["train"]["tags"][:] == [[0], [1]] and found["val"]["tags"][:] == [[], []]
 
 
 @pytest.mark.parametrize(

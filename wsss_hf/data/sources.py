@@ -214,8 +214,7 @@ def check_shards(path: Path, tags: str) -> None:
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise DataError(f"{file}: expected a Parquet file, got one that can't be read ({reason})") from error
-        feature = feature_at(features, tags)
-        label = feature.feature if isinstance(feature, List) else feature
+        label = label_of(feature_at(features, tags))
         if isinstance(label, ClassLabel):
             names, where = first = first or (label.names, file)
             if label.names != names:
@@ -310,17 +309,17 @@ def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] 
     """Tags as names, a name, ClassLabels, a ClassLabel or, with `classes`, multi-hot → lists of ClassLabels, the same
     in every split."""
     feature = splits["train"].features["tags"]
-    if isinstance(feature, List) and isinstance(feature.feature, ClassLabel):
+    label = label_of(feature)
+    for split, rows in splits.items():
+        theirs = label_of(rows.features["tags"])
+        if theirs != Value("null") and _kind(theirs) != _kind(label):  # null: no row of the split has a tag
+            raise DataError(f"{source!r}, split {split!r}: tags: expected {label} as in 'train', got {theirs}")
+    if isinstance(label, ClassLabel) and all(rows.features["tags"] == List(label) for rows in splits.values()):
         return splits
-    label = feature.feature if isinstance(feature, List) else feature
     tags = {split: [as_list(value) for value in rows["tags"]] for split, rows in splits.items()}
     if isinstance(label, ClassLabel):
         names = label.names
-        for split, rows in splits.items():
-            theirs = rows.features["tags"]
-            if theirs != feature:
-                raise DataError(f"{source!r}, split {split!r}: tags: expected {feature} as in 'train', got {theirs}")
-    elif isinstance(label, Value) and label.dtype in ("string", "large_string"):
+    elif _kind(label) == "names":
         if any(name is None for values in tags.values() for value in values for name in value):
             raise DataError(f"{source!r}, column 'tags': expected lists of class names, got one with an empty name")
         names = list(classes or sorted({name for values in tags.values() for value in values for name in value}))
@@ -346,6 +345,18 @@ def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] 
         split: rows.remove_columns("tags").add_column("tags", tags[split], feature=wanted)
         for split, rows in splits.items()
     }
+
+
+def label_of(feature: Any) -> Any:
+    """The feature of a single tag, where tags are one or a list."""
+    return feature.feature if isinstance(feature, List) else feature
+
+
+def _kind(label: Any) -> Any:
+    """What tags of different splits must have in common: the classes, or that they are names, or something else."""
+    if isinstance(label, ClassLabel):
+        return label
+    return "names" if isinstance(label, Value) and label.dtype in ("string", "large_string") else "others"
 
 
 def as_list(value: object) -> list:

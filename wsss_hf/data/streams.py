@@ -27,7 +27,7 @@ from datasets import (
 from datasets import Image as ImageFeature
 
 from .folder import SPLIT_NAMES
-from .sources import RECORD, as_list, check_shards, feature_at, shard_loader
+from .sources import RECORD, as_list, check_shards, feature_at, label_of, shard_loader
 from .tagged import DataError, TaggedData, check_class_names, undecoded
 
 WINDOW = 256  # rows of a stream that are in memory, where no setting says how many
@@ -219,7 +219,7 @@ def _with_our_columns(
         if features[name] is not None and not _holds_images(features[name]):
             expected = f"{source}, column {places[name]!r}: expected images (datasets.Image)"
             raise DataError(f"{expected}, got {features[name]}")
-    label: Any = features["tags"].feature if isinstance(features["tags"], List) else features["tags"]
+    label = label_of(features["tags"])
     names = list(label.names if isinstance(label, ClassLabel) else classes or ())
     if not names:
         raise DataError(f"{source}: expected --classes for a stream whose tags are {features['tags']}")
