@@ -118,6 +118,7 @@ def test_trackio_gets_its_own_kind_of_pictures(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["cam", "segmenter", "objective"])
 def test_pictures_show_images_with_their_maps(kind, cam_folder, toy_data):
+    torch.manual_seed(0)  # of a segmenter with which background wins somewhere
     examples = tagged_examples(toy_data)
     model = CamClassifier.from_pretrained(cam_folder)
     if kind != "cam":
