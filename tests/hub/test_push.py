@@ -32,7 +32,8 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 
 from wsss_hf import CamClassifier, MapRefiner, MapRefinerConfig, Segmenter, SegmenterConfig, WsssImageProcessor
 from wsss_hf.cli.main import main
-from wsss_hf.hub.push import HubError, push_folder, push_model
+from wsss_hf.hub.push import push_model
+from wsss_hf.hub.upload import HubError, push_folder
 from wsss_hf.inference.load import load_segmenter
 
 NAMES = {0: "background", 1: "cat", 2: "dog"}

@@ -6,7 +6,8 @@ import pytest
 from evaluate.utils.file_utils import DownloadConfig
 from huggingface_hub import SpaceCard
 
-from wsss_hf.hub.push import HubError, push_metric
+from wsss_hf.hub.metric_space import push_metric
+from wsss_hf.hub.upload import HubError
 from wsss_hf.metrics.boundary_f import BoundaryF
 from wsss_hf.metrics.mean_iou import MeanIoU
 

@@ -12,7 +12,7 @@ from .launch import prepare_libraries
 from .options import CacheDir, NewFolder, Token, integers, set_hub_environment
 
 if TYPE_CHECKING:
-    from ..hub.push import Pushed
+    from ..hub.upload import Pushed
 
 
 def convert(
@@ -83,7 +83,7 @@ def push_metric(
     """A metric → the Hub, as a Space that evaluate.load finds."""
     set_hub_environment(token, None)
     prepare_libraries(is_quiet())
-    from ..hub.push import push_metric
+    from ..hub.metric_space import push_metric
 
     _print_pushed(push_metric(name, repo_id, private, token=token))
 

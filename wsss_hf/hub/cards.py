@@ -6,16 +6,17 @@ import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from datasets import DatasetDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData
 
 from ..data.saliency import describe_saliency
-from ..models.methods import METHODS
-from ..models.modeling_affinity import AffinityConfig
+from ..models.modeling_affinity import AffinityConfig, AffinityNetwork
 from ..pseudo_labels.rules import RULES
 from ..reporting.tables import markdown_table, markdown_text
+from .papers import PAPERS, papers_of_masks, refinements
 
 RUNS = ("run", "demo")
 """Commands whose results rest on image tags from end to end."""
@@ -29,27 +30,6 @@ _DATA_TERMS = {
     "voc": "The photographs are from Flickr and belong to their owners; Flickr's terms of use apply.",
     "coco": "The photographs are from Flickr and belong to their owners; Flickr's terms of use apply. The annotations "
     "are COCO's (CC BY 4.0).",
-}
-_PAPERS = {
-    "cam": "Zhou, Khosla, Lapedriza, Oliva and Torralba, “Learning Deep Features for Discriminative Localization”, "
-    "CVPR 2016.",
-    "pamr": "Araslanov and Roth, “Single-Stage Semantic Segmentation from Image Labels”, CVPR 2020 (PAMR).",
-    "crf": "Krähenbühl and Koltun, “Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials”, "
-    "NeurIPS 2011.",
-    "grid_crf": "Krähenbühl and Koltun, “Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials”, "
-    "NeurIPS 2011 (one kernel, whose sums a grid of pixels estimates).",
-    "irn": "Ahn, Cho and Kwak, “Weakly Supervised Learning of Instance Segmentation with Inter-pixel Relations”, CVPR "
-    "2019 (random walk).",
-    "affinitynet": "Ahn and Kwak, “Learning Pixel-level Semantic Affinity with Image-level Supervision for Weakly "
-    "Supervised Semantic Segmentation”, CVPR 2018 (random walk).",
-    "matting": "Wang et al., “Treating Pseudo-labels Generation as Image Matting for Weakly Supervised Semantic "
-    "Segmentation”, ICCV 2023.",
-    "deeplab_v1": "Chen, Papandreou, Kokkinos, Murphy and Yuille, “Semantic Image Segmentation with Deep "
-    "Convolutional Nets and Fully Connected CRFs”, ICLR 2015.",
-    "deeplab_v2": "Chen, Papandreou, Kokkinos, Murphy and Yuille, “DeepLab: Semantic Image Segmentation with Deep "
-    "Convolutional Nets, Atrous Convolution, and Fully Connected CRFs”, TPAMI 2018.",
-    "deeplab_v3_plus": "Chen, Zhu, Papandreou, Schroff and Adam, “Encoder-Decoder with Atrous Separable Convolution "
-    "for Semantic Image Segmentation”, ECCV 2018.",
 }
 
 
@@ -177,9 +157,48 @@ def affinity_card(
         f'```python\nfrom wsss_hf import AffinityNetwork\n\nnetwork = AffinityNetwork.from_pretrained("{repo_id}")\n'
         "# (B, 3, H, W) images as network.image_processor gives them, (B, K, h, w) maps\n"
         "walked = network.walk(pixel_values, maps, radius=5, power=10, steps=64)\n```",
-        f"## Citations\n\nPlease cite\n\n- {_PAPERS[config.kind]}",
+        f"## Citations\n\nPlease cite\n\n- {PAPERS[config.kind]}",
     ]
     return ModelCard(_whole(card_data.to_yaml(), sections))
+
+
+def short_card(model: Any, repo_id: str, tags: list[str]) -> ModelCard:
+    """A card for a model of this package of which nothing is known but itself."""
+    if isinstance(model, AffinityNetwork):
+        return affinity_card(repo_id, model.config)
+    kind, backbone = type(model).__name__, model.config.backbone_config.model_type
+    classes = [label for value, label in sorted(model.mask_id2label.items()) if value > 0]
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        tags=list(
+            dict.fromkeys(["wsss_hf", "weakly-supervised-semantic-segmentation", *(model.model_tags or []), *tags])
+        ),
+    )
+    return ModelCard(f"""---
+{metadata.to_yaml()}
+---
+
+# {repo_id.rpartition("/")[2]}
+
+A `{kind}` of wsss_hf (weakly supervised semantic segmentation) on a `{backbone}` backbone.
+It knows {len(classes)} classes: {", ".join(map(markdown_text, classes))}; all else is background.
+
+What it was trained on, and how well it does, is not recorded here: try it on images of your own before you rely on it.
+
+## Use
+
+```python
+from transformers import pipeline
+
+segmenter = pipeline("image-segmentation", model="{repo_id}", trust_remote_code=True)
+for found in segmenter("photo.jpg"):
+    print(found["label"], found["score"], found["mask"].size)
+```
+
+The repository brings the code that `trust_remote_code=True` runs; read it first. Where wsss_hf is installed,
+`import wsss_hf` takes its place.
+""")
 
 
 def dataset_card(subject: CardSubject, rows: DatasetDict, made: dict) -> DatasetCard:
@@ -393,7 +412,7 @@ def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
         facts.append(f"**Localisation**: CAM{''.join(f' + {name.upper()}' for name in methods)}")
     if "masks" in recipe and not subject.on_true_masks:
         scales = ", ".join(map(str, recipe["masks"]["scales"]))
-        steps = " → ".join(_refinements(recipe)) or "none"
+        steps = " → ".join(refinements(recipe)) or "none"
         facts.append(f"**Pseudo masks**: maps at scales {scales}; refinement: {steps}")
     rounds = recipe.get("self_training", {}).get("rounds", 1)
     if rounds > 1 and not subject.on_true_masks:
@@ -412,10 +431,6 @@ def _recipe(subject: CardSubject, made: dict, base: str | None) -> str:
         text += f"\nEvery setting is in `{subject.recipe_file}`. To make it again:\n\n"
         text += f"```bash\n{_command(made, subject.recipe_file)}\n```"
     return text
-
-
-def _refinements(recipe: dict) -> list[str]:
-    return [next(iter(step)) if isinstance(step, dict) else step for step in recipe.get("masks", {}).get("refine", [])]
 
 
 def _command(made: dict, recipe_file: str) -> str:
@@ -457,21 +472,17 @@ def _limits(subject: CardSubject, own: Sequence[dict]) -> str:
 
 
 def _citations(subject: CardSubject, recipe: dict) -> str:
-    papers = []
-    if not subject.on_true_masks:
-        methods = recipe.get("cam", {}).get("methods") or {}
-        papers = [_PAPERS["cam"], *(METHODS[name][1].paper for name in methods if name in METHODS)]
-        walk = (recipe.get("affinity") or {}).get("kind", "irn")
-        papers += [_PAPERS.get(walk if step == "walk" else step) for step in _refinements(recipe)]
+    papers = [] if subject.on_true_masks else papers_of_masks(recipe)
     if (
         not subject.is_classifier
         and subject.needs_code
         and "segmenter" in recipe
         and not subject.folder.startswith("masks")
     ):
-        papers.append(_PAPERS.get(recipe["segmenter"].get("head", "deeplab_v2")))
-    known = dict.fromkeys(paper for paper in papers if paper)
-    return "## Citations\n\nPlease cite\n\n" + "".join(f"- {paper}\n" for paper in known) if known else ""
+        head = recipe["segmenter"].get("head", "deeplab_v2")
+        papers += [PAPERS[head]] if head in PAPERS else []
+    listed = "".join(f"- {paper}\n" for paper in dict.fromkeys(papers))
+    return f"## Citations\n\nPlease cite\n\n{listed}" if papers else ""
 
 
 def _size_category(rows: int) -> str:

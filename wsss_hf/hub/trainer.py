@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from ..models.configuration_cam import CamConfig
 from ..models.portable_model import PortableModel
 from ..training.callbacks import ScheduleCallback, TagCollator
-from .push import short_card
+from .cards import short_card
 
 
 class WsssTrainer(Trainer):
