@@ -78,7 +78,7 @@ def model_card(subject: CardSubject, made: dict) -> ModelCard:
             `command`; what is missing is left out of the card.
     """
     rows, data = made.get("results", []), made.get("data") or {}
-    own = _own_rows(subject.folder, rows)
+    own = _rows_of(rows, subject.folder)
     base = _backbone(subject, made.get("recipe", {}))
     card_data = ModelCardData(
         library_name="transformers",
@@ -94,7 +94,7 @@ def model_card(subject: CardSubject, made: dict) -> ModelCard:
         f"# {_name(subject)}",
         _what_it_is(subject, made),
         _usage(subject),
-        _results(subject, rows, own),
+        _results(subject, rows, made),
         _recipe(subject, made, base),
         _limits(subject, own),
         _citations(subject, made.get("recipe", {})),
@@ -244,7 +244,7 @@ def dataset_card(subject: CardSubject, rows: DatasetDict, made: dict) -> Dataset
         f'```python\nfrom datasets import load_dataset\n\nrows = load_dataset("{subject.repo_id}")\n```\n\n'
         f"Train a segmenter on them: `wsss train-segmenter --data {subject.repo_id} --out runs/segmenter`.",
         "## Columns\n\n" + "".join(f"- `{name}`: {text}\n" for name, text in present.items()),
-        _results(subject, results, _own_rows(subject.folder, results)),
+        _results(subject, results, made),
         _recipe(subject, made, _backbone(subject, made.get("recipe", {}))),
         _citations(subject, made.get("recipe", {})),
     ]
@@ -274,10 +274,9 @@ def _hub_data(data: dict) -> list[str] | None:
     return [data["source"]] if "/" in data.get("source", "") else None
 
 
-def _own_rows(folder: str, rows: Sequence[dict]) -> list[dict]:
-    """The measured rows about `folder`; those of a CAM classifier are about its masks."""
-    wanted = {"cam": ("cam", "masks")}.get(folder, (folder,))
-    return [row for row in rows if row.get("of") in wanted and row.get("mean_iou") is not None]
+def _rows_of(rows: Sequence[dict], folder: str) -> list[dict]:
+    """The measured rows about `folder` of a run."""
+    return [row for row in rows if row.get("of") == folder and row.get("mean_iou") is not None]
 
 
 def _backbone(subject: CardSubject, recipe: dict) -> str | None:
@@ -379,10 +378,11 @@ def _usage(subject: CardSubject) -> str:
     return f"## Use\n\n```python\n{program}\n```\n\n{words}"
 
 
-def _results(subject: CardSubject, rows: Sequence[dict], own: Sequence[dict]) -> str:
+def _results(subject: CardSubject, rows: Sequence[dict], made: dict) -> str:
     measured = [row for row in rows if row.get("mean_iou") is not None]
     if not measured:
         return "## Results\n\nNothing was measured: there were no true masks to measure on."
+    own = _rows_of(rows, subject.folder)
     parts = [
         "## Results\n\nIn percent, of one run. The intervals are bootstrapped over images.",
         markdown_table(measured, _COLUMNS),
@@ -390,8 +390,18 @@ def _results(subject: CardSubject, rows: Sequence[dict], own: Sequence[dict]) ->
     if own:
         kind = "These masks" if subject.folder.startswith("masks") else "This model"
         parts[0] += f" {kind}: {'; '.join(markdown_text(row['result']) for row in own)}."
-    names = list(own[0].get("iou", {})) if own else []
-    per_class = [{"class": name} | {row["result"]: row["iou"].get(name) for row in own} for name in names]
+    shown = own
+    if subject.is_classifier:
+        shown = own + _rows_of(rows, "masks")
+        steps = refinements(made.get("recipe", {}))
+        parts[0] += (
+            " Pseudo masks are made from this classifier's maps of the classes that an image is tagged with"
+            + (" and from saliency maps" if _saliency(made) else "")
+            + (f", and refined with {' → '.join(steps)}" if steps else "")
+            + ("." if own else "; the maps alone were not measured.")
+        )
+    names = list(shown[0].get("iou", {})) if shown else []
+    per_class = [{"class": name} | {row["result"]: row["iou"].get(name) for row in shown} for name in names]
     if per_class:
         parts += ["IoU per class:", markdown_table(per_class)]
     if subject.picture:
