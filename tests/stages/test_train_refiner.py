@@ -103,6 +103,13 @@ def test_a_killed_stage_goes_on_where_it_was(toy_data, cam_folder, recipe, tmp_p
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.parametrize("setting", ["background_threshold", "tag_threshold"])
+def test_its_thresholds_are_part_of_what_it_is(toy_data, cam_folder, recipe, tmp_path, setting):
+    train_refiner(toy_data, cam_folder, recipe, tmp_path / "refiner")
+    again = train_refiner(toy_data, cam_folder, recipe.changed(f"cam.{setting}=0.11"), tmp_path / "refiner")
+    assert getattr(MapRefiner.from_pretrained(again).config, setting) == 0.11
+
+
 @pytest.mark.slow
 def test_it_may_start_from_the_classifiers_backbone(toy_data, cam_folder, recipe, tmp_path):
     recipe.cam.backbone_config = None

@@ -35,6 +35,7 @@ from .shards import compute_shards
 
 VERSION = 3
 _COLUMNS = ("image_id", "tags", "image")
+_NETWORK = ("backbone_config", "output_stride", "new_layers", "background_threshold", "tag_threshold")  # of `cam`
 _MAP_STRIDE = 4  # network input / stored map: no CAM is finer than that
 _MAPS_AT_A_TIME = 256
 _FEATURES = Features({"localization_maps": List(Value("binary"))})
@@ -66,7 +67,7 @@ def train_refiner(
     inputs = {"data": rows_fingerprint(rows, _COLUMNS, fingerprints), "cam": model_fingerprint(cam)}
     if recipe.cam.backbone is not None and not section.from_cam:
         inputs["backbone"] = model_fingerprint(recipe.cam.backbone)
-    network = {name: getattr(recipe.cam, name) for name in ("backbone_config", "output_stride", "new_layers")}
+    network = {name: getattr(recipe.cam, name) for name in _NETWORK}
     settings = {"seed": recipe.seed, "image": recipe.image, "network": network}
     settings["refiner"] = dataclasses.replace(section, use=True)  # which changes what `run` does, not the result
     output = StageOutput(out, Record("train-refiner", VERSION, settings, inputs, source_of(data)), force)
