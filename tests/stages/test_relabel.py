@@ -1,31 +1,14 @@
 import numpy as np
 import pytest
-import torch
 from datasets import DatasetDict, load_from_disk
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from wsss_hf.data.tagged import DataError, class_names, encode_png
-from wsss_hf.models.configuration_segmenter import SegmenterConfig
+from wsss_hf.data.tagged import DataError, encode_png
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
-from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.stages import relabel as module
 from wsss_hf.stages.relabel import relabel
-
-
-@pytest.fixture(scope="module")
-def segmenter_folder(toy_data, cam_folder, tmp_path_factory):
-    """A saved segmenter for `toy_data` that has learnt nothing, but is of many minds."""
-    torch.manual_seed(0)
-    backbone = CamClassifier.from_pretrained(cam_folder).config.backbone_config
-    names = dict(enumerate(["background", *class_names(toy_data)]))
-    model = Segmenter(SegmenterConfig(backbone_config=backbone, output_stride=8, rates=[1], id2label=names))
-    torch.nn.init.normal_(model.head[0].weight, std=0.3)
-    folder = tmp_path_factory.mktemp("models") / "segmenter"
-    model.save_pretrained(folder)
-    WsssImageProcessor(size={"shortest_edge": 48, "longest_edge": 192}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -154,6 +154,19 @@ def test_masks_walk_by_the_network_that_is_given(toy_data, cam_folder, affinity_
         make_masks(toy_data, cam_folder, recipe, tmp_path / "none")
 
 
+def test_the_probabilities_of_a_segmenter_walk_by_the_network_that_is_given(
+    toy_data, segmenter_folder, affinity_folder, recipe
+):
+    walks = recipe.changed("evaluation.refine=[walk]")
+    plain, walked = (
+        evaluate(toy_data, changed, segmenter=segmenter_folder, affinity=affinity_folder).results[0]["iou"]
+        for changed in (recipe, walks)
+    )
+    assert walked != plain
+    with pytest.raises(RefinementError, match="walk.model: expected an affinity network"):
+        evaluate(toy_data, walks, segmenter=segmenter_folder)
+
+
 def test_masks_are_made_again_when_the_network_has_changed(
     toy_data, cam_folder, affinity_folder, recipe, tmp_path, capsys
 ):

@@ -44,7 +44,7 @@ from .options import (
 DETAILS = ["result", "boundary_f", "mean_precision", "mean_recall", "false_positive_share", "false_negative_share"]
 
 Affinity = Annotated[
-    str | None, typer.Option(help="Affinity network (directory or Hub id) for masks.refine=[walk], of train-affinity.")
+    str | None, typer.Option(help="Affinity network (directory or Hub id) of train-affinity, for the walks of refine.")
 ]
 
 EmbedImages = Annotated[

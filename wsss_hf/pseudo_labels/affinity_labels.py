@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from ..models.maps import IGNORE_INDEX
 from ..models.modeling_cam import CamClassifier
 from ..refinement.crf import refine_labels
 from ..refinement.steps import Note, RefinementChain
-from ..settings import AffinitySettings, MasksSettings
+from ..settings import AffinitySettings, EvaluationSettings, MasksSettings
+
+_Refined = TypeVar("_Refined", MasksSettings, EvaluationSettings)
 
 
 def certain_labels(
@@ -105,8 +108,8 @@ def walk_models(settings: MasksSettings) -> list[str]:
     return [(step[1] or {}).get("model", "") for step in map(_named, settings.refine) if step[0] == "walk"]
 
 
-def with_affinity(settings: MasksSettings, model: str | os.PathLike | None) -> MasksSettings:
-    """`settings` in which every walk of `masks.refine` that names no model walks by `model`."""
+def with_affinity(settings: _Refined, model: str | os.PathLike | None) -> _Refined:
+    """`settings` in which every walk of their `refine` that names no model walks by `model`."""
     if model is None:
         return settings
     steps = []

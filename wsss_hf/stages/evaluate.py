@@ -83,7 +83,7 @@ def evaluate(
         recipe: its `masks` section says how a CAM classifier makes masks, its `evaluation` section is the test
             protocol of segmenters; None takes the default recipe.
         cam: a CAM classifier, a directory or Hub id; its masks are measured on split "train".
-        affinity: an affinity network for these masks, as of [`make_masks`].
+        affinity: an affinity network for the walks of `masks.refine` and `evaluation.refine`, as of [`make_masks`].
         segmenter: a segmenter, measured on `split`.
         against: a second segmenter: instead of figures, the gap between both by kind of error.
         masks: a folder of label maps IMAGE_ID.png, measured on `split`.
@@ -96,6 +96,7 @@ def evaluate(
         RecipeError: options that do not go together.
     """
     recipe = recipe or Recipe()
+    protocol = with_affinity(recipe.evaluation, affinity)
     exports = {"voc_archive": voc_archive, "coco": export_coco}
     writes = save_masks is not None or any(exports.values())
     if writes and (segmenter is None or save_masks is None):
@@ -115,16 +116,16 @@ def evaluate(
     if segmenter is not None and save_masks is not None:
         if split not in data:
             raise RecipeError(f"--split: expected {' or '.join(data)}, got {split}")
-        predict_masks(segmenter, data[split], recipe.evaluation, save_masks, **exports)
+        predict_masks(segmenter, data[split], protocol, save_masks, **exports)
         if has_masks(data, split):
             row = {"result": f"segmenter {segmenter}", "split": split, "of": Path(segmenter).name}
             rows.append(row | evaluate_files(save_masks, data[split]))
     elif segmenter is not None:
         needs_masks(data, split)
         if against is not None:
-            gap = segmenter_gap(segmenter, against, data[split], recipe.evaluation)
+            gap = segmenter_gap(segmenter, against, data[split], protocol)
         else:
-            rows.append(segmenter_row(f"segmenter {segmenter}", segmenter, data, recipe.evaluation, split))
+            rows.append(segmenter_row(f"segmenter {segmenter}", segmenter, data, protocol, split))
     if masks is not None:
         needs_masks(data, split)
         row = {"result": f"files in {masks}", "split": split, "of": Path(masks).name}
