@@ -215,6 +215,27 @@ def test_methods_and_backbones_bring_their_own_options(recipe_file):
     assert load_recipe(mine, ["cam.methods.drs=null"]).cam.methods == {}
 
 
+@pytest.mark.parametrize("changes", ["cam.methods={icd: {margin: 0.3}}", {"cam.methods": {"icd": {"margin": 0.3}}}])
+def test_a_mapping_of_methods_takes_the_place_of_the_recipes(changes):
+    assert list(load_recipe("photos").cam.methods) == ["seam"]
+    recipe = load_recipe("photos", changes)
+    assert recipe.cam.methods == {"icd": dataclasses.asdict(IcdConfig(margin=0.3))}
+    assert load_recipe("photos", ["cam.methods={}"]).cam.methods == {}
+    assert recipe.changed("cam.methods={drs: {}}", "cam.methods.seam={}").cam.methods.keys() == {"drs", "seam"}
+    other = {"model_type": "wsss_vgg16"}
+    assert load_recipe("toy", [f"cam.backbone_config={other}"]).cam.backbone_config == other
+
+
+def test_an_attribute_is_checked_as_a_setting_is():
+    recipe = load_recipe()
+    with pytest.raises(ValueError, match=r"TrainSettings.epoch: unknown; did you mean TrainSettings.epochs\?"):
+        recipe.cam.train.epoch = 3
+    with pytest.raises(ValueError, match="TrainSettings.epochs: expected a whole number >= 1, got -1"):
+        recipe.cam.train.epochs = -1
+    recipe.cam.train.lr = "1e-3"
+    assert recipe.cam.train.lr == 0.001
+
+
 def test_a_changed_recipe_is_a_checked_copy():
     recipe = load_recipe()
     changed = recipe.changed("cam.train.epochs=3", "cam.methods.drs={}", "cam.maps=cam")

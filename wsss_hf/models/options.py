@@ -49,10 +49,13 @@ class Options:
     Whole numbers will do for broken ones, and text such as "1e-3" (which YAML takes for text) for numbers.
     """
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        fields, where = self.__dataclass_fields__, type(self).__name__  # type: ignore[attr-defined]
+        if name not in fields:
+            raise OptionError(unknown_name(_path(where, name), name, fields, _path(where, "")))
+        super().__setattr__(name, _checked(type(self), fields[name], value, where))
+
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value = _checked(type(self), field, getattr(self, field.name), type(self).__name__)
-            object.__setattr__(self, field.name, value)
         self.check()
 
     def check(self) -> None:

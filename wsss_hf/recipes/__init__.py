@@ -41,7 +41,7 @@ class Recipe(RecipeSettings):
     def load(
         cls,
         name: str = "default",
-        changes: Sequence[str] | Mapping[str, Any] = (),
+        changes: str | Sequence[str] | Mapping[str, Any] = (),
         *,
         backbone: str | None = None,
         seed: int | None = None,
@@ -52,7 +52,9 @@ class Recipe(RecipeSettings):
         Args:
             name: a packaged recipe, or a YAML file; several with + between them, later ones win. The key `base` of a
                 recipe names the one that it changes, if that is not the default one.
-            changes: "cam.train.epochs=3" strings, the value in YAML; or dotted names with their values.
+            changes: a "cam.train.epochs=3" or several, the value in YAML; or dotted names with their values.
+                "cam.methods={drs: {}}" takes the place of all methods, "cam.methods.drs={}" adds one, and
+                "cam.methods.drs=null" takes it away; so it is with backbone_config, loss_options and seed_options.
             backbone: directory or Hub id, of the CAM classifier and of the segmenter.
             seed: of weights, data order and augmentation.
             folder: where files of recipes are looked for, beside the working folder.
@@ -102,9 +104,32 @@ class Recipe(RecipeSettings):
         return "".join(_commented(self, 0))
 
 
-def load_recipe(name: str = "default", changes: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+def load_recipe(name: str = "default", changes: str | Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
     """[`Recipe.load`]."""
     return Recipe.load(name, changes)
+
+
+def check_inputs(data: Any, recipe: Any) -> None:
+    """That a stage was given data with a split "train" and a recipe, not their names.
+
+    Raises:
+        RecipeError: names the argument.
+    """
+    check_splits(data, "train")
+    if not isinstance(recipe, RecipeSettings):
+        raise RecipeError(f"recipe: expected a Recipe, see Recipe.load, got {_given(recipe)}")
+
+
+def check_splits(data: Any, *splits: str) -> None:
+    """The same of data with these splits."""
+    if not isinstance(data, dict) or not data.keys() >= set(splits):  # a DatasetDict is a dict
+        named = "".join(f" {split!r}" for split in splits)
+        given = f"{', '.join(map(repr, data))} alone" if isinstance(data, dict) else _given(data)
+        raise RecipeError(f"data: expected splits{named} of a data set, see load_data, got {given}")
+
+
+def _given(value: Any) -> str:
+    return _brief(repr(value)) if isinstance(value, str | os.PathLike) else f"a {type(value).__name__}"
 
 
 def recipe_names() -> list[str]:
@@ -113,10 +138,10 @@ def recipe_names() -> list[str]:
     return ["default", *sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))]
 
 
-def _as_strings(changes: Sequence[str] | Mapping[str, Any]) -> Iterable[str]:
+def _as_strings(changes: str | Sequence[str] | Mapping[str, Any]) -> Iterable[str]:
     if isinstance(changes, Mapping):
         return (f"{name}={_in_one_line(value)}" for name, value in changes.items())
-    return changes
+    return [changes] if isinstance(changes, str) else changes
 
 
 def _change(text: str) -> tuple[str, dict]:
@@ -126,9 +151,15 @@ def _change(text: str) -> tuple[str, dict]:
     if not equals or not name:
         raise RecipeError(f"{source}: expected key=value, for example cam.train.epochs=3")
     change = _parse(value, source)
+    if name in _OPEN and isinstance(change, dict):
+        change = _Whole(change)
     for part in reversed(name.split(".")):
         change = {part: change}
     return source, change
+
+
+class _Whole(dict):
+    """A mapping that takes the place of the old one."""
 
 
 def _with_bases(name: str, folder: Path, asked_by: tuple[str, ...] = ()) -> list[tuple[str, dict]]:
@@ -183,7 +214,7 @@ def _merge(values: dict, changes: dict, prefix: str = "") -> None:
         if isinstance(old, dict) and value is None and name not in _OPEN and not is_open:
             raise OptionError(f"{name}: expected a mapping of settings, got None")
         if isinstance(value, dict) and (isinstance(old, dict) or name in _OPEN or is_open):
-            values[key] = dict(old) if isinstance(old, dict) else {}
+            values[key] = dict(old) if isinstance(old, dict) and not isinstance(value, _Whole) else {}
             _merge(values[key], value, f"{name}.")
         else:
             values[key] = value
