@@ -83,6 +83,10 @@ def test_help_names_every_stage(wsss):
         assert code == 0 and "--set" in text and "--recipe" in text
 
 
+def test_help_shows_patterns_as_one_writes_them(wsss):
+    assert "photos/*/*.jpg" in wsss("predict", "--help")[1]
+
+
 def test_a_tracker_is_asked_for_all_trainings_before_work(wsss, tiny, tmp_path, monkeypatch):
     command = ["run", "--data", "toy", *tiny, "--out", tmp_path / "run", "--quiet"]
     monkeypatch.setattr("wsss_hf.training.tracking.get_available_trackers", lambda: ["wandb"])

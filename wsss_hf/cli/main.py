@@ -348,7 +348,7 @@ def _pinned(name: str | None, revision: str | None) -> str | None:
 
 @app.command()
 def predict(
-    images: Annotated[list[str], typer.Argument(help="Files, folders, or quoted patterns: 'photos/*/*.jpg'.")],
+    images: Annotated[list[str], typer.Argument(help="Files, folders, or patterns in quotes, as `photos/*/*.jpg`.")],
     model: Annotated[
         str,
         typer.Option(

@@ -102,7 +102,8 @@ Root = Annotated[
     ),
 ]
 Classes = Annotated[
-    str | None, typer.Option(help="Class names a,b,c: restrict to these, in this order.", rich_help_panel="Data")
+    str | None,
+    typer.Option(help="Class names a,b,c in this order; VOC and COCO are restricted to them.", rich_help_panel="Data"),
 ]
 Columns = Annotated[
     str | None,
