@@ -16,9 +16,12 @@ from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.recipes import load_recipe
+from wsss_hf.settings import RecipeError
+from wsss_hf.stages.add_saliency import add_saliency
 from wsss_hf.stages.cache import OutputError
-from wsss_hf.stages.evaluate import evaluate_masks, evaluate_segmenter
+from wsss_hf.stages.evaluate import evaluate, evaluate_masks, evaluate_segmenter
 from wsss_hf.stages.lock import LOCK_FILE, only_run
+from wsss_hf.stages.make_masks import make_masks
 from wsss_hf.stages.run import check_run_folder, report_examples, run
 from wsss_hf.stages.train_segmenter import train_segmenter
 
@@ -110,12 +113,15 @@ def test_a_foreign_folder_is_refused(toy_data, tiny_recipe, tmp_path):
 
 
 @pytest.mark.slow
-def test_data_without_masks_give_models_and_a_report_without_figures(unmasked_data, tiny_recipe, tmp_path):
+def test_data_without_masks_give_models_and_a_report_without_figures(unmasked_data, tiny_recipe, tmp_path, capsys):
     rows = run(unmasked_data, tiny_recipe, tmp_path / "run").results
     assert [row.get("mean_iou") for row in rows] == [None, None]
     assert Segmenter.from_pretrained(tmp_path / "run" / "segmenter").config.num_labels == 9
     page = (tmp_path / "run" / "report.html").read_text()
     assert sum(image_id in page for image_id in unmasked_data["train"]["image_id"]) == 3
+    said = capsys.readouterr()
+    assert "no true masks, so nothing was measured" in said.err and "no true masks" in page
+    assert "Results" not in said.out and "–" not in said.out
 
 
 def test_examples_are_spread_over_the_held_out_images(toy_data, tiny_recipe, finished):
@@ -166,3 +172,22 @@ def test_further_rounds_go_on_from_a_finished_run(toy_data, tiny_recipe, tmp_pat
     run(toy_data, tiny_recipe, out)
     assert stamps(out / "cam", out / "masks", out / "segmenter") == before
     assert not stamps(out / "masks-2").items() & done.items()
+
+
+def test_names_in_the_place_of_data_and_recipe_are_one_line(toy_data, tiny_recipe, tmp_path):
+    for call, expected in (
+        (
+            lambda: run("photos", tiny_recipe, tmp_path),
+            "data: expected splits 'train' of a data set, see load_data, got 'photos'",
+        ),
+        (lambda: run(toy_data["train"], tiny_recipe, tmp_path), "data: expected splits 'train' .*, got a Dataset"),
+        (lambda: run(toy_data, "photos", tmp_path), "recipe: expected a Recipe, see Recipe.load, got 'photos'"),
+        (
+            lambda: make_masks(toy_data, tiny_recipe, tmp_path, tmp_path / "masks"),
+            "recipe: expected a Recipe, see Recipe.load, got PosixPath",
+        ),
+        (lambda: evaluate("photos"), "data: expected splits of a data set, see load_data, got 'photos'"),
+        (lambda: add_saliency(str(tmp_path), tmp_path / "saliency", spectral="x"), "data: expected splits 'train'"),
+    ):
+        with pytest.raises(RecipeError, match=expected):
+            call()

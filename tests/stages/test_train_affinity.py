@@ -185,9 +185,10 @@ def test_masks_are_made_again_when_the_network_has_changed(
 def test_a_run_trains_it_where_a_walk_names_no_network(toy_data, recipe, tmp_path):
     result = run(toy_data, recipe, tmp_path / "run")
     assert result.affinity is not None and (result.affinity / "model.safetensors").is_file()
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["recipe"]["masks"]["refine"] == [
-        {"walk": {"steps": 8, "radius": 3}}
-    ]
+    written = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert written["recipe"]["masks"]["refine"] == [{"walk": {"steps": 8, "radius": 3}}]
+    stages = (result.cam, result.affinity, result.masks, result.segmenter)
+    assert written["minutes"] == pytest.approx(sum(stage.minutes for stage in stages)) and result.affinity.minutes > 0
     figures = evaluate(toy_data, recipe, cam=result.cam, affinity=result.affinity).results[0]
     assert figures["mean_iou"] == pytest.approx(result.results[0]["mean_iou"])
 

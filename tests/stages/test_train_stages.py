@@ -381,3 +381,15 @@ def test_data_without_pseudo_masks_are_refused(toy_data, tiny_recipe, tmp_path):
     with pytest.raises(DataError, match="expected a column .*pseudo_mask"):
         train_segmenter(toy_data, tiny_recipe, tmp_path / "segmenter")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_class_of_all_images_is_said(toy_data, tiny_recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_cam_module, "begin_training", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    tags = [[3, *(c for c in tags if c != 3)] for tags in toy_data["train"]["tags"]]
+    rows = toy_data["train"].remove_columns("tags")
+    everywhere = DatasetDict(train=rows.add_column("tags", tags, feature=toy_data["train"].features["tags"]))
+    for data, is_said in ((everywhere, True), (toy_data, False)):
+        with pytest.raises(KeyboardInterrupt):
+            train_cam(data, tiny_recipe, tmp_path / str(is_said))
+        name = class_names(toy_data)[3]
+        assert (f"all images have the tag {name!r}" in capsys.readouterr().err) == is_said

@@ -21,6 +21,7 @@ from ..data.tagged import encode_png, source_of
 from ..files import file_digest
 from ..models.options import Options
 from ..progress import is_quiet
+from ..recipes import check_splits
 from ..saliency.load import load_source
 from ..saliency.source import SaliencySource
 from .cache import Record, StageOutput, write_atomically
@@ -70,6 +71,7 @@ def add_saliency(
         SaliencyError, OptionError, OSError: the source can't be used.
         DataError: an image does not decode; names the row.
     """
+    check_splits(data, "train")
     source = load_source(model, spectral, settings, trust_remote_code)
     told = {"source": source.name, "learnt_from": learnt_from or source.learnt_from}
     inputs = {"data": digest(map(_data_fingerprint, data.values())), "source": _source_fingerprint(source)}

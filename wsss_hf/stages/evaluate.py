@@ -41,7 +41,7 @@ from ..pseudo_labels.affinity_labels import with_affinity
 from ..pseudo_labels.label_images import label_images
 from ..pseudo_labels.rules import columns_to_read
 from ..pseudo_labels.threshold import thresholds_of, with_threshold
-from ..recipes import Recipe
+from ..recipes import Recipe, check_splits
 from ..settings import EvaluationSettings, MasksSettings, RecipeError
 from .predict_masks import predict_masks
 
@@ -96,6 +96,7 @@ def evaluate(
         RecipeError: options that do not go together.
     """
     recipe = recipe or Recipe()
+    check_splits(data)
     protocol = with_affinity(recipe.evaluation, affinity)
     exports = {"voc_archive": voc_archive, "coco": export_coco}
     writes = save_masks is not None or any(exports.values())

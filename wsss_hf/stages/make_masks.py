@@ -33,7 +33,7 @@ from ..pseudo_labels.affinity_labels import walk_models, with_affinity
 from ..pseudo_labels.label_images import Labelled, build_rules, label_images
 from ..pseudo_labels.rules import columns_to_read
 from ..pseudo_labels.threshold import thresholds_of, with_threshold
-from ..recipes import Recipe
+from ..recipes import Recipe, check_inputs
 from ..settings import AUTO, MasksSettings
 from .cache import Record, StageOutput, embedding, write_atomically
 from .fingerprint import data_fingerprint, digest, model_fingerprint, row_fingerprints, rows_fingerprint
@@ -84,6 +84,7 @@ def make_masks(
         DataError: the classifier has other classes than the data, a column that the label rule needs is missing, or
             two rows of a stream have one image_id: known before where its first rows show it, else at the end.
     """
+    check_inputs(data, recipe)
     rows, settings = data["train"], recipe.masks
     is_streamed = isinstance(rows, IterableDataset)
     if is_streamed:

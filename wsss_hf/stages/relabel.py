@@ -19,7 +19,7 @@ from ..inference.load import load_segmenter
 from ..models.label_colors import mask_image
 from ..pseudo_labels.area_prior import background_factor, labelled_objects
 from ..pseudo_labels.self_training import relabel_images
-from ..recipes import Recipe
+from ..recipes import Recipe, check_inputs
 from ..settings import SelfTrainingSettings
 from .cache import Record, StageOutput, embedding
 from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
@@ -57,6 +57,7 @@ def relabel(
     Raises:
         DataError: the segmenter has other classes than the data.
     """
+    check_inputs(data, recipe)
     rows = data["train"]
     settings = dataclasses.replace(recipe.self_training, rounds=1)
     if settings.window is None:

@@ -20,12 +20,12 @@ from ..data.tagged import class_names, decode_image, decode_mask, source_of, und
 from ..files import remove_unfinished
 from ..inference.load import load_labeler, load_segmenter
 from ..inference.segmenter import segment_images
-from ..progress import is_quiet
+from ..progress import is_quiet, say
 from ..pseudo_labels.affinity_labels import with_affinity
 from ..pseudo_labels.label_images import label_images
 from ..pseudo_labels.rules import rows_to_label
 from ..pseudo_labels.threshold import at_thresholds
-from ..recipes import Recipe
+from ..recipes import Recipe, check_inputs
 from ..refinement.steps import build_refinement
 from ..reporting.html import ReportExample, write_gallery, write_report
 from ..reporting.tables import RESULT_COLUMNS, print_table
@@ -44,6 +44,7 @@ from .train_segmenter import check_start, train_segmenter
 
 RESULTS_FILE = "results.json"
 _ROUND = ("masks", "segmenter")
+_NO_FIGURES = "The data have no true masks, so nothing was measured; the pictures show what came out."
 
 
 def run(
@@ -70,6 +71,7 @@ def run(
         RecipeError: the recipe has a stage that takes no stream, or no number of steps for one.
         RefinementError, RecipeError, OSError, ValueError: see [`check_recipe`].
     """
+    check_inputs(data, recipe)
     out = check_run_folder(out)
     if isinstance(data["train"], IterableDataset):
         _check_streamed(recipe)
@@ -188,7 +190,8 @@ def write_results(
     names = ["background", *class_names(data["train"])]
     examples = report_examples(result, data, recipe, thresholds)
     curves = {row["result"]: row["threshold_curve"] for row in rows if "threshold_curve" in row}
-    table = [{key: value for key, value in row.items() if key in (*RESULT_COLUMNS, "iou")} for row in rows]
+    shown = [row for row in rows if row["split"] in data] if any("mean_iou" in row for row in rows) else []
+    table = [{key: value for key, value in row.items() if key in (*RESULT_COLUMNS, "iou")} for row in shown]
     notes: dict[str, Any] = {
         "data": source.get("source", "given"),
         "classes": len(names) - 1,
@@ -198,17 +201,23 @@ def write_results(
     }
     notes |= {name: summary[name] for name in ("saliency",) if name in summary}
     title = "Image tags in, segmentation model out"
-    write_report(out / "report.html", title, table, examples, names, notes, curves)
+    write_report(
+        out / "report.html", title, table, examples, names, notes, curves, caption="" if shown else _NO_FIGURES
+    )
     write_gallery(out / "gallery.png", examples)
-    print_table(rows, "Results (percent)", columns=RESULT_COLUMNS)
+    if shown:
+        print_table(shown, "Results (percent)", columns=RESULT_COLUMNS)
+    else:
+        say(_NO_FIGURES)
     if not is_quiet():
         print(f"report: {out / 'report.html'}")
 
 
 def _stages(recipe: Recipe) -> list[str]:
     """The folders of a run's stages."""
+    optional = {"refiner": recipe.refiner.use, "affinity": needs_affinity(recipe.masks)}
     rounds = [f"{name}-{number}" for number in range(2, recipe.self_training.rounds + 1) for name in _ROUND]
-    return ["cam", *(["refiner"] if recipe.refiner.use else []), *_ROUND, *rounds]
+    return ["cam", *(name for name, is_used in optional.items() if is_used), *_ROUND, *rounds]
 
 
 def report_examples(

@@ -23,7 +23,7 @@ from ..models.modeling_affinity import AffinityConfig, AffinityNetwork
 from ..progress import is_quiet
 from ..pseudo_labels.affinity_labels import certain_labels, needs_affinity
 from ..pseudo_labels.label_images import build_rules
-from ..recipes import Recipe
+from ..recipes import Recipe, check_inputs
 from ..refinement.crf import require_densecrf
 from ..refinement.steps import RefinementChain, build_refinement
 from ..settings import AffinitySettings
@@ -68,6 +68,7 @@ def train_affinity(
         DataError: the classifier has other classes than the data, or its maps are certain of no object or of no
             background.
     """
+    check_inputs(data, recipe)
     section, rows = with_launcher(recipe.affinity), data["train"]
     recipe = dataclasses.replace(recipe, affinity=section)
     check_tracker(section.train)  # before the maps are computed

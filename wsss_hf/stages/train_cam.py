@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import os
 
-from datasets import DatasetDict, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from transformers import PreTrainedModel
 
 from ..data.saliency import check_saliency
 from ..data.tagged import DataError, class_names, source_of
 from ..models.modeling_cam import CamClassifier
+from ..progress import say
 from ..pseudo_labels.rules import check_columns
-from ..recipes import Recipe
+from ..recipes import Recipe, check_inputs
 from ..training.build import build_on_backbone, build_processor, start_layers
 from ..training.launcher import with_launcher
 from ..training.train import begin_training, train_model, with_superpixels
@@ -41,12 +42,14 @@ def train_cam(data: DatasetDict, recipe: Recipe, out: str | os.PathLike, *, forc
         DataError: a column that the recipe wants, here or for its masks, is missing.
         OutputError: `out` holds something else.
     """
+    check_inputs(data, recipe)
     section, rows = with_launcher(recipe.cam), data["train"]
     recipe = dataclasses.replace(recipe, cam=section)
     check_data(data, recipe)
     output = StageOutput(out, cam_record(data, recipe), force)
     if not output.done:
         with output.working() as folder:
+            _say_what_is_everywhere(rows)
             accelerator = begin_training(section.train, recipe.seed, folder)
             model, mean, std = build_cam(recipe, class_names(rows))
             size = recipe.image.size
@@ -83,6 +86,21 @@ def check_data(data: DatasetDict, recipe: Recipe) -> None:
         if section.saliency:
             check_saliency(rows, "cam.saliency")
         check_columns(recipe.masks, rows)  # which come later, but nobody should train for them in vain
+
+
+def _say_what_is_everywhere(rows: Dataset | IterableDataset) -> None:
+    if isinstance(rows, IterableDataset):
+        return
+    everywhere = set(range(len(class_names(rows))))
+    for tags in rows["tags"]:
+        everywhere &= set(tags)
+        if not everywhere:
+            return
+    name = class_names(rows)[min(everywhere)]
+    say(
+        f"cam: all images have the tag {name!r}, so nothing tells it from the background; expected some without it, "
+        "for example in a folder background/"
+    )
 
 
 def build_cam(recipe: Recipe, names: list[str]) -> tuple[PreTrainedModel, list[float], list[float]]:

@@ -22,7 +22,7 @@ from ..inference.load import load_labeler
 from ..models.maps import at_all_classes
 from ..models.modeling_cam import CamClassifier
 from ..models.modeling_map_refiner import MapRefiner, MapRefinerConfig
-from ..recipes import Recipe
+from ..recipes import Recipe, check_inputs
 from ..settings import RefinerSettings
 from ..training.build import build_on_backbone, build_processor, start_layers
 from ..training.launcher import with_launcher
@@ -61,6 +61,7 @@ def train_refiner(
     Returns:
         the model, loadable by `MapRefiner.from_pretrained(out)`; [`make_masks`] takes it in place of the classifier.
     """
+    check_inputs(data, recipe)
     section, rows = with_launcher(recipe.refiner), data["train"]
     check_tracker(section.train)  # before the maps are computed
     fingerprints = row_fingerprints(rows, _COLUMNS)

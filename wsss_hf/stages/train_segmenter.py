@@ -16,7 +16,7 @@ from ..models.configuration_segmenter import SegmenterConfig
 from ..models.modeling_segmenter import Segmenter
 from ..progress import Progress
 from ..pseudo_labels.area_prior import background_factor, labelled_objects, multiply_background, output_bias
-from ..recipes import Recipe
+from ..recipes import Recipe, check_inputs
 from ..settings import SegmenterSettings, SelfTrainingSettings
 from ..training.build import build_on_backbone, build_processor
 from ..training.launcher import with_launcher
@@ -58,6 +58,7 @@ def train_segmenter(
     Raises:
         RecipeError: the recipe names no backbone or model, or one that can't be used.
     """
+    check_inputs(data, recipe)
     section, rows = with_launcher(recipe.segmenter), data["train"]
     supervised = mask_column == "mask"
     by_confidence = _by_confidence(section, mask_column)
