@@ -67,6 +67,30 @@ def test_all_of_them_in_mixed_precision_and_without_tags_stay_finite(dtype):
         assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_of_half_precision_trains_and_has_maps_as_one_of_single_precision(dtype):
+    backbone = ViTConfig(hidden_size=8, num_hidden_layers=4, num_attention_heads=2, intermediate_size=16)
+    methods = OPTIONS | {"attention": {"learn_heads": True}}
+    losses, maps = {}, {}
+    for precision in (torch.float32, dtype):
+        torch.manual_seed(0)
+        config = CamConfig(backbone_config=backbone, id2label={0: "a", 1: "b", 2: "c"}, **methods)
+        model = CamClassifier(config).train().to(precision)
+        model.progress = 0.5
+        output = model(images().to(precision), tags=TAGS)
+        output.loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+        losses[precision] = output.losses
+        model.eval()
+        for model.config.maps in ("attention", "d2cam", "icd", "seam"):
+            maps[precision, model.config.maps] = model(images().to(precision)).maps
+    assert all(name in " ".join(losses[dtype]) for name in methods if name != "drs")
+    for name, loss in losses[dtype].items():
+        torch.testing.assert_close(loss, losses[torch.float32][name], rtol=0.1, atol=0.05, msg=f"{name}: {losses}")
+    for (precision, name), found in maps.items():
+        torch.testing.assert_close(found, maps[torch.float32, name], rtol=0.1, atol=0.05, msg=f"{name}, {precision}")
+
+
 def test_a_batch_without_tags_moves_no_statistics_and_adds_nothing_for_any_class():
     model = build(*OPTIONS)
     before = {name: value.clone() for name, value in model.methods.named_buffers() if "norm" not in name}

@@ -43,6 +43,8 @@ def sharding(wanted):
         cpu_ram_efficient_loading=False,
         state_dict_type="FULL_STATE_DICT",
     )
+    if wanted.mixed_precision != "no":
+        plugin.set_mixed_precision(wanted.mixed_precision)
     for state in (AcceleratorState._shared_state, PartialState._shared_state):
         state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     return accelerator
@@ -84,6 +86,43 @@ def test_sharded_training_saves_whole_weights(kind, toy_data, tmp_path, in_proce
     one, two = (model_class.from_pretrained(tmp_path / name / "result").state_dict() for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+METHODS = {
+    "attention": {"learn_heads": True},
+    "contrast": {"embedding": 8},
+    "d2cam": {"embedding_channels": 8},
+    "icd": {"hidden_channels": 8},
+    "plda": {"hidden": [8], "pamr_iterations": 1, "pamr_dilations": [1]},
+    "seam": {"projections": [8, 8], "embedding": 8},
+    "toco": {},
+}
+# Without batch norms, which torch does not compute on CPUs where their weights alone are of half precision.
+VIT = {
+    "model_type": "vit",
+    "hidden_size": 8,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "image_size": 48,
+}
+
+
+@shards_on_cpus
+@pytest.mark.slow
+def test_all_methods_train_sharded_in_half_precision(toy_data, tmp_path, in_processes):
+    def work():
+        torch.manual_seed(0)
+        config = CamConfig(backbone_config=dict(VIT), id2label=dict(enumerate("abcdefgh")), drs={}, **METHODS)
+        wanted = settings(**SHARED, mixed_precision="bf16")
+        training = Training(CamClassifier(config), tagged_examples(toy_data), wanted, sharding(wanted), tmp_path)
+        return figures(training.run())
+
+    for history in in_processes(work):
+        assert not isinstance(history, Exception), history
+        for record in history:
+            assert all(any(name.startswith(method) for name in record) for method in METHODS), record
+            assert torch.tensor(list(record.values())).isfinite().all(), record
 
 
 @shards_on_cpus

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .method_helpers import Float32Linear
 from .methods import Method, TrainingStep, register_method
 from .options import Options, option
 from .patch_attentions import PatchAttentions
@@ -116,7 +117,10 @@ class HeadWeights(nn.Module):
         super().__init__()
         hidden = max(1, heads // reduction)
         self.layers = nn.Sequential(
-            nn.Linear(heads, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, heads, bias=False), nn.Sigmoid()
+            Float32Linear(heads, hidden, bias=False),
+            nn.ReLU(),
+            Float32Linear(hidden, heads, bias=False),
+            nn.Sigmoid(),
         )
 
     def reset_parameters(self):

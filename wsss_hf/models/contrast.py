@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .method_helpers import all_reduce_sum, min_max_normalize, smaller_view
+from .method_helpers import Float32Conv2d, all_reduce_sum, min_max_normalize, smaller_view
 from .methods import Method, TrainingStep, register_method
 from .options import Options, option
 
@@ -206,7 +206,7 @@ class Contrast(Method):
         super().__init__(config, backbone, num_classes)
         patch_size = getattr(backbone, "patch_size", None)
         self.patch_size = patch_size if isinstance(patch_size, int) else 1
-        self.projection = nn.Conv2d(backbone.channels[-1], config.embedding, kernel_size=1, bias=False)
+        self.projection = Float32Conv2d(backbone.channels[-1], config.embedding, kernel_size=1, bias=False)
 
     def reset_parameters(self):
         nn.init.xavier_uniform_(self.projection.weight)
@@ -220,7 +220,7 @@ class Contrast(Method):
             maps = step.localize(self.config.maps, step.pixel_values, step.features, step.cams)
         # In half precision the gradient of a short vector's direction overflows.
         with torch.autocast(maps.device.type, enabled=False):
-            embeddings = self.projection(step.features[-1].float()).relu()
+            embeddings = self.projection(step.features[-1]).relu()
             embeddings, maps = (
                 F.interpolate(values, size, mode="bilinear", align_corners=True)
                 for values in (embeddings, maps.float().relu())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .maps import normalize_maps
-from .method_helpers import all_reduce_sum, check_stages
+from .method_helpers import Float32Conv2d, all_reduce_sum, check_stages
 from .methods import Method, TrainingStep, register_method
 from .options import Options, option
 
@@ -225,7 +225,7 @@ class D2cam(Method):
         check_stages("d2cam", self.stages, backbone)
         size = config.embedding_channels
         channels = sum(backbone.channels[stage] for stage in self.stages)
-        self.head = nn.Sequential(nn.Conv2d(channels, size, 1), nn.ReLU(), nn.Conv2d(size, size, 1))
+        self.head = nn.Sequential(Float32Conv2d(channels, size, 1), nn.ReLU(), Float32Conv2d(size, size, 1))
         self.register_buffer("prototypes", torch.empty(num_classes, size))
         self.register_buffer("seen", torch.empty(num_classes, dtype=torch.bool))
         self.reset_parameters()

@@ -1,4 +1,4 @@
-"""What several methods share: sums over processes, normalised maps, a smaller view, batch norms, checks of stages."""
+"""What several methods share: sums over processes, normalised maps, layers in float32, a smaller view, batch norms."""
 
 from __future__ import annotations
 
@@ -40,6 +40,26 @@ def check_stages(method: str, stages: Sequence[int], backbone: Backbone) -> None
             raise ValueError(
                 f"{method}.stages: expected stages of this backbone ({-depth} to {depth - 1}), got {stage}"
             )
+
+
+class Float32Conv2d(nn.Conv2d):
+    """A convolution in float32, whatever the precision that the weights of the model are kept in.
+
+    The weights are read in its own forward, by which time they are whole where processes share them out.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D, h, w) of any dtype to (B, E, h, w) float32; autocast, where it is on, chooses."""
+        bias = None if self.bias is None else self.bias.float()
+        return self._conv_forward(features.float(), self.weight.float(), bias)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer in float32, like [`Float32Conv2d`]."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) of any dtype to (B, E) float32; autocast, where it is on, chooses."""
+        return F.linear(features.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
 def min_max_normalize(maps: Tensor, eps: float = 1e-5) -> Tensor:

@@ -277,7 +277,7 @@ class Plda(Method):
             maps = step.localize(config.maps, step.pixel_values, step.features, cams)
             source = source_pixels(maps, tags, config.source_threshold)
             hidden = F.interpolate(source.any(dim=1, keepdim=True).float(), size=step.pixel_values.shape[-2:])
-            masked_values = step.pixel_values * (1 - hidden)
+            masked_values = step.pixel_values * (1 - hidden).to(step.pixel_values.dtype)
             masked_features, masked_cams = step.classify(masked_values)
             masked_cams = masked_cams.float()
             masked_maps = step.localize(config.maps, masked_values, masked_features, masked_cams)
