@@ -305,6 +305,31 @@ def test_a_method_can_ask_for_the_maps_of_another(build, peak):
     torch.testing.assert_close(step.localize("seam", pixels / 2, features, cams), expected)
 
 
+@pytest.mark.parametrize("scale", [0.5, 1])
+def test_the_method_asked_sees_a_step_of_the_other_view_alone(build, peak, scale, monkeypatch):
+    def maps(self, step):
+        self.seen.append(step)
+        return step.cams.relu()
+
+    monkeypatch.setattr(peak, "maps", maps)
+    model, (pixels, tags) = build(peak={}, contrast={"maps": "peak", "scale": 0.5}).train(), batch()
+    superpixels, saliency = torch.zeros(2, 64, 96, dtype=torch.int64), torch.rand(2, 64, 96)
+    model(pixels, tags=tags, superpixels=superpixels, saliency=saliency)
+    _, second, step = model.methods["peak"].seen  # the contrast asks for both views
+    assert second.pixel_values.shape == second.images.shape == (2, 3, 32, 48)
+    assert second.superpixels is None and second.saliency is None
+
+    # One half of the images hidden, as PLDA does it.
+    view = F.interpolate(pixels, scale_factor=scale) * torch.tensor([0.0, 1.0]).repeat_interleave(int(48 * scale))
+    step.localize("peak", view, *model.classify(view))
+    seen = model.methods["peak"].seen[-1]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.config.image_mean, model.config.image_std))
+    assert torch.equal(seen.pixel_values, view) and seen.second_view is None
+    torch.testing.assert_close(seen.images, (view * std + mean).clamp(0, 1))
+    assert (seen.superpixels is superpixels and seen.saliency is saliency) == (scale == 1)
+    assert scale == 1 or (seen.superpixels is None and seen.saliency is None)
+
+
 def test_the_maps_are_the_cams_unless_a_method_is_named(build, peak):
     output = build(peak={})(batch()[0])
     assert torch.equal(output.maps, output.cams)

@@ -37,7 +37,8 @@ class TrainingStep:
         superpixels: (B, H, W) int64 superpixel indices, or None.
         saliency: (B, H, W) float in [0, 1], or None.
         localize: `localize(name, pixel_values, features, cams)`, the maps of the method `name` on these images,
-            (B, C, h, w); "cam" gives `cams` back.
+            (B, C, h, w); "cam" gives `cams` back. The method sees a step with these images; where their size is not
+            that of `pixel_values` above, one without superpixels and saliency.
         second_view: in training, the step on the view of the images that a method asks for, see
             [`Method.second_view`]; its features and CAMs have a gradient too. None where no method does.
     """
@@ -153,13 +154,16 @@ class Method(nn.Module):
         config = model.config
         mean, std = (pixel_values.new_tensor(v)[:, None, None] for v in (config.image_mean, config.image_std))
 
+        def in_unit_range(pixel_values: Tensor) -> Tensor:
+            return (pixel_values * std + mean).clamp(0, 1)
+
         def classify(view: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
             with statistics_kept(model.backbone):
                 return model.classify(view)
 
         step = TrainingStep(
             pixel_values=pixel_values,
-            images=(pixel_values * std + mean).clamp(0, 1),
+            images=in_unit_range(pixel_values),
             tags=torch.ones_like(cams[:, :, 0, 0]).float() if tags is None else tags.float(),
             features=features,
             cams=cams,
@@ -172,7 +176,11 @@ class Method(nn.Module):
         def localize(name: str, pixel_values: Tensor, features: tuple[Tensor, ...], cams: Tensor) -> Tensor:
             if name == "cam":
                 return cams
-            view = dataclasses.replace(step, pixel_values=pixel_values, features=features, cams=cams)
+            view = dataclasses.replace(step, features=features, cams=cams, second_view=None)
+            if pixel_values is not step.pixel_values:
+                view.pixel_values, view.images = pixel_values, in_unit_range(pixel_values)
+            if pixel_values.shape[-2:] != step.pixel_values.shape[-2:]:
+                view.superpixels = view.saliency = None
             return model.methods[name].maps(view)
 
         step.localize = localize
