@@ -193,6 +193,12 @@ def test_a_contested_seed_goes_to_the_larger_cam_times_score():
     assert seeds_of(top_down, [[1, 1, -1, 1, 1], [2, 1, -1, 1, 1]], tags=[1, 1]) == [1, 2, 255, 2, 0]
 
 
+def test_what_the_cams_of_an_image_have_at_least_is_no_evidence():
+    top_down, cams = [[4, -1, -1], [3, 4, -1]], [[5, 4, 4], [6, 5, 4]]
+    # Of the first pixel: (5 - 4) / 2 · 4/4 against (6 - 4) / 2 · 3/4; plain CAMs would give 5/6 · 4/4 against 3/4.
+    assert seeds_of(top_down, cams, tags=[1, 1]) == [2, 2, 0]
+
+
 def test_of_several_tags_an_object_pixel_without_any_cam_is_left_open():
     top_down, cams = [[4, 2, -1], [-1, -1, -1]], [[1, -1, 1], [1, -1, 1]]
     assert seeds_of(top_down, cams, tags=[1, 1]) == [1, 255, 0]
@@ -507,7 +513,7 @@ def test_a_training_step_on_hidden_layers_is_that_of_the_program():
     [
         ({"stage": 3}, None),
         ({"stage": 2}, "icd.stage: expected a stage of stride 8, got 2"),
-        ({"stage": 6}, r"icd.stages: expected stages of this backbone \(-6 to 5\), got 6"),
+        ({"stage": 6}, r"icd.stage: expected stages of this backbone \(-6 to 5\), got 6"),
         ({"hidden_from": ["hidden.fc6"]}, "hidden_from: expected two names or none"),
         (
             {"hidden_from": ["hidden.fc7", "hidden.fc6"]},

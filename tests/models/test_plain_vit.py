@@ -220,7 +220,7 @@ def test_layers_that_are_not_there_are_refused(config, layers, message):
 
 
 def test_one_stage_is_too_few_for_methods_that_read_two():
-    for method, option in (("seam", "stages"), ("toco", "stages")):
+    for method, option in (("seam", "stages"), ("toco", "stage")):
         with pytest.raises(
             ValueError, match=rf"{method}.{option}: expected stages of this backbone \(-1 to 0\), got -2"
         ):

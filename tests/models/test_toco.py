@@ -127,5 +127,5 @@ def test_bad_settings_are_named(options, message):
 
 
 def test_a_stage_that_the_backbone_lacks_is_named():
-    with pytest.raises(ValueError, match=r"toco.stages: expected stages of this backbone \(-3 to 2\), got -4"):
+    with pytest.raises(ValueError, match=r"toco.stage: expected stages of this backbone \(-3 to 2\), got -4"):
         Toco(TocoConfig(stage=-4), Backbone(), CLASSES)

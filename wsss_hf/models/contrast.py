@@ -43,7 +43,8 @@ class ContrastConfig(Options):
 
     scale: float = option(
         0.3,
-        "Size of the second view relative to the image; SEAM, where it is on, takes this view too.",
+        "Size of the second view relative to the image. SEAM, where it is on, takes this view too, not one of its own "
+        "scale: the network sees one second view.",
         above=0,
         below=1,
     )

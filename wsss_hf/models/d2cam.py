@@ -222,7 +222,7 @@ class D2cam(Method):
     def __init__(self, config: D2camConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
         self.stages = config.stages or [-2, -1][-len(backbone.channels) :]
-        check_stages("d2cam", self.stages, backbone)
+        check_stages("d2cam.stages", self.stages, backbone)
         size = config.embedding_channels
         channels = sum(backbone.channels[stage] for stage in self.stages)
         self.head = nn.Sequential(Float32Conv2d(channels, size, 1), nn.ReLU(), Float32Conv2d(size, size, 1))

@@ -218,8 +218,9 @@ def icd_seeds(
 ) -> Tensor:
     """Label maps from the top-down scores: sure pixels only, the rest is left open.
 
-    A pixel with one positive tagged class is of that class; several are settled by the largest relu(CAM) times score,
-    the CAMs divided by their image's maximum, each score by its class's. In an image with several tags, pixels of an
+    A pixel with one positive tagged class is of that class; several are settled by the largest relu(CAM) times score:
+    from the CAMs of the tagged classes the lowest value that any of them has in the image is subtracted, then they are
+    divided by the highest; each score is divided by its class's highest. In an image with several tags, pixels of an
     object where these products do not tell its classes apart, above all where no CAM is positive, are left open.
     Background is where every tagged class is below 0 or, with saliency, where that is below a threshold; of a map that
     covers less than 1 % of the image, both is asked. A pixel claimed by an object and by background is left open.
@@ -324,7 +325,7 @@ class Icd(Method):
 
     def __init__(self, config: IcdConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
-        check_stages("icd", [config.stage], backbone)
+        check_stages("icd.stage", [config.stage], backbone)
         if backbone.strides[config.stage] != backbone.strides[-1]:
             raise ValueError(f"icd.stage: expected a stage of stride {backbone.strides[-1]}, got {config.stage}")
         channels = backbone.channels[config.stage]

@@ -28,8 +28,8 @@ def statistics_kept(network: nn.Module) -> Iterator[None]:
             norm.momentum, norm.num_batches_tracked = momentum, batches
 
 
-def check_stages(method: str, stages: Sequence[int], backbone: Backbone) -> None:
-    """Whether a backbone has the stages that a method's options name, counted from either end.
+def check_stages(option: str, stages: Sequence[int], backbone: Backbone) -> None:
+    """Whether a backbone has the stages that an option (method.option) names, counted from either end.
 
     Raises:
         ValueError: it has not.
@@ -37,9 +37,7 @@ def check_stages(method: str, stages: Sequence[int], backbone: Backbone) -> None
     depth = len(backbone.channels)
     for stage in stages:
         if not -depth <= stage < depth:
-            raise ValueError(
-                f"{method}.stages: expected stages of this backbone ({-depth} to {depth - 1}), got {stage}"
-            )
+            raise ValueError(f"{option}: expected stages of this backbone ({-depth} to {depth - 1}), got {stage}")
 
 
 class Float32Conv2d(nn.Conv2d):

@@ -193,7 +193,9 @@ class Method(nn.Module):
     def second_view(self, pixel_values: Tensor) -> Tensor | None:
         """(B, 3, h, w): the images at another size, if the method wants the network to be trained on these too.
 
-        The network sees them once; every method finds what it gives in `step.second_view`.
+        The network sees one such view in a step, which would cost as much again for each: that of the first method, in
+        the order of their names, or for methods of your own of their registration, that asks. Every method finds it in
+        `step.second_view`.
         """
         return None
 

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 class SeamConfig(Options):
     """Options of SEAM."""
 
-    scale: float = option(0.3, "Size of the second view relative to the image.", above=0, below=1)
+    scale: float = option(
+        0.3,
+        "Size of the second view relative to the image; where the contrast is on, its scale counts and this one does "
+        "not: the network sees one second view, that of the contrast.",
+        above=0,
+        below=1,
+    )
     stages: list[int] = option(
         [-2, -1],
         "Backbone stages that PCM reads (negative ones count from the last, which feeds the classifier).",
@@ -221,7 +227,7 @@ class Seam(Method):
 
     def __init__(self, config: SeamConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
-        check_stages("seam", config.stages, backbone)
+        check_stages("seam.stages", config.stages, backbone)
         patch_size = getattr(backbone, "patch_size", None)
         self.patch_size = patch_size if isinstance(patch_size, int) else 1
         self.projections = nn.ModuleList(

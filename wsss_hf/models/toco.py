@@ -116,7 +116,7 @@ class Toco(Method):
 
     def __init__(self, config: TocoConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
-        check_stages("toco", [config.stage], backbone)
+        check_stages("toco.stage", [config.stage], backbone)
         self.classifier = nn.Conv2d(backbone.channels[config.stage], num_classes, kernel_size=1, bias=False)
 
     def reset_parameters(self):
