@@ -6,9 +6,11 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
 
 from wsss_hf.data.tagged import TaggedData
+from wsss_hf.models.modeling_affinity import AffinityNetwork
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.recipes import Recipe
 from wsss_hf.stages.run import run
+from wsss_hf.stages.train_affinity import train_affinity
 from wsss_hf.stages.train_cam import train_cam
 
 
@@ -72,3 +74,8 @@ def test_the_layers_of_the_recipe_are_the_stages_and_an_unfrozen_backbone_learns
     folder = train_cam(toy_data, vit_recipe, tmp_path / "cam")
     assert CamClassifier.from_pretrained(folder).config.backbone_layers == [2, 4]
     assert len(moved(folder, published)) > 40
+
+    recipe = vit_recipe.changed("affinity.from_cam=true", "affinity.refine=[]", "affinity.radius=4")
+    recipe.affinity.train.epochs = 1
+    network = AffinityNetwork.from_pretrained(train_affinity(toy_data, folder, recipe, tmp_path / "affinity"))
+    assert network.config.backbone_layers == [2, 4] and len(network.branches) == 2

@@ -200,7 +200,8 @@ def _build(cam: str | os.PathLike, recipe: Recipe) -> tuple[PreTrainedModel, lis
         return build_on_backbone(AffinityNetwork, _backbone(recipe), recipe.image, "affinity", **options, **stride)
     teacher, _ = load_labeler(os.fspath(cam), "cpu", optimize=False)
     mean, std = teacher.config.image_mean, teacher.config.image_std
-    options |= {"output_stride": teacher.config.output_stride, "backbone_config": teacher.config.backbone_config}
+    for name in ("backbone_config", "output_stride", "backbone_layers"):
+        options[name] = getattr(teacher.config, name)
     model = AffinityNetwork(AffinityConfig(**options, image_mean=mean, image_std=std))
     model.backbone.load_state_dict(teacher.backbone.state_dict())
     return model, mean, std
