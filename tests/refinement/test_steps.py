@@ -141,12 +141,29 @@ def test_one_pixel_one_colour_and_no_class(name):
     assert torch.equal(refine([name], only_background, image), only_background)
 
 
-def test_what_else_is_refined_on_a_cpu_changes_no_bit(scores, image, tmp_path):
+@pytest.fixture
+def walk(tmp_path):
+    """The step, with an affinity network that has learnt nothing."""
     torch.manual_seed(0)
     backbone = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16]}
     AffinityNetwork(AffinityConfig(backbone_config=backbone | {"depths": [1, 1]}, radius=4)).save_pretrained(tmp_path)
     build_processor(max(SIZE), [0.5] * 3, [0.5] * 3).save_pretrained(tmp_path)
-    walk = {"walk": {"model": str(tmp_path), "radius": 3, "steps": 8}}
+    return {"walk": {"model": str(tmp_path), "radius": 3, "steps": 8}}
+
+
+@pytest.mark.parametrize("height", [1, 3])
+def test_the_network_of_a_walk_sees_a_thin_picture_as_it_is(height, walk, monkeypatch):
+    seen = []
+    monkeypatch.setattr(AffinityNetwork, "walk", lambda self, pixels, scores, *_: seen.append(pixels) or scores)
+    image = np.broadcast_to(np.array([255, 51, 0], np.uint8), (height, 9, 3))
+    refine([walk], torch.rand(2, height, 9), image)
+    (pixels,) = seen
+    assert pixels.shape[2] < pixels.shape[3]
+    expected = torch.tensor([1.0, -0.6, -1.0])[:, None, None].expand_as(pixels[0])  # (value / 255 - 0.5) / 0.5
+    torch.testing.assert_close(pixels[0], expected)
+
+
+def test_what_else_is_refined_on_a_cpu_changes_no_bit(scores, image, walk):
     for steps in ([walk], ["pamr"], [walk, "pamr"]):
         chain = build_refinement(steps)
         batch = [scores, scores[:2], scores.flip(-1)], [image, image, np.ascontiguousarray(image[:, ::-1])]

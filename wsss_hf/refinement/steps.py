@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoImageProcessor, BaseImageProcessor
@@ -211,11 +212,13 @@ class Walk(RefinementStep):
         refined = list(scores)
         for together, pictures, padded in _of_one_size(scores, images):
             network.to(padded.device)
-            inputs = processor(images=list(pictures), return_tensors="pt")["pixel_values"].to(padded.device)
+            # Pictures, not arrays: a (3, W, 3) array could be taken for channels first.
+            inputs = processor(images=[Image.fromarray(picture) for picture in pictures], return_tensors="pt")
             if self.background_alpha is not None:
                 largest = padded[:, 1:].amax(dim=1, keepdim=True)
                 padded = torch.cat([(1 - largest).clamp(min=0) ** self.background_alpha, padded[:, 1:]], dim=1)
-            walked = network.walk(inputs, padded, self.radius, self.power, self.steps)
+            pixel_values = inputs["pixel_values"].to(padded.device)
+            walked = network.walk(pixel_values, padded, self.radius, self.power, self.steps)
             if self.background_alpha is None:
                 walked = torch.cat([padded[:, :1], normalize_maps(walked[:, 1:])], dim=1)
             for i, result in zip(together, walked, strict=True):
