@@ -276,6 +276,13 @@ def test_training_makes_pixels_of_a_class_alike_and_pixels_of_others_not():
     assert inside > 0.9 and between < 0.75 < before
 
 
+def test_a_network_of_patches_sees_whole_ones():
+    backbone = Backbone()
+    backbone.patch_size = 14
+    method = Contrast(ContrastConfig(scale=0.3), backbone, CLASSES)
+    assert method.second_view(torch.zeros(1, 3, 224, 448)).shape[-2:] == (70, 140)
+
+
 def test_its_scale_is_the_one_of_the_second_view_also_beside_seam():
     backbone = {
         "model_type": "resnet",

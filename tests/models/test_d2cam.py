@@ -334,6 +334,7 @@ def test_the_head_reads_the_stages_that_are_named():
     features = (torch.randn(1, 4, 6, 8), torch.randn(1, 6, 3, 4))
     for stages, read in (([-2], [0]), ([-1], [1]), ([0, 1], [0, 1]), (None, [0, 1])):
         method = make_method(stages=stages)
+        assert method.config.stages == (stages or [-2, -1])  # a saved model says which they are
         embeddings = method.embeddings(features)
         assert embeddings.shape == (1, 8, 3, 4)  # the resolution of the maps
         for stage in (0, 1):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .method_helpers import Float32Conv2d, all_reduce_sum, min_max_normalize, smaller_view
+from .method_helpers import Float32Conv2d, all_reduce_sum, min_max_normalize, patch_size, smaller_view
 from .methods import Method, TrainingStep, register_method
 from .options import Options, option
 
@@ -205,8 +205,7 @@ class Contrast(Method):
 
     def __init__(self, config: ContrastConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
-        patch_size = getattr(backbone, "patch_size", None)
-        self.patch_size = patch_size if isinstance(patch_size, int) else 1
+        self.patch_size = patch_size(backbone)
         self.projection = Float32Conv2d(backbone.channels[-1], config.embedding, kernel_size=1, bias=False)
 
     def reset_parameters(self):

@@ -8,6 +8,7 @@ the prototype of a class is the map.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -221,10 +222,11 @@ class D2cam(Method):
 
     def __init__(self, config: D2camConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
-        self.stages = config.stages or [-2, -1][-len(backbone.channels) :]
-        check_stages("d2cam.stages", self.stages, backbone)
+        if config.stages is None:
+            self.config = dataclasses.replace(config, stages=[-2, -1][-len(backbone.channels) :])
+        check_stages("d2cam.stages", self.config.stages, backbone)
         size = config.embedding_channels
-        channels = sum(backbone.channels[stage] for stage in self.stages)
+        channels = sum(backbone.channels[stage] for stage in self.config.stages)
         self.head = nn.Sequential(Float32Conv2d(channels, size, 1), nn.ReLU(), Float32Conv2d(size, size, 1))
         self.register_buffer("prototypes", torch.empty(num_classes, size))
         self.register_buffer("seen", torch.empty(num_classes, dtype=torch.bool))
@@ -240,7 +242,7 @@ class D2cam(Method):
         size = features[-1].shape[-2:]
         # In half precision the gradient of a short vector's direction overflows.
         with torch.autocast(features[-1].device.type, enabled=False):
-            stages = [features[stage].float() for stage in self.stages]
+            stages = [features[stage].float() for stage in self.config.stages]
             # The last stage, in a dilated network others too, have that size already; resizing would copy them.
             stages = [
                 stage if stage.shape[-2:] == size else F.interpolate(stage, size, mode="bilinear", align_corners=False)

@@ -74,6 +74,12 @@ def min_max_normalize(maps: Tensor, eps: float = 1e-5) -> Tensor:
     return (maps - lowest - eps).relu() / (highest - lowest + eps)
 
 
+def patch_size(backbone: Backbone) -> int:
+    """Side in pixels of the patches of a network that sees patches of one size; 1 for others."""
+    size = getattr(backbone, "patch_size", None)
+    return size if isinstance(size, int) else 1
+
+
 def smaller_view(pixel_values: Tensor, scale: float, patch_size: int = 1) -> Tensor:
     """(B, 3, H, W) images at `scale`, corner on corner, in whole patches of a network of patches; at least one."""
     height, width = (max(1, round(int(side * scale) / patch_size)) * patch_size for side in pixel_values.shape[-2:])

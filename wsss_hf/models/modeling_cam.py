@@ -172,7 +172,7 @@ class CamClassifier(PortableModel):
         )
 
     def _step(self, *seen):
-        """What the methods see; see [`Method.step`]."""
+        """What the methods see. Any of them has the function: its file is not saved with a model without methods."""
         method, *_ = self.methods.values()
         return method.step(self, *seen)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .method_helpers import check_stages, min_max_normalize, smaller_view
+from .method_helpers import check_stages, min_max_normalize, patch_size, smaller_view
 from .methods import Method, TrainingStep, register_method
 from .options import Options, option
 
@@ -228,8 +228,7 @@ class Seam(Method):
     def __init__(self, config: SeamConfig, backbone: Backbone, num_classes: int):
         super().__init__(config, backbone, num_classes)
         check_stages("seam.stages", config.stages, backbone)
-        patch_size = getattr(backbone, "patch_size", None)
-        self.patch_size = patch_size if isinstance(patch_size, int) else 1
+        self.patch_size = patch_size(backbone)
         self.projections = nn.ModuleList(
             nn.Conv2d(backbone.channels[stage], channels, kernel_size=1, bias=False)
             for stage, channels in zip(config.stages, config.projections, strict=True)
