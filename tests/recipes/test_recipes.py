@@ -226,6 +226,11 @@ def test_a_mapping_of_methods_takes_the_place_of_the_recipes(changes):
     assert load_recipe("toy", [f"cam.backbone_config={other}"]).cam.backbone_config == other
 
 
+def test_a_printed_recipe_is_a_recipe(recipe_file):
+    recipe = load_recipe("photos", ["cam.train.epochs=3"])
+    assert load_recipe(recipe_file(str(recipe))) == recipe
+
+
 def test_an_attribute_is_checked_as_a_setting_is():
     recipe = load_recipe()
     with pytest.raises(ValueError, match=r"TrainSettings.epoch: unknown; did you mean TrainSettings.epochs\?"):

@@ -103,6 +103,9 @@ class Recipe(RecipeSettings):
         """A YAML file of every setting, each under the sentence that explains it; `load` reads it again."""
         return "".join(_commented(self, 0))
 
+    def __str__(self) -> str:
+        return self.to_yaml()
+
 
 def load_recipe(name: str = "default", changes: str | Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
     """[`Recipe.load`]."""
