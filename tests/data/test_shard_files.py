@@ -1,7 +1,9 @@
 """Parquet and WebDataset shards, and tags as others write them."""
 
+import gzip
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -10,6 +12,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, co
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from wsss_hf.data import sources
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.streams import load_stream
 from wsss_hf.data.tagged import DataError, class_names
@@ -78,6 +81,72 @@ def test_a_damaged_shard_is_named(load, tmp_path):
     for source in (tmp_path, damaged):
         with pytest.raises(DataError, match=f"^{damaged}: expected a Parquet file, got one that can't be read"):
             load(source)
+
+
+TAR = {"columns": {"image_id": "__key__", "image": "png", "tags": "txt"}, "classes": ["cat", "dog"]}
+
+
+@pytest.fixture
+def tar_shards(tmp_path):
+    """Two tar files of six images each; of an image there are 512 bytes of header and 512 of content, twice."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        with tarfile.open(tmp_path / "shards" / f"train-{shard}.tar", "w") as archive:
+            for number in range(6):
+                stream = io.BytesIO()
+                PICTURES[number % 4].save(stream, format="PNG")
+                add(archive, f"{shard}{number}.png", stream.getvalue())
+                add(archive, f"{shard}{number}.txt", b"cat")
+    return tmp_path / "shards"
+
+
+def overwritten(content, start, end, value):
+    return content[:start] + bytes([value]) * (end - start) + content[end:]
+
+
+DAMAGES = {
+    "a header of other bytes": (lambda content: overwritten(content, 6144, 6656, 120), 6144),
+    "a header of zeros": (lambda content: overwritten(content, 6144, 6656, 0), 6144),
+    "cut between two images": (lambda content: content[:6144], 6144),
+    "cut in a header": (lambda content: content[:6244], 6144),
+    "cut in an image": (lambda content: content[:4700], 5120),  # where the next header should be
+    "without its end": (lambda content: content[: 12 * 1024], 12 * 1024),
+    "two in one": (lambda content: content + content, 12 * 1024),
+    "empty": (lambda content: b"", 0),
+    "something else": (lambda content: b"nothing of the kind" * 100, 0),
+}
+
+
+@pytest.mark.parametrize("load", [load_data, load_stream])
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_tar_file_is_named(load, kind, tar_shards):
+    """The library takes most of these for the end of the file, and gives the rows before it."""
+    damage, place = DAMAGES[kind]
+    damaged = tar_shards / "train-1.tar"
+    damaged.write_bytes(damage(damaged.read_bytes()))
+    for source in (tar_shards, damaged):
+        with pytest.raises(DataError, match=f"^{damaged}, byte {place}: expected a whole tar file, got"):
+            load(source, **TAR)
+
+
+def test_tar_files_are_walked_once_and_again_when_one_has_changed(tar_shards, monkeypatch):
+    walked = []
+    monkeypatch.setattr(sources, "_check_tar", walked.append)
+    for _ in range(2):
+        assert len(list(load_stream(tar_shards, **TAR)["train"])) == 12
+    assert len(walked) == 1 and len(walked[0]) == 2
+    os.utime(tar_shards / "train-0.tar", ns=(0, 0))
+    load_stream(tar_shards, **TAR)
+    assert len(walked) == 2
+
+
+def test_a_packed_tar_file_is_read_as_others(tar_shards):
+    file = tar_shards / "train-1.tar"
+    file.write_bytes(gzip.compress(file.read_bytes()))
+    assert len(list(load_stream(tar_shards, **TAR)["train"])) == 12
+    file.write_bytes(file.read_bytes()[:-200])
+    with pytest.raises(DataError, match=f"^{file}, byte .*: expected a whole tar file"):
+        load_stream(tar_shards, **TAR)
 
 
 @pytest.mark.parametrize("load", [load_data, load_stream])

@@ -456,6 +456,7 @@ def test_a_damaged_shard_ends_every_stage_in_a_line(
             file.unlink()
         for number in range(2):
             tar_of(toy_data["train"].shard(2, number), shards / f"train-{number}.tar")
+    data = load_stream(shards, **options)  # a tar file that is damaged already is named here
     damaged = max(shards.iterdir())
     content = bytearray(damaged.read_bytes())
     if kind == "tar":
@@ -463,7 +464,6 @@ def test_a_damaged_shard_ends_every_stage_in_a_line(
     else:  # whose end tells where everything is
         content[100 : len(content) // 2] = bytes(len(content) // 2 - 100)
     damaged.write_bytes(content)
-    data = load_stream(shards, **options)
     for stage in (
         lambda: make_masks(data, cam_folder, mask_recipe.changed(FIXED), tmp_path / "masks"),
         lambda: evaluate(data, segmenter=segmenter_folder, split="train"),

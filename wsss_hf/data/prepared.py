@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,21 @@ def check_once(data: DatasetDict, arguments: Mapping[str, Any], *folders: str | 
             return
         check_dataset(data)
         if _is_worthwhile(data, arguments):
-            try:
-                mark.mkdir(parents=True, exist_ok=True)
-            except OSError:  # no place to keep it
-                return
+            _keep(mark)
+
+
+def once(check: Callable[[], None], what: str, *folders: str | Path) -> None:
+    """`check()`, but not again where it has passed and no file in `folders` has changed since; `what` names it."""
+    with _main_process_first():
+        mark = _place("checked", what, *map(tree_state, folders))
+        if not mark.is_dir():
+            check()
+            _keep(mark)
+
+
+def _keep(mark: Path) -> None:
+    with suppress(OSError):  # no place for it
+        mark.mkdir(parents=True, exist_ok=True)
 
 
 def _is_worthwhile(data: DatasetDict, arguments: Mapping[str, Any]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tarfile
+import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ from pyarrow.parquet import read_schema
 from .coco import load_coco
 from .folder import METADATA_NAMES, SPLIT_NAMES, load_folder
 from .metadata import SEPARATOR
-from .prepared import check_once, read_once
+from .prepared import check_once, once, read_once
 from .saliency import with_saliency
 from .tagged import DataError, TaggedData, class_names, has_value
 from .toy import make_toy
@@ -195,7 +197,9 @@ def shard_loader(path: Path) -> str | None:
 
 
 def check_shards(path: Path, tags: str) -> None:
-    """That Parquet files can be read and agree on the classes: datasets takes one file's names for all.
+    """That Parquet files can be read and agree on the classes, and that tar files are whole.
+
+    The libraries would take one Parquet file's names for all, and a damaged header in a tar file for its end.
 
     Args:
         path: a file, or a directory of them.
@@ -204,9 +208,39 @@ def check_shards(path: Path, tags: str) -> None:
     Raises:
         DataError: names the file that can't be read or differs.
     """
-    if shard_loader(path) != "parquet":
+    loader = shard_loader(path)
+    suffix = next((suffix for suffix, name in _SHARDS.items() if name == loader), None)
+    if suffix is None:
         return
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    files = [path] if path.is_file() else sorted(path.rglob(f"*{suffix}"))
+    if loader == "parquet":
+        _check_parquet(files, tags)
+    else:
+        once(lambda: _check_tar(files), "tar", path)
+
+
+def _check_tar(files: Sequence[Path]) -> None:
+    """Walks the headers, behind which there are zeros alone."""
+    for file in files:
+        start = 0
+        try:
+            archive: Any = tarfile.open(file)
+            with archive:
+                while archive.next() is not None:
+                    archive.members.clear()  # of which there may be a million
+                    start = archive.offset
+                archive.fileobj.seek(start)
+                rest = archive.fileobj.read(tarfile.BLOCKSIZE)
+                is_whole = len(rest) == tarfile.BLOCKSIZE
+                while is_whole and rest:
+                    is_whole, rest = not any(rest), archive.fileobj.read(tarfile.RECORDSIZE)
+        except (tarfile.TarError, OSError, EOFError, zlib.error):
+            is_whole = False
+        if not is_whole:
+            raise DataError(f"{file}, byte {start}: expected a whole tar file, got one that is cut or damaged there")
+
+
+def _check_parquet(files: Sequence[Path], tags: str) -> None:
     first: tuple[list[str], Path] | None = None
     for file in files:
         try:
