@@ -33,6 +33,7 @@ from wsss_hf.data.examples import StreamedExamples
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.streams import load_stream, sample_of
 from wsss_hf.data.tagged import DataError, class_names, undecoded
+from wsss_hf.data.toy import TOY_CLASSES
 from wsss_hf.models.configuration_segmenter import SegmenterConfig
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.modeling_segmenter import Segmenter
@@ -210,11 +211,55 @@ def test_a_segmenter_learns_from_the_masks_of_a_stream(
     assert len(train_segmenter(masks.data, recipe, tmp_path / "segmenter").log) == 1
     with pytest.raises(DataError, match="the masks of a stream are read with --streaming"):
         load_data(tmp_path / "masks")
-    with pytest.raises(DataError, match="masks: expected no classes and no columns beside the masks of a stream"):
+    with pytest.raises(DataError, match="masks: expected no classes, columns or separator beside the masks of"):
         load_stream(tmp_path / "masks", columns={"image_id": "name"})
     toy_data["val"].to_parquet(shards / "train-00004.parquet")
     with pytest.raises(DataError, match=f"row '{toy_data['val'][0]['image_id']}': expected a pseudo mask in .*masks"):
         list(load_stream(masks)["train"])
+
+
+@pytest.fixture
+def photos(toy_data, tmp_path, monkeypatch):
+    """The 12 training images with metadata.csv, whose tags are separated by `|`."""
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, names = tmp_path / "photos", class_names(toy_data)
+    (folder / "masks").mkdir(parents=True)
+    lines = ["file_name,tags,mask"]
+    for row in undecoded(toy_data["train"]):
+        name = f"{row['image_id']}.png"
+        (folder / name).write_bytes(row["image"]["bytes"])
+        (folder / "masks" / name).write_bytes(row["mask"]["bytes"])
+        lines.append(f"{name},{'|'.join(names[tag] for tag in row['tags'])},masks/{name}")
+    (folder / "metadata.csv").write_text("\n".join(lines))
+    return folder
+
+
+def test_a_folder_of_photographs_is_streamed_as_it_is_loaded(photos, cam_folder, mask_recipe, tiny_recipe, tmp_path):
+    options = {"classes": list(TOY_CLASSES), "separator": "|"}
+    stream, loaded = load_stream(photos, **options), load_data(photos, **options)
+    assert stream.source == {"source": str(photos), "streaming": True, "classes": list(TOY_CLASSES), "separator": "|"}
+    assert isinstance(stream["train"], IterableDataset) and stream["train"].num_shards == 12
+    assert list(stream["train"]) == list(undecoded(loaded["train"]))
+    assert stream["train"].features == undecoded(loaded["train"]).features
+    masks = make_masks(stream, cam_folder, mask_recipe.changed(FIXED), tmp_path / "masks")
+    wanted = make_masks(loaded, cam_folder, mask_recipe.changed(FIXED), tmp_path / "wanted")
+    assert masks_by_id(load_stream(str(masks))) == masks_by_id(wanted.data)
+    assert len(train_segmenter(masks.data, tiny_recipe.changed("segmenter.train.steps=2"), tmp_path / "s").log) == 1
+
+
+def test_a_folder_of_class_folders_is_streamed(photos, tmp_path):
+    for split in ("train", "validation"):
+        for name in ("cat", "background"):
+            (tmp_path / "classes" / split / name).mkdir(parents=True)
+            (tmp_path / "classes" / split / name / "a.png").write_bytes((photos / "train_00000.png").read_bytes())
+    found, wanted = load_stream(tmp_path / "classes"), load_data(tmp_path / "classes")
+    for split in ("train", "val"):
+        assert list(found[split]) == list(undecoded(wanted[split]))
+    with pytest.raises(DataError, match="revision: expected a Hub data set, got"):
+        load_stream(tmp_path / "classes", revision="main")
+    (tmp_path / "classes" / "train" / "cat" / "a.png").unlink()
+    with pytest.raises(DataError, match="expected classes that training images have, got 'cat'"):
+        load_stream(tmp_path / "classes")
 
 
 def test_images_are_copied_on_request(shards, wanted, cam_folder, mask_recipe, tmp_path):
@@ -488,8 +533,10 @@ def test_columns_that_are_not_there_or_hold_no_images_are_said_at_once(shards, t
             load_stream(shards, columns=columns)
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "train.csv").write_text("image,tags\na.png,cat\n")
-    with pytest.raises(DataError, match="texts: expected shards with images, Parquet or WebDataset, got others"):
+    with pytest.raises(DataError, match="texts: expected either metadata.csv or .*, got none of these"):
         load_stream(tmp_path / "texts")
+    with pytest.raises(DataError, match="texts: expected shards with images, Parquet or WebDataset, got others"):
+        load_stream(tmp_path / "texts", columns={"tags": "tags"})
 
 
 @pytest.mark.slow
@@ -606,6 +653,7 @@ def test_other_stages_and_options_refuse_streams_in_one_line(shards, tmp_path, c
             "--streaming: expected one of run, train-cam, make-masks, train-segmenter, evaluate, got train-affinity",
         ),
         (["train-cam", "--limit", "3"], "--streaming: expected no --limit beside it"),
+        (["train-cam", "--separator", "|"], "separator: expected a directory of tagged images, got"),
     ):
         with pytest.raises(SystemExit):
             main([*arguments, "--data", str(shards), "--streaming", "--out", str(tmp_path / "out")])

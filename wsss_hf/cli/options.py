@@ -124,8 +124,8 @@ Streaming = Annotated[
     bool,
     typer.Option(
         "--streaming",
-        help="Of run, train-cam, make-masks, train-segmenter, evaluate: read shards or Hub data as they are needed; "
-        "training wants train.steps.",
+        help="Of run, train-cam, make-masks, train-segmenter, evaluate: read shards, images of a folder or Hub data "
+        "as they are needed; training wants train.steps.",
         rich_help_panel="Data",
     ),
 ]
@@ -202,7 +202,7 @@ def load_inputs(
     check_tracker(resolved.cam.train)
     options = data_options(source, root, classes, columns, separator, saliency, limit, revision)
     if streaming:
-        odd = [name for name in options if name not in ("source", "classes", "columns", "revision")]
+        odd = [name for name in options if name not in ("source", "classes", "columns", "revision", "separator")]
         if odd:
             raise RecipeError(f"--streaming: expected no --{odd[0]} beside it")
         from ..data.streams import load_stream

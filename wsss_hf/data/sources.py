@@ -93,16 +93,16 @@ def load_data(
         raise DataError(f"source: expected {_SOURCES}, got {str(source)!r}")
     if limit is not None and limit < 1:
         raise DataError(f"limit: expected at least 1 row, got {limit}")
-    is_saved = any((path / mark).is_file() for mark in _SAVED_MARKS)
+    was_saved = is_saved(path)
     is_built_in = source in ("toy", "voc", "coco")
-    is_sharded = not is_built_in and not is_saved and shard_loader(path) is not None
-    is_folder = not is_built_in and not is_saved and not is_sharded and path.is_dir()
+    is_sharded = not is_built_in and not was_saved and shard_loader(path) is not None
+    is_folder = not is_built_in and not was_saved and not is_sharded and path.is_dir()
     if columns and (is_built_in or is_folder):
         raise DataError(f"columns: expected a saved or Hub data set, got {str(source)!r}")
     if separator != SEPARATOR and not is_folder:
         raise DataError(f"separator: expected a directory of tagged images, got {str(source)!r}")
     name = str(source)
-    if not (is_built_in or is_saved or is_folder or is_sharded):
+    if not (is_built_in or was_saved or is_folder or is_sharded):
         name, revision = _split_revision(name, revision)
     elif revision is not None:
         raise DataError(f"revision: expected a Hub data set, got {name!r}")
@@ -136,7 +136,7 @@ def load_data(
         elif is_folder:
             dataset = load_folder(path, classes, separator, skip=maps)
         else:
-            if is_saved:
+            if was_saved:
                 found = _load_saved(name)
             elif is_sharded:
                 found = _load_shards(name, (columns or {}).get("tags", "tags"))
@@ -184,6 +184,11 @@ def _load_saved(name: str) -> Dataset | DatasetDict:
     except (OSError, ValueError, LookupError, TypeError) as error:  # what a damaged file leads to
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: expected a data set saved by save_to_disk, got a damaged one ({reason})") from error
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a directory was written by save_to_disk."""
+    return any((path / mark).is_file() for mark in _SAVED_MARKS)
 
 
 def shard_loader(path: Path) -> str | None:

@@ -26,11 +26,13 @@ from datasets import (
 )
 from datasets import Image as ImageFeature
 
-from .folder import SPLIT_NAMES
-from .sources import RECORD, as_list, check_shards, feature_at, label_of, shard_loader
+from .folder import SPLIT_NAMES, load_folder
+from .metadata import SEPARATOR
+from .sources import RECORD, as_list, check_shards, feature_at, is_saved, label_of, shard_loader
 from .tagged import DataError, TaggedData, check_class_names, undecoded
 
 WINDOW = 256  # rows of a stream that are in memory, where no setting says how many
+_FOLDER_SHARDS = 64  # that a directory's rows are cut into: processes share them, and each pass mixes them
 _MAPS = ("mask", "saliency", "superpixels", "pseudo_mask", "confidence")
 
 
@@ -40,18 +42,20 @@ def load_stream(
     classes: Sequence[str] | None = None,
     columns: Mapping[str, str] | None = None,
     revision: str | None = None,
+    separator: str = SEPARATOR,
 ) -> TaggedData:
     """Open a data set as a stream, for [`train_cam`], [`make_masks`], [`train_segmenter`] and [`evaluate`].
 
     Nothing is known about rows before they are read: what is wrong with one ends the stage there. The loaders of
-    `datasets` read a file or a folder of Parquet shards or of WebDataset's tar files, or a data set on the Hub. The
-    pseudo masks that `make_masks` wrote for a stream are read beside it: their row is found by its image_id, for which
+    `datasets` read a file or a folder of Parquet shards or of WebDataset's tar files, or a data set on the Hub. Of a
+    directory of tagged images the names and tags are read at once, as [`load_folder`] does, and no image. The pseudo
+    masks that `make_masks` wrote for a stream are read beside it: their row is found by its image_id, for which
     all image_ids are in memory.
 
     Args:
-        source: the shards, the id of a data set, or what `make_masks` wrote for one of these.
+        source: the shards, the directory, the id of a data set, or what `make_masks` wrote for one of these.
         classes: names in the order of their indices; needed where tags are names or multi-hot.
-        columns, revision: as of [`load_data`]. What `make_masks` wrote knows them.
+        columns, revision, separator: as of [`load_data`]. What `make_masks` wrote knows them.
 
     Returns:
         splits "train" and, if there is one, "val": each an `IterableDataset` of image_id, image (not decoded), tags
@@ -63,9 +67,14 @@ def load_stream(
     """
     labelled = _labelled_stream(Path(source))
     if labelled is not None:
-        if classes or columns:
-            raise DataError(f"{source}: expected no classes and no columns beside the masks of a stream")
+        if classes or columns or separator != SEPARATOR:
+            raise DataError(f"{source}: expected no classes, columns or separator beside the masks of a stream")
         return _with_pseudo_masks(load_stream(**labelled), Path(source))
+    is_of_datasets = is_saved(Path(source)) or shard_loader(Path(source)) is not None or bool(columns)
+    if Path(source).is_dir() and not is_of_datasets:
+        return _folder_stream(source, classes, revision, separator)
+    if separator != SEPARATOR:
+        raise DataError(f"separator: expected a directory of tagged images, got {str(source)!r}")
     check_shards(Path(source), (columns or {}).get("tags", "tags"))
     loader, name = shard_loader(Path(source)), str(source)
     options = {} if loader is None else {"data_files" if Path(source).is_file() else "data_dir": name}
@@ -166,6 +175,20 @@ def _in_memory(rows: Iterable[dict], features: Features) -> Dataset:
         for name, values in columns.items():
             values.append(row[name])
     return Dataset.from_dict(columns, features=features)
+
+
+def _folder_stream(
+    source: str | Path, classes: Sequence[str] | None, revision: str | None, separator: str
+) -> TaggedData:
+    if revision is not None:
+        raise DataError(f"revision: expected a Hub data set, got {str(source)!r}")
+    rows = {
+        split: undecoded(found).to_iterable_dataset(num_shards=min(_FOLDER_SHARDS, len(found)))
+        for split, found in load_folder(source, classes, separator).items()
+    }
+    known = {"classes": classes and list(classes), "separator": None if separator == SEPARATOR else separator}
+    given = {name: value for name, value in known.items() if value is not None}
+    return TaggedData(rows, {"source": str(source), "streaming": True} | given)
 
 
 def _labelled_stream(folder: Path) -> dict[str, Any] | None:
