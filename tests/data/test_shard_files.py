@@ -226,5 +226,23 @@ def test_multi_hot_tags_take_their_names_from_the_classes(kind, tmp_path):
     assert found["train"]["tags"][:] == [[0, 2], [], [1]] and class_names(found) == ["cat", "dog", "cow"]
     with pytest.raises(DataError, match="expected 0 or 1 for each of 2 classes in every row"):
         load_data(tmp_path / "saved", classes=["cat", "dog"])
-    with pytest.raises(DataError, match="with --classes, 0 or 1 for each class, got List"):
+    with pytest.raises(DataError, match="with --classes, 0 or 1 for each class or one class index, got List"):
         load_data(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("load", [load_data, load_stream])
+def test_the_class_index_of_webdataset_takes_its_name_from_the_classes(load, tmp_path):
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for number, index in enumerate((2, 0, 1)):
+            stream = io.BytesIO()
+            PICTURES[number].save(stream, format="PNG")
+            add(archive, f"{number}.png", stream.getvalue())
+            add(archive, f"{number}.cls", str(index).encode())
+    columns = {"image_id": "__key__", "image": "png", "tags": "cls"}
+    found = load(tmp_path / "train.tar", columns=columns, classes=["cat", "dog", "cow"])
+    assert class_names(found) == ["cat", "dog", "cow"]
+    assert [row["tags"] for row in found["train"]] == [[2], [0], [1]]
+    with pytest.raises(DataError, match="expected class indices 0..1, got 2"):
+        list(load(tmp_path / "train.tar", columns=columns, classes=["cat", "dog"])["train"])
+    with pytest.raises(DataError, match="--classes"):
+        load(tmp_path / "train.tar", columns=columns)

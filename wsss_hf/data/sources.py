@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import yaml
 from datasets import (
     ClassLabel,
@@ -70,7 +72,8 @@ def load_data(
             Hub, also with a revision: owner/name@revision.
         root: where VOC or COCO is.
         classes: names in the order of their indices. VOC and COCO are restricted to them; elsewhere they must cover
-            every tag and, where the data bring class names, be the same. Multi-hot tags get their names from them.
+            every tag and, where the data bring class names, be the same. Multi-hot tags, and those that are one class
+            index (WebDataset's .cls), get their names from them.
         columns: column here → its name in the source, for shards, saved and Hub data sets: {"image": "img", "tags":
             "objects.category"}; a dot leads into a column of structures or of lists of them.
         limit: at most so many rows per split, drawn by `seed`: some for every class if possible, then rows with masks.
@@ -345,8 +348,8 @@ def _with_nested(rows: Dataset, name: str) -> Dataset:
 
 
 def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] | None) -> dict[str, Dataset]:
-    """Tags as names, a name, ClassLabels, a ClassLabel or, with `classes`, multi-hot → lists of ClassLabels, the same
-    in every split."""
+    """Tags as names, a name, ClassLabels, a ClassLabel or, with `classes`, multi-hot or one index → lists of
+    ClassLabels, the same in every split."""
     feature = splits["train"].features["tags"]
     label = label_of(feature)
     for split, rows in splits.items():
@@ -374,16 +377,27 @@ def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] 
                 f"{source!r}, column 'tags': expected 0 or 1 for each of {len(names)} classes in every row, got others"
             )
         tags = {split: [np.flatnonzero(value).tolist() for value in values] for split, values in tags.items()}
+    elif classes and all(is_index(rows.features["tags"]) for rows in splits.values()):
+        names = list(classes)
+        found = {value for values in tags.values() for value in itertools.chain.from_iterable(values)}
+        outside = sorted(found - set(range(len(names))))
+        if outside:
+            raise DataError(f"{source!r}, column 'tags': expected class indices 0..{len(names) - 1}, got {outside[0]}")
     else:
         raise DataError(
             f"{source!r}, column 'tags': expected class names or ClassLabels, one or a list, or, with --classes, "
-            f"0 or 1 for each class, got {feature}"
+            f"0 or 1 for each class or one class index, got {feature}"
         )
     wanted = List(ClassLabel(names=names))
     return {
         split: rows.remove_columns("tags").add_column("tags", tags[split], feature=wanted)
         for split, rows in splits.items()
     }
+
+
+def is_index(feature: Any) -> bool:
+    """Whether a tag is one whole number, as WebDataset's .cls has it."""
+    return isinstance(feature, Value) and pa.types.is_integer(feature.pa_type)
 
 
 def label_of(feature: Any) -> Any:

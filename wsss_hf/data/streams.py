@@ -28,7 +28,7 @@ from datasets import Image as ImageFeature
 
 from .folder import SPLIT_NAMES, load_folder
 from .metadata import SEPARATOR
-from .sources import RECORD, as_list, check_shards, feature_at, is_saved, label_of, shard_loader
+from .sources import RECORD, as_list, check_shards, feature_at, is_index, is_saved, label_of, shard_loader
 from .tagged import DataError, TaggedData, check_class_names, undecoded
 
 WINDOW = 256  # rows of a stream that are in memory, where no setting says how many
@@ -54,7 +54,7 @@ def load_stream(
 
     Args:
         source: the shards, the directory, the id of a data set, or what `make_masks` wrote for one of these.
-        classes: names in the order of their indices; needed where tags are names or multi-hot.
+        classes: names in the order of their indices; needed where tags are names, multi-hot or one index.
         columns, revision, separator: as of [`load_data`]. What `make_masks` wrote knows them.
 
     Returns:
@@ -252,13 +252,14 @@ def _with_our_columns(
     kept = [name for name in ("image", *_MAPS) if features[name] is not None]
     numbers = {name: number for number, name in enumerate(names)}
     indices = set(numbers.values())
+    are_indices = isinstance(label, ClassLabel) or is_index(features["tags"])
 
     def convert(row: dict, index: int) -> dict:
         identity = None if features["image_id"] is None else _value(row, places["image_id"])
         found = {"image_id": f"{split}_{index:06d}" if identity is None else str(identity)}
         value, where = _value(row, places["tags"]), f"{source}: row {found['image_id']!r}"
         tags = as_list(value)
-        if not isinstance(label, ClassLabel):
+        if not are_indices:
             tags = _indices(tags, numbers, where)
         elif (value is None and isinstance(features["tags"], List)) or not set(tags) <= indices:
             raise DataError(f"{where}: tags: expected class indices 0..{len(names) - 1}, got {value}")
