@@ -4,7 +4,8 @@
 # All nodes must see the same --out and the same data: one process writes what the others read.
 # A batch of the recipe is shared out over all 8 processes, and must have 8 images at least.
 # Two minutes before the time is over, or when the job is preempted, SLURM sends SIGUSR1 or SIGTERM: a training then
-# writes a checkpoint and ends with status 75, and the job queues up again to go on from there.
+# writes a checkpoint and ends with status 75, other stages keep their finished shards and end with 138 or 143. The job
+# queues up again, and goes on from there.
 #SBATCH --job-name=wsss-train
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
@@ -25,7 +26,7 @@ export ACCELERATE_MIXED_PRECISION=${ACCELERATE_MIXED_PRECISION:-bf16}
 # Started by srun itself, each process gets the signals; when one fails, the others end with it.
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec wsss run "$@"' wsss "$@"
 status=$?
-if [ "$status" -eq 75 ]; then
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+case $status in
+75 | 138 | 143) scontrol requeue "$SLURM_JOB_ID" ;;
+esac
 exit "$status"
