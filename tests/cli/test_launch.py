@@ -3,9 +3,11 @@ import os
 import platform
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -13,6 +15,7 @@ import pytest
 import torch
 import typer
 import yaml
+from accelerate import PartialState
 from forks import Command
 
 from wsss_hf.cli.launch import run_app
@@ -190,6 +193,66 @@ def test_what_the_launcher_asks_for_is_done_and_said(tmp_path):
     assert "train.accumulate: 4 from the launcher instead of 1 from the recipe\n" in done.stderr
     record = yaml.safe_load((tmp_path / "cam" / "recipe.yaml").read_text())["cam"]["train"]
     assert (record["mixed_precision"], record["accumulate"]) == ("bf16", 4)
+
+
+HOW_MANY = """
+from wsss_hf.cli.launch import run_app
+def app(**_options):
+    from wsss_hf.cli.launch import prepare_libraries
+    prepare_libraries(True)
+    from accelerate import Accelerator
+    found = Accelerator()
+    print(f"{found.process_index}/{found.num_processes} {found.device.type}", flush=True)
+run_app(app)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_without_a_gpu_starts_processes_that_know_of_each_other(tmp_path):
+    (tmp_path / "how_many.py").write_text(HOW_MANY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    command.append(str(tmp_path / "how_many.py"))
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert sorted(done.stdout.split("\n")) == ["", "0/2 cpu", "1/2 cpu"], done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the group of processes on CPUs is made here")
+def test_a_signal_ends_a_process_that_waits_for_the_others(tmp_path):
+    """The first of two, of which the second never starts."""
+    (tmp_path / "how_many.py").write_text(HOW_MANY)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    one_of_two = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    one_of_two |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(tmp_path / "how_many.py")]
+    process = subprocess.Popen(command, env=os.environ | one_of_two, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(("localhost", port)):
+            break  # it waits there
+        time.sleep(0.05)
+    process.terminate()
+    try:
+        assert process.wait(20) == -signal.SIGTERM and "Traceback" not in process.stderr.read()
+    finally:
+        process.kill()
+
+
+def test_a_signal_before_the_processes_have_met_is_one_line(capsys, monkeypatch):
+    """Accelerate's state is then half made."""
+    monkeypatch.setattr(PartialState, "_shared_state", {"_cpu": True, "device": None})
+
+    def app(**_options):
+        signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        run_app(app)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "interrupted by SIGTERM; the same command goes on where it was\n"
 
 
 VERBOSITY_OF_LIBRARIES = """

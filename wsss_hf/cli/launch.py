@@ -8,6 +8,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -90,10 +92,10 @@ def _leave_process_group() -> None:
     Its threads must not outlive the interpreter, nor may a model in training be the last to hold the group: it would
     wait for the threads under the lock that they wait for.
     """
-    accelerate = sys.modules.get("accelerate")
-    if accelerate is not None and accelerate.PartialState().use_distributed:
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
         gc.collect()
-        accelerate.PartialState().destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def prepare_libraries(quiet: bool) -> None:
@@ -104,8 +106,6 @@ def prepare_libraries(quiet: bool) -> None:
             TRANSFORMERS_VERBOSITY, does not ask for more.
     """
     gc.disable()  # what imports make is in use until the end: no search for garbage has to begin with it
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
     from datasets import logging as datasets_logging
     from datasets.utils import disable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
@@ -124,10 +124,36 @@ def prepare_libraries(quiet: bool) -> None:
     logging.getLogger("wsss_hf").setLevel(transformers_logging.get_verbosity())
     transformers_logging.disable_progress_bar()
     disable_progress_bars()
+    _join_processes()
+
+
+def _join_processes() -> None:
+    """Meet the other processes, if this one was started as one of several."""
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import is_torch_xla_available, parse_flag_from_env
+
     from ..training.launcher import GROUP_TIMEOUT
 
-    # Whoever asks first decides whether there are other processes, and a bare PartialState() ignores this flag.
-    PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=GROUP_TIMEOUT)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and not torch.accelerator.is_available() and not is_torch_xla_available():
+        os.environ["ACCELERATE_USE_CPU"] = "True"  # as `torchrun` does not say; else each would be alone
+    with _ended_by_signals() if several else nullcontext():
+        # Whoever asks first decides whether there are other processes, and a bare PartialState() ignores this flag.
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=GROUP_TIMEOUT)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """The system's own way with signals, while libraries wait for others and Python's handlers do not run."""
+    ours = [number for number in signal.valid_signals() if signal.getsignal(number) is _interrupt]
+    for number in ours:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, _interrupt)
 
 
 def end_with_launcher() -> None:
