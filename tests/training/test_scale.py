@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import itertools
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from accelerate.state import AcceleratorState
 from test_loop import Killed, Line, Mortal, Points, assert_same_weights, figures, settings, tagged_examples
 from torch import nn
 
+from wsss_hf.data.examples import StreamedExamples
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.settings import RecipeError
@@ -247,6 +249,60 @@ def test_another_number_of_processes_goes_on_where_one_was_stopped(tmp_path, in_
     (history, slope), (_, same) = in_processes(work)
     assert slope == same == pytest.approx(whole.slope.item(), abs=1e-6)
     assert [r["square"] for r in history] == pytest.approx([r["square"] for r in wanted], abs=1e-6)
+
+
+class Stream(StreamedExamples):
+    """Points 0, 1, 2 … without end, of which each process gets every so-manyth; notes those that are read."""
+
+    def __init__(self):
+        self.read = []
+
+    def __iter__(self):
+        for number in itertools.count(self.process + self.start * self.processes, self.processes):
+            self.read.append(number)
+            yield {"x": torch.tensor([number % 5 / 5 - 0.4]), "y": torch.tensor([number % 5 / 5 - 0.4])}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stream_goes_on_with_another_number_of_processes(tmp_path, in_processes, capfd, processes):
+    """It stops after two steps of four images; these are read again by nobody."""
+    shared = {"steps": 6, "optimizer": "adamw", "save_steps": 2}
+
+    def begin():
+        training = Training(
+            Line(), Stream(), settings(**shared), build_accelerator(settings(**shared)), tmp_path / "broken"
+        )
+        update = training._update_weights
+
+        def mortal():
+            update()
+            if training.step == 3:
+                raise Killed
+
+        training._update_weights = mortal
+        with pytest.raises(Killed):
+            training.run()
+
+    def go_on():
+        model, stream = Line(), Stream()
+        train(model, stream, tmp_path / "broken", **shared)
+        return sorted(stream.read), model.slope.item()
+
+    if processes == 2:
+        begin()
+        results = in_processes(go_on)
+    else:
+        in_processes(begin)
+        capfd.readouterr()
+        results = [go_on()]
+    assert (
+        f"training: goes on after step 2 on {processes} instead of {3 - processes} processes" in capfd.readouterr().err
+    )
+    whole = Line()
+    train(whole, Stream(), tmp_path / "unbroken", **shared)
+    read = [number for numbers, _ in results for number in numbers]
+    assert sorted(read) == list(range(8, 24))  # here, where rows are dealt alike, none is lost
+    assert all(slope == pytest.approx(whole.slope.item(), abs=1e-6) for _, slope in results)
 
 
 def test_a_signal_to_one_process_stops_both(tmp_path, in_processes):

@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from ..data.examples import StreamedExamples
-from ..progress import Progress
+from ..progress import Progress, say
 from ..settings import RecipeError, TrainSettings
 from . import checkpoints
 from .endings import DIVERGED_ADVICE, Preemption, TrainingError, ending_together, is_of_the_group
@@ -64,7 +64,8 @@ class Training:
         model: `model(**example_batch)` gives an output with `loss` and, if it has several, a dict `losses`. It is
             trained in place.
         examples: items are the model's keyword arguments; `set_epoch` is called where it exists. [`StreamedExamples`]
-            are one epoch of `settings.steps`; on another number of processes, they would be other items.
+            are one epoch of `settings.steps`. On another number of processes they go on at the same step, but are
+            dealt otherwise: some rows of that pass are seen twice or not at all.
         settings: a recipe's `train` section.
         accelerator: of `build_accelerator`.
         folder: keeps `checkpoints/` and `log.jsonl`.
@@ -97,7 +98,7 @@ class Training:
         self.history: list[dict] = []
         self._saved_step, self._saved_at = 0, time.monotonic()  # the newest checkpoint
         self.sums: dict[str, torch.Tensor] = {}  # of the losses of the running epoch, over its images
-        self._identity = _identity(model, self._dealt_to(count), settings, seed)
+        self._identity = _identity(model, count, settings, seed)
 
         set_seed(seed)  # identical on all processes, whatever was drawn before
         _freeze(model, settings)
@@ -133,10 +134,6 @@ class Training:
             )
         self.average: Any = average and accelerator.prepare_model(average, evaluation_mode=True)
         _save_without_wrappers(accelerator)
-
-    def _dealt_to(self, count: int) -> Any:
-        """What the order of `count` items depends on: that of a stream also on who gets them."""
-        return [count, self.accelerator.num_processes] if self.is_streamed else count
 
     def run(self) -> list[dict]:
         """Train to the end.
@@ -305,7 +302,12 @@ class Training:
     def _save(self) -> None:
         if self._saved_step == self.step:
             return
-        state = {"step": self.step, "history": self.history, "sums": self._totals() if self.sums else {}}
+        state = {
+            "step": self.step,
+            "history": self.history,
+            "sums": self._totals() if self.sums else {},
+            "processes": self.accelerator.num_processes,
+        }
         try:
             folder, keep = self.folder / "checkpoints", self.settings.keep
             checkpoints.save(self.accelerator, folder, self.step, state, keep, self._identity)
@@ -325,13 +327,19 @@ class Training:
             return
         self.history = saved["history"]
         self.step = self._saved_step = saved["step"]
+        before, processes = saved.get("processes"), self.accelerator.num_processes
+        if self.is_streamed and before not in (None, processes):
+            say(
+                f"{self.title}: goes on after step {self.step} on {processes} instead of {before} processes, to which "
+                "the stream's rows are dealt otherwise: until it begins again, some are seen twice or not at all"
+            )
         if saved["sums"]:  # of all processes
             share = float(self.accelerator.is_main_process)
             device = self.accelerator.device
             self.sums = {name: torch.tensor(share * value, device=device) for name, value in saved["sums"].items()}
 
 
-def _identity(model: nn.Module, count: Any, settings: TrainSettings, seed: int) -> str:
+def _identity(model: nn.Module, count: int, settings: TrainSettings, seed: int) -> str:
     """What tells a training from others, whose checkpoints somebody may have put into its folder."""
     slow = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("speed")]
     parts = [count, seed, {name: getattr(settings, name) for name in slow}]
