@@ -54,7 +54,12 @@ class TrainSettings(Options):
     epochs: int = option(4, "Passes over the images.", at_least=1)
     steps: int = option(0, "Optimiser steps; if not 0, they count instead of the epochs.", at_least=0)
     batch_size: int = option(16, "Images of a step, over all processes and micro-batches.", at_least=1)
-    accumulate: int = speed(1, "Micro-batches whose gradients make a step: the same batch in less memory.", at_least=1)
+    accumulate: int = option(
+        1,
+        "Micro-batches whose gradients make a step: the same batch in less memory. What compares images (icd, d2cam, "
+        "contrast, plda), and batch norms that learn, see one micro-batch at a time.",
+        at_least=1,
+    )
     optimizer: Literal["adamw", "sgd"] = option("adamw", "adamw | sgd")
     lr: float = option(2e-4, "Learning rate of pretrained layers.", above=0)
     backbone_lr_factor: float = option(

@@ -81,12 +81,18 @@ def test_compilation_with_torch_2_6_is_refused(launched, monkeypatch, backend):
         with_launcher(section)
 
 
-def test_a_result_is_of_the_precision_it_was_trained_in(launched, toy_data, tiny_recipe):
+@pytest.mark.parametrize(
+    ("asked", "difference"),
+    [
+        ({"precision": "bf16"}, "cam.train.mixed_precision was 'no' and is 'bf16'"),
+        ({"accumulation": 2}, "cam.train.accumulate was 1 and is 2"),
+    ],
+)
+def test_a_result_is_of_what_the_launcher_asked_for(launched, toy_data, tiny_recipe, asked, difference):
     launched()
     before = cam_record(toy_data, tiny_recipe).to_dict()
-    launched(precision="bf16", accumulation=2)
-    difference = cam_record(toy_data, tiny_recipe).difference(before)
-    assert difference == "cam.train.mixed_precision was 'no' and is 'bf16'"  # accumulation leaves the result as it is
+    launched(**asked)
+    assert cam_record(toy_data, tiny_recipe).difference(before) == difference
 
 
 def test_the_accelerator_accumulates_and_compiles_as_asked(launched, tmp_path):

@@ -84,7 +84,9 @@ def test_pixels_weigh_as_much_as_they_are_trusted():
         counted = trusted.where(trusted >= 0.4, 0) if weigh else (trusted >= 0.4).float()
         expected = (per_pixel * counted).sum() / counted.sum()
         torch.testing.assert_close(objective(pixels, labels, confidence=confidence).loss, expected)
+        torch.testing.assert_close(objective(pixels, labels, confidence=confidence).weight, counted.mean())
     assert objective(pixels, torch.full_like(labels, 255)).loss == 0
+    assert objective(pixels, torch.full_like(labels, 255)).weight == 0
     assert objective(pixels, labels, confidence=torch.zeros(2, 8, 8)).loss == 0
 
 

@@ -15,11 +15,14 @@ from torch import nn
 
 from wsss_hf.data.examples import StreamedExamples
 from wsss_hf.models.configuration_cam import CamConfig
+from wsss_hf.models.configuration_segmenter import SegmenterConfig
 from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.settings import RecipeError
 from wsss_hf.training import checkpoints
 from wsss_hf.training.launcher import build_accelerator
 from wsss_hf.training.loop import Training, TrainingError
+from wsss_hf.training.losses import SegmentationObjective, build_loss
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +93,74 @@ def test_a_batch_that_does_not_divide_is_shared_unevenly(tmp_path, in_processes)
     assert alone.slope.item() == pytest.approx(slope, abs=1e-6) and slope == same
     expected = figures(train(Line(), Points(15), tmp_path / "again", **shared))
     assert [record["square"] for record in history] == pytest.approx([r["square"] for r in expected], rel=1e-5)
+
+
+@pytest.fixture
+def partly_labelled(toy_data):
+    """Images of which some are labelled in a corner or nowhere, and what trains on them."""
+    shares = [48, 4, 0, 12, 0, 30, 48, 7, 1, 48, 20, 2]  # of 48 rows
+
+    class Examples(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            random = torch.Generator().manual_seed(index)
+            labels = torch.randint(0, 9, (48, 48), generator=random)
+            labels[shares[index] :] = 255
+            confidence = torch.rand(48, 48, generator=random)
+            return {
+                "pixel_values": torch.randn(3, 48, 48, generator=random),
+                "labels": labels,
+                "confidence": confidence,
+            }
+
+    def build():
+        torch.manual_seed(0)
+        config = SegmenterConfig(backbone_config=dict(TINY), id2label=dict(enumerate("_abcdefgh")), rates=[1])
+        return SegmentationObjective(Segmenter(config), build_loss("cross_entropy"))
+
+    return build, Examples()
+
+
+@pytest.mark.parametrize("changes", [{}, {"clip_gradient": 0.1}], ids=str)
+def test_ignored_pixels_count_alike_in_any_number_of_parts(partly_labelled, tmp_path, in_processes, changes):
+    """The loss of a step is the mean over its labelled pixels, wherever they are."""
+    build, examples = partly_labelled
+    shared = {"epochs": 2, "batch_size": 6, "lr": 0.05} | changes
+
+    def work(folder, accumulate):
+        model = build()
+        history = train(model, examples, tmp_path / folder, accumulate=accumulate, **shared)
+        logged = (tmp_path / folder / "log.jsonl").read_text().splitlines()
+        assert abs(json.loads(logged[0])["loss"] - 2.2) < 0.4  # about log 9, of whatever share of the pixels
+        return {name: value.tolist() for name, value in model.state_dict().items()}, figures(history)
+
+    whole, wanted = work("whole", 1)
+    start = {name: value.tolist() for name, value in build().state_dict().items()}
+    assert whole["model.head.0.weight"] != start["model.head.0.weight"]
+    tolerance = 1e-5 if not changes.get("mixed_precision") else 3e-3
+    for found, history in (
+        work("parts", 6),
+        *in_processes(lambda: work("two", 3)),
+        *in_processes(lambda: work("2", 1)),
+    ):
+        for name, value in whole.items():
+            torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(value), atol=tolerance, rtol=tolerance)
+        assert [record["loss"] for record in history] == pytest.approx([r["loss"] for r in wanted], rel=tolerance)
+
+
+def test_a_step_in_which_nothing_is_labelled_teaches_nothing(partly_labelled, tmp_path, in_processes):
+    build, examples = partly_labelled
+    nothing = [examples[number] for number in (2, 4, 2, 4)]
+
+    def work():
+        model = build()
+        history = train(model, nothing, tmp_path, epochs=1)
+        return {name: value.tolist() for name, value in model.state_dict().items()}, history[0]["loss"]
+
+    for weights, loss in in_processes(work):
+        assert loss == 0 and weights == {name: value.tolist() for name, value in build().state_dict().items()}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from .endings import DIVERGED_ADVICE, Preemption, TrainingError, ending_together
 from .launcher import is_sharded
 from .tracking import TrainingLog
 
+_NO_WEIGHT = 1e-12  # images: nothing is labelled, and neither loss nor gradient is other than 0
 _LOOK_AT_LOSSES = 10  # steps: every look lets a GPU run empty
 
 
@@ -58,11 +59,13 @@ class Training:
 
     Random numbers depend on the seed, the step and the micro-batch alone, and the data on the seed and the epoch: a
     training that was broken off anywhere ends with what the unbroken one gives, as does one with N processes and one
-    with N micro-batches, but for rounding.
+    with N micro-batches, but for rounding. What compares images, or takes their statistics, does so within one
+    micro-batch. DeepSpeed keeps its gradients to itself: with it, `weight` changes nothing.
 
     Args:
-        model: `model(**example_batch)` gives an output with `loss` and, if it has several, a dict `losses`. It is
-            trained in place.
+        model: `model(**example_batch)` gives an output with `loss` and, if it has several, a dict `losses`; where
+            they are means over a part of the pixels, also `weight`, the size of that part in [0, 1]. Micro-batches and
+            processes then count by it. It is trained in place.
         examples: items are the model's keyword arguments; `set_epoch` is called where it exists. [`StreamedExamples`]
             are one epoch of `settings.steps`. On another number of processes they go on at the same step, but are
             dealt otherwise: some rows of that pass are seen twice or not at all.
@@ -98,6 +101,8 @@ class Training:
         self.history: list[dict] = []
         self._saved_step, self._saved_at = 0, time.monotonic()  # the newest checkpoint
         self.sums: dict[str, torch.Tensor] = {}  # of the losses of the running epoch, over its images
+        self._step_sums: dict[str, torch.Tensor] = {}  # of the running step, over images × weights
+        self._is_weighed = False
         self._identity = _identity(model, count, settings, seed)
 
         set_seed(seed)  # identical on all processes, whatever was drawn before
@@ -229,18 +234,38 @@ class Training:
             self.inner.progress = self.step / self.total_steps
         try:
             output = self.model(**batch)
+            weight = getattr(output, "weight", None) if self._weighs else None
+            counted = images if weight is None else images * weight
             # Gradients are averaged over the parts; those with an image less count less.
-            self.accelerator.backward(output.loss * (images * self.parts / self.batch_size))
+            self.accelerator.backward(output.loss * (counted * self.parts / self.batch_size))
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
             raise TrainingError(self._too_large(images, epoch)) from error
         losses = getattr(output, "losses", None) or {"loss": output.loss}
-        for name, loss in losses.items():
-            self.sums[name] = self.sums.get(name, 0) + loss.detach().float() * images
-        self.sums["images"] = self.sums.get("images", 0) + torch.full_like(output.loss.detach().float(), images)
+        values = {name: loss.detach().float() for name, loss in losses.items()}
+        for name, value in (values | {"images": torch.ones_like(output.loss.detach().float())}).items():
+            self._step_sums[name] = self._step_sums.get(name, 0) + value * counted
+        self._is_weighed = weight is not None
+
+    @property
+    def _weighs(self) -> bool:
+        """Whether there are several means in a step, and their gradients can be weighed."""
+        return self.parts > 1 and self.accelerator.distributed_type != DistributedType.DEEPSPEED
+
+    def _end_step(self) -> None:
+        """Divides the gradients and losses of a step by its mean weight; the losses join those of the epoch."""
+        sums, self._step_sums = self._step_sums, {}
+        if self._is_weighed:
+            factor = self.batch_size / self.accelerator.reduce(sums["images"], "sum").clamp_min(_NO_WEIGHT)
+            gradients = (parameter.grad for parameter in self.model.parameters())
+            torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
+            sums = {name: value * factor for name, value in sums.items()}
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value
 
     def _update_weights(self) -> None:
+        self._end_step()
         if self.settings.clip_gradient:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_gradient)
         self.optimizer.step()
@@ -263,7 +288,8 @@ class Training:
     def _means(self) -> dict[str, float]:
         """Mean losses of the epoch so far, in this process."""
         names = [name for name in self.sums if name != "images"]
-        values = torch.stack([self.sums[name] / self.sums["images"] for name in names])
+        images = self.sums["images"].clamp_min(_NO_WEIGHT)
+        values = torch.stack([self.sums[name] / images for name in names])
         return dict(zip(names, values.tolist(), strict=True))
 
     def _totals(self) -> dict[str, float]:
@@ -272,7 +298,7 @@ class Training:
 
     def _record(self, epoch: int, rate: float) -> dict[str, Any]:
         totals = self._totals()
-        images = totals.pop("images")
+        images = max(totals.pop("images"), _NO_WEIGHT)
         record: dict[str, Any] = {"epoch": epoch + 1} | {name: total / images for name, total in totals.items()}
         return record | {"lr": self.scheduler.get_last_lr()[0], "images_per_second": round(rate, 2)}
 
@@ -340,8 +366,12 @@ class Training:
 
 
 def _identity(model: nn.Module, count: int, settings: TrainSettings, seed: int) -> str:
-    """What tells a training from others, whose checkpoints somebody may have put into its folder."""
-    slow = [field.name for field in dataclasses.fields(settings) if not field.metadata.get("speed")]
+    """What tells a training from others, whose checkpoints somebody may have put into its folder.
+
+    Not how many parts a batch is cut into: it may go on with other processes and micro-batches.
+    """
+    fields = (field for field in dataclasses.fields(settings) if not field.metadata.get("speed"))
+    slow = [field.name for field in fields if field.name != "accumulate"]
     parts = [count, seed, {name: getattr(settings, name) for name in slow}]
     parts += [[name, list(parameter.shape)] for name, parameter in model.named_parameters()]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()

@@ -135,7 +135,8 @@ class SegmentationObjective(nn.Module):
             tags: not used; examples have them.
 
         Returns:
-            `loss`, the weighted mean over the pixels that are not ignored; 0 where there is none.
+            `loss`, the weighted mean over the pixels that are not ignored, 0 where there is none; `weight`, the mean
+            weight of all pixels, by which the loss counts beside those of other images.
         """
         weights = (labels != IGNORE_INDEX).float()
         if confidence is not None:
@@ -143,7 +144,8 @@ class SegmentationObjective(nn.Module):
             weights = weights * confidence if self.weigh else weights
         output = self.model(pixel_values)
         views = (output.logits, *(getattr(output, "scale_logits", None) or ()))
-        return ModelOutput(loss=sum(self._mean(logits, labels, weights) for logits in views))
+        loss = sum(self._mean(logits, labels, weights) for logits in views)
+        return ModelOutput(loss=loss, weight=weights.mean())
 
     def _mean(self, logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         logits = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
