@@ -172,6 +172,28 @@ def test_accumulated_batches_move_the_weights_like_one(kind, tmp_path):
         torch.testing.assert_close(change, moved[0][name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("scales", [[1.0], [0.5, 1.0]])
+def test_our_trainer_counts_labelled_pixels_alike_in_any_number_of_batches(scales, tmp_path):
+    """Where images are ignored in part, or all."""
+    partly = rows("segmenter", 4)
+    for number, row in enumerate(partly):
+        row["labels"][: [0, 31, 32, 12][number]] = 255
+    moved, losses = [], []
+    for size, batches in ((4, 1), (1, 4)):
+        model = build("segmenter", "vgg", input_scales=scales)  # without batch statistics
+        whole = {key: torch.stack([row[key] for row in partly]) for key in partly[0]}
+        wanted = model.train()(**whole).loss.item()
+        before = [weight.detach().clone() for weight in model.parameters()]
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": batches, "optim": "sgd"}
+        options |= {"max_steps": 1, "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 0.1}
+        run = trainer("segmenter", tmp_path, model, partly, WsssTrainer, per_device_eval_batch_size=4, **options)
+        assert run.evaluate()["eval_loss"] == pytest.approx(wanted, rel=1e-4)
+        losses.append(run.train().training_loss)
+        moved.append(torch.cat([(w.detach() - b).flatten() for w, b in zip(model.parameters(), before, strict=True)]))
+    assert losses == pytest.approx([wanted, wanted], rel=1e-4) and moved[0].abs().max() > 1e-3
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("body", ["resnet", "vit", "vgg"])
 @pytest.mark.parametrize("kind", ["cam", "segmenter"])
