@@ -8,6 +8,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value, config
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -127,6 +128,21 @@ def test_a_damaged_tar_file_is_named(load, kind, tar_shards):
     for source in (tar_shards, damaged):
         with pytest.raises(DataError, match=f"^{damaged}, byte {place}: expected a whole tar file, got"):
             load(source, **TAR)
+
+
+def test_every_process_names_a_damaged_tar_file(tar_shards, in_processes):
+    """The first process looks at the files for the others, which would wait for it, or know only that it is gone."""
+    damaged = tar_shards / "train-1.tar"
+    damaged.write_bytes(damaged.read_bytes()[:6144])
+
+    def work():
+        Accelerator()
+        load_stream(tar_shards, **TAR)
+
+    for error in in_processes(work):
+        assert isinstance(error, DataError) and str(error).startswith(
+            f"{damaged}, byte 6144: expected a whole tar file"
+        )
 
 
 def test_tar_files_are_walked_once_and_again_when_one_has_changed(tar_shards, monkeypatch):

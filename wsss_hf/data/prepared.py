@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,13 @@ def _file_states(folder: str) -> Iterator[str]:
 
 @contextmanager
 def _main_process_first() -> Iterator[None]:
+    """The others come after the main process, also where it has failed: they find the same fault, and say it."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    with PartialState().main_process_first() if several else nullcontext():
+    is_first = not several or PartialState().is_main_process
+    if not is_first:
+        PartialState().wait_for_everyone()
+    try:
         yield
+    finally:
+        if several and is_first:
+            PartialState().wait_for_everyone()
