@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 from wsss_hf import MapRefiner, MapRefinerConfig, WsssImageProcessor
 from wsss_hf.inference.cam_maps import localize
 from wsss_hf.models.modeling_cam import CamOutput
+from wsss_hf.models.options import OptionError
 
 NAMES = {0: "cat", 1: "cow", 2: "dog"}
 
@@ -89,3 +90,8 @@ def test_maps_make_masks_as_they_are():
     for fusion, denied in (("max", 0.02), ("mean", 0.01)):
         maps, _ = localize(Denying(), pixels, tags, (8, 8), scales=(1.0, 1.25), flip=False, fusion=fusion, bf16=False)
         torch.testing.assert_close(maps, torch.tensor([denied, 1.0])[:, None, None].expand(2, 8, 8))
+
+
+def test_its_maps_are_not_summed_for_min_max_brings_denied_classes_back(refiner):
+    with pytest.raises(OptionError, match="masks.fusion: expected mean or max with a map refiner.* got sum"):
+        localize(refiner, torch.zeros(1, 3, 64, 64), torch.ones(1, 3), (64, 64), fusion="sum")

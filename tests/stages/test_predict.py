@@ -20,7 +20,15 @@ from transformers import (
 from transformers.models.eomt.image_processing_pil_eomt import EomtImageProcessorPil
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 
-from wsss_hf import Segmenter, SegmenterConfig, WsssImageProcessor, predict
+from wsss_hf import (
+    CamClassifier,
+    MapRefiner,
+    MapRefinerConfig,
+    Segmenter,
+    SegmenterConfig,
+    WsssImageProcessor,
+    predict,
+)
 from wsss_hf.data.tagged import DataError, class_names
 from wsss_hf.models.label_colors import overlay
 from wsss_hf.models.options import OptionError
@@ -144,6 +152,26 @@ def test_masks_of_a_cam_classifier_are_those_of_the_pipeline(photos, cam_folder,
         assert (one.labels != expected).mean() < 0.002
     labels = set(np.unique([label for one in found for label in np.unique(one.labels)]))
     assert labels <= {0, 1, 2} if tags else labels - {0, 1, 2}
+
+
+def test_a_map_refiner_denies_a_class_that_is_given(photos, cam_folder, toy_data, tmp_path):
+    """Its maps are used as they are, as by the pipeline: one that is low everywhere stays below the background."""
+    refiner, classifier = tmp_path / "refiner", CamClassifier.from_pretrained(cam_folder)
+    names, options = class_names(toy_data), {"backbone_config": classifier.config.backbone_config, "output_stride": 16}
+    refined = MapRefiner(MapRefinerConfig(**options, id2label=dict(enumerate(names))))
+    refined.load_state_dict(classifier.state_dict(), strict=False)
+    refined.classifier.weight.data[0] *= 1e-3
+    refined.save_pretrained(refiner)
+    WsssImageProcessor.from_pretrained(cam_folder).save_pretrained(refiner)
+    pipe = pipeline("weak-segmentation", model=str(refiner))
+    settings, found_labels = EvaluationSettings(scales=[1.0, 1.5], batch_size=4), []
+    for number, tags in enumerate([names[:2], None]):
+        found = predict(photos, refiner, tmp_path / f"out{number}", settings=settings, tags=tags)
+        for one in found:
+            expected = np.asarray(pipe(str(one.image), tags=tags, scales=[1.0, 1.5], flip=True)["mask"])
+            assert np.array_equal(one.labels, expected)
+        found_labels.append({label for one in found for label in np.unique(one.labels)})
+    assert found_labels[0] == {0, 2} and 1 not in found_labels[1] and len(found_labels[1]) > 2
 
 
 def test_a_segmenter_keeps_to_the_tags(photos, segmenter_folder, toy_data, tmp_path):

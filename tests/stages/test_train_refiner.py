@@ -12,6 +12,8 @@ from wsss_hf.data.tagged import class_names, decode_gray
 from wsss_hf.inference.cam_maps import localize
 from wsss_hf.inference.load import load_labeler
 from wsss_hf.models.modeling_cam import CamClassifier
+from wsss_hf.models.options import OptionError
+from wsss_hf.recipes import load_recipe
 from wsss_hf.stages import train_refiner as module
 from wsss_hf.stages.fingerprint import model_fingerprint
 from wsss_hf.stages.make_masks import make_masks
@@ -142,3 +144,11 @@ def test_a_segmenter_is_no_classifier(toy_data, tiny_recipe, tmp_path):
     with pytest.raises(ValueError, match="segmenter: expected a CAM classifier or map refiner, got a wsss_segmenter"):
         train_refiner(toy_data, tmp_path / "segmenter", tiny_recipe, tmp_path / "refiner")
     assert [path.name for path in tmp_path.iterdir()] == ["segmenter"]
+
+
+@pytest.mark.parametrize("name", ["toy", "voc_seam"])
+def test_a_run_whose_maps_cannot_be_fused_so_trains_nothing(toy_data, no_training, tmp_path, name):
+    recipe = load_recipe(name, ["refiner.use=true", "masks.fusion=sum", "masks.refine=[]"])
+    with pytest.raises(OptionError, match="masks.fusion: expected mean or max with a map refiner"):
+        run(toy_data, recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.utils import ModelOutput
 
 from ..models.maps import fuse_maps, normalize_maps, upsample
 from ..models.method_helpers import min_max_normalize
@@ -19,9 +20,9 @@ from .image_by_image import image_by_image
 @image_by_image
 @torch.inference_mode()
 def localize(
-    model: Callable,
+    model: Any,
     pixel_values: Tensor,
-    tags: Tensor,
+    tags: Tensor | None,
     size: tuple[int, int],
     scales: Sequence[float] = (1.0,),
     flip: bool = True,
@@ -34,7 +35,8 @@ def localize(
     Args:
         model: a CAM classifier in eval mode, or a map refiner, whose maps are not normalised.
         pixel_values: (B, 3, h, w) normalised images at scale 1.
-        tags: (B, C) 0/1; only maps of tagged classes are upsampled.
+        tags: (B, C) 0/1; only maps of tagged classes are upsampled. None takes those that the model predicts, see
+            `CamClassifier.predicted_tags`.
         size: (H, W) of the maps to return.
         scales, flip: as of [`views`].
         fusion: "mean" or "max" over the views, see [`fuse_maps`], or "sum", see [`sum_maps`].
@@ -47,8 +49,11 @@ def localize(
         (B, C), averaged over the views.
 
     Raises:
+        OptionError: as of [`check_fusion`].
         ValueError: `fusion` is unknown, or the maps or logits are not finite.
     """
+    normalize = getattr(model, "normalizes_maps", True)
+    check_fusion(fusion, normalize)
     logits: list[Tensor] = []
     shown: list[Any] = []  # (h, w) of what the network saw
 
@@ -58,17 +63,20 @@ def localize(
 
     padded = padded_images(pixel_values, pad)
     whole = (padded.shape[-2], padded.shape[-1]) if pad else size
-    normalize = getattr(model, "normalizes_maps", True)
 
     def maps() -> Iterator[tuple[Tensor, tuple[int, int]]]:  # one view at a time, to spare memory
         for view in views(network, padded, scales, flip, _use_bf16(bf16, padded)):
             logits.append(view.logits.float())
             yield view.maps, shown[-1]
 
+    seen: Iterable[tuple[Tensor, tuple[int, int]]] = maps()
+    if tags is None:
+        seen = list(seen)  # the last view decides about tags, too
+        tags = model.predicted_tags([ModelOutput(logits=view) for view in logits])
     if fusion == "sum":
-        fused = sum_maps(maps(), tags, whole)
+        fused = sum_maps(seen, tags, whole)
     else:
-        fused = fuse_maps((view for view, _ in maps()), tags, whole, fusion, normalize)
+        fused = fuse_maps((view for view, _ in seen), tags, whole, fusion, normalize)
     if whole != size:
         fused = fused[:, : size[0], : size[1]]
         fused = normalize_maps(fused[None])[0] if normalize else fused
@@ -76,6 +84,23 @@ def localize(
     if not (fused.isfinite().all() and mean_logits.isfinite().all()):
         raise ValueError("maps: expected finite ones, the classifier gives NaN or inf: its training has diverged")
     return fused, mean_logits
+
+
+def check_fusion(fusion: str, normalize: bool) -> None:
+    """Whether `masks.fusion` fits the model.
+
+    Args:
+        fusion: as of [`localize`].
+        normalize: whether the model's maps are normalised; a map refiner's are not.
+
+    Raises:
+        OptionError: "sum" of maps that are used as they are: its min-max would bring the map of a class that a map
+            refiner denies back at full strength.
+    """
+    if fusion == "sum" and not normalize:
+        raise OptionError(
+            "masks.fusion: expected mean or max with a map refiner, whose maps are used as they are, got sum"
+        )
 
 
 def sum_maps(views: Iterable[tuple[Tensor, tuple[int, int]]], tags: Tensor, size: tuple[int, int]) -> Tensor:

@@ -43,7 +43,7 @@ from .fingerprint import digest, model_fingerprint
 from .lock import LOCK_FILE, OutputError, only_run
 from .results import StageResult
 
-VERSION = 3
+VERSION = 4
 LABELS_FILE = "labels.json"
 COCO_FILE = "predictions.coco.json"
 _FINGERPRINT = "wsss_hf"  # text of a mask's PNG file: what it was made from

@@ -17,6 +17,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from ..data.tagged import DataError, check_names, class_names, encode_png, source_of
+from ..inference.cam_maps import check_fusion
 from ..inference.load import load_labeler
 from ..models.maps import IGNORE_INDEX
 from ..models.modeling_affinity import AffinityConfig, AffinityNetwork
@@ -129,8 +130,10 @@ def check_masks(recipe: Recipe) -> None:
     Raises:
         RefinementError: the library or model of a refinement step is missing.
         RuleError: the label rule lacks something.
+        OptionError: `masks.fusion` does not fit the map refiner.
         RecipeError, OSError, ValueError: there is no such backbone of the affinity network, or it can't be used.
     """
+    check_fusion(recipe.masks.fusion, normalize=not recipe.refiner.use)
     trained_first = needs_affinity(recipe.masks)
     if trained_first:
         _refinement(recipe)
