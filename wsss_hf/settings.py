@@ -226,7 +226,11 @@ class AffinitySettings(Options):
     )
     refine: list[Any] = option(["pamr"], "Of the scores that give the labels, as masks.refine.", length=0)
     label_confidence: float | None = option(
-        None, "Or IRN's: the dense CRF of the labels, each of this probability, in place of refine.", above=0, below=1
+        None,
+        "Or IRN's: the dense CRF of the labels, each of this probability, in place of refine; an image of one tag has "
+        "two labels.",
+        above=0.5,
+        below=1,
     )
     train: TrainSettings = dataclasses.field(
         default_factory=lambda: TrainSettings(

@@ -25,6 +25,7 @@ from wsss_hf.pseudo_labels.rules import (
 )
 from wsss_hf.refinement.crf import refine_labels
 from wsss_hf.settings import MasksSettings
+from wsss_hf.stages.train_cam import train_cam
 
 
 @pytest.fixture
@@ -76,10 +77,46 @@ def test_icd_without_saliency_closes_the_seeds(evidence):
     evidence.averages = torch.logit(maps), cams
     seeds = class_labels(seed_icd(torch.logit(maps), cams), evidence.classes)
     labels = build_rule("icd").label(evidence)
-    np.testing.assert_array_equal(labels, refine_labels(seeds.numpy(), evidence.image, 7))
+    probability = 0.5 / (0.5 + 6 * 0.5 / 7)
+    np.testing.assert_array_equal(labels, refine_labels(seeds.numpy(), evidence.image, 7, probability))
     evidence.scores, evidence.classes = evidence.scores[:1], evidence.classes[:0]
     evidence.averages = (maps[:0], cams[:0])
     assert not build_rule("icd").label(evidence).any()  # no tag, no object
+
+
+@pytest.mark.parametrize("num_classes", [1, 20])
+def test_icd_closes_seeds_as_its_program_does(num_classes):
+    """A given label has 0.5, every other one 0.5 / number of labels: with a single class, too, it is the likelier."""
+    densecrf = pytest.importorskip("pydensecrf.densecrf")
+    rng, (rows, columns) = np.random.default_rng(0), np.mgrid[:40, :60]
+    distance = (rows - 20) ** 2 + (columns - 30) ** 2
+    colours = np.where(distance[..., None] < 12**2, [200, 80, 40], [40, 90, 160]) + rng.normal(0, 25, (40, 60, 3))
+    image = colours.clip(0, 255).astype(np.uint8)
+    top_down = torch.from_numpy(np.select([distance < 6**2, distance > 16**2], [1.0, -1.0], 0.0)).float()[None]
+    evidence = Evidence(top_down, torch.tensor([0]), num_classes, image, None, (top_down, top_down))
+
+    seeds, num_labels = np.select([distance < 6**2, distance > 16**2], [1, 0], 255), num_classes + 1
+    shares = np.full((256, seeds.size), 0.5 / num_labels, dtype=np.float32)
+    shares[seeds.ravel(), np.arange(seeds.size)] = 0.5
+    shares = shares[:num_labels] / shares[:num_labels].sum(axis=0)
+    crf = densecrf.DenseCRF2D(60, 40, num_labels)
+    crf.setUnaryEnergy(-np.log(shares))
+    crf.addPairwiseGaussian(sxy=3, compat=3)
+    crf.addPairwiseBilateral(sxy=80, srgb=13, rgbim=image, compat=10)
+    expected = np.array(crf.inference(10)).argmax(axis=0).reshape(40, 60)
+
+    found = build_rule("icd").label(evidence).numpy()
+    assert (found == expected).mean() > 0.995 and 0.1 < (found == 1).mean() < 0.5
+
+
+def test_a_confidence_that_favours_no_label_is_refused_before_training(toy_data, tiny_recipe, no_training, tmp_path):
+    pytest.importorskip("pydensecrf")
+    vars(tiny_recipe.masks).update({"seeds": "icd", "seed_options": {"confidence": 0.1}})
+    with pytest.raises(RuleError, match="masks.seed_options.confidence: expected a number above 1/10 for 9 labels"):
+        train_cam(toy_data, tiny_recipe, tmp_path / "cam")
+    assert not list(tmp_path.iterdir())
+    tiny_recipe.masks.seed_options = {"confidence": 0.11}
+    check_columns(tiny_recipe.masks, toy_data["train"])
 
 
 def test_what_is_not_there_is_named(monkeypatch):

@@ -184,6 +184,10 @@ def test_a_missing_recipe_names_those_that_there_are():
         ("cam.backbone_config=resnet", "cam.backbone_config: expected a mapping or null, got 'resnet'"),
         ("masks.refine=[crff]", r"masks.refine\[0\]: 'crff': unknown; did you mean crf\?"),
         ("evaluation.refine=[{crf: {x: 1}}]", r"evaluation.refine\[0\].crf.x: unknown; expected iterations"),
+        (
+            "affinity.label_confidence=0.5",
+            r"affinity.label_confidence: expected a number in \(0.5, 1\) or null, got 0.5",
+        ),
         ("masks.seeds=icdd", r"masks.seeds: 'icdd': unknown; did you mean icd\?"),
         ("masks.seed_options.q=1", "masks.seed_options.q: unknown; expected none"),
     ],

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.saliency import check_saliency, rows_with_saliency
+from ..data.tagged import class_names
 from ..inference.cam_maps import label_map
 from ..models.icd import icd_seeds
 from ..models.maps import IGNORE_INDEX
@@ -91,6 +92,13 @@ class Rule(Options):
 
         Raises:
             RuleError: its library is not installed.
+        """
+
+    def check_classes(self, num_classes: int) -> None:
+        """Whether the options fit a data set of so many classes that has no saliency maps.
+
+        Raises:
+            RuleError: names the option.
         """
 
 
@@ -169,8 +177,30 @@ class IcdRule(Rule):
     averages = True
 
     saliency_threshold: float | Literal["auto"] = option(AUTO, _THRESHOLD_TEXT, at_least=0, at_most=1)
-    confidence: float = option(0.5, "Probability of a given label in the CRF.", above=0, below=1)
+    confidence: float = option(
+        0.5, "Of a given label in the CRF; each other one of n labels has (1 - confidence) / n.", above=0, below=1
+    )
     iterations: int = option(10, "Of the CRF.", at_least=1)
+
+    def probability(self, num_labels: int) -> float:
+        """`confidence` as a share of all labels' sum, as in the released program.
+
+        Args:
+            num_labels: of the data set, background counted; 2 or more.
+
+        Raises:
+            RuleError: the confidence does not favour the given label.
+        """
+        if self.confidence * (num_labels + 1) <= 1:
+            raise RuleError(
+                f"masks.seed_options.confidence: expected a number above 1/{num_labels + 1} for {num_labels} labels, "
+                f"got {self.confidence:g}"
+            )
+        others = (1 - self.confidence) * (num_labels - 1) / num_labels
+        return self.confidence / (self.confidence + others)
+
+    def check_classes(self, num_classes: int) -> None:
+        self.probability(num_classes + 1)
 
     def prepare(self) -> None:
         try:
@@ -185,7 +215,8 @@ class IcdRule(Rule):
             return class_labels(seeds, evidence.classes)
         labels = class_labels(seed_icd(*evidence.averages), evidence.classes)
         num_labels = evidence.num_classes + 1
-        closed = refine_labels(labels.cpu().numpy(), evidence.image, num_labels, self.confidence, self.iterations)
+        probability = self.probability(num_labels)
+        closed = refine_labels(labels.cpu().numpy(), evidence.image, num_labels, probability, self.iterations)
         return torch.from_numpy(closed).to(labels.device)
 
 
@@ -245,20 +276,23 @@ def columns_to_read(settings: MasksSettings, rows: Dataset) -> list[str]:
     """The columns that pseudo masks are made from.
 
     Raises:
-        DataError: as of [`check_columns`].
+        DataError, RuleError: as of [`check_columns`].
     """
     check_columns(settings, rows)
     return ["image_id", "tags", "image", *(["saliency"] if reads_saliency(settings, rows) else [])]
 
 
 def check_columns(settings: MasksSettings, rows: Dataset) -> None:
-    """Check that rows have what the label rule looks at.
+    """Check that rows have what the label rule looks at, and that its options fit them.
 
     Raises:
         DataError: they have no saliency maps, or some of them have none.
+        RuleError: as of [`Rule.check_classes`].
     """
     if reads_saliency(settings, rows):
         check_saliency(rows, f"masks.seeds: {settings.seeds}")
+    else:
+        build_rule(settings.seeds, settings.seed_options).check_classes(len(class_names(rows)))
 
 
 def rows_to_label(settings: MasksSettings, rows: Dataset) -> np.ndarray:
