@@ -198,6 +198,15 @@ def test_drs_seeds_take_the_background_from_the_saliency(labeler, toy_data, sett
         assert not item.confidence[item.pseudo_mask == 255].any() and unruled.confidence.any()
 
 
+def test_background_by_saliency_is_not_trusted_where_the_object_is_strong(labeler, toy_data, settings):
+    rows = toy_data["train"].select(range(3))
+    rows = dataset(rows["image"][:], rows["tags"][:], saliency=[Image.new("L", (48, 48))] * 3)  # nothing is salient
+    settings = replace(settings, seeds="saliency", seed_options={"saliency_threshold": 0.5})
+    for item in label_images(*labeler, rows, settings):
+        assert not item.pseudo_mask.any()
+        np.testing.assert_allclose(item.confidence, 1 - item.maps.max(axis=0), atol=1e-6)
+
+
 def test_saliency_that_is_missing_or_does_not_fit_is_named(labeler, toy_data, settings):
     rows = toy_data["train"].select(range(2))
     settings = replace(settings, seeds="drs", seed_options={"saliency_threshold": 0.5})

@@ -18,6 +18,7 @@ from wsss_hf.pseudo_labels.rules import (
     build_rule,
     check_columns,
     class_labels,
+    label_confidence,
     reads_saliency,
     rows_to_label,
     seed_drs,
@@ -211,6 +212,62 @@ def test_auto_takes_saliency_where_there_is_some(evidence):
     assert torch.equal(rule.label(evidence), build_rule("saliency", options).label(evidence))
     evidence.saliency = None
     assert torch.equal(rule.label(evidence), build_rule("argmax").label(evidence))
+
+
+def test_the_confidence_of_the_largest_score_is_its_margin(evidence):
+    rule = build_rule("argmax")
+    best, second = evidence.scores.topk(2, dim=0).values
+    found = label_confidence(rule.decisive_scores(evidence), rule.label(evidence), evidence.classes)
+    assert torch.equal(found, 1 - second / best)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "labels", "confidence"),
+    [
+        # salient: which class; elsewhere: background, unless a class has a high score
+        (
+            "saliency",
+            {"object_threshold": 0.9},
+            [2, 0, 0, 2, 255],
+            [1 - 0.2 / 0.8, 1 - 0.6 / 0.9, 1, 1 - 0.9 / 0.95, 0],
+        ),
+        ("auto", {}, [2, 0, 0, 0, 255], [1 - 0.2 / 0.8, 1 - 0.6, 1, 1 - 0.95, 0]),
+        ("drs", {"object_threshold": 0.3}, [2, 0, 0, 0, 255], [1, 1 - 0.6, 1, 1 - 0.95, 0]),
+    ],
+)
+def test_where_saliency_decides_the_background_confidence_is_of_that_choice(
+    evidence, name, options, labels, confidence
+):
+    evidence.saliency = torch.tensor([[1.0, 0.0, 0.0, 0.0, 1.0]])
+    rule = build_rule(name, options | {"saliency_threshold": 0.5})
+    for background in (0.0, 0.4, 1.0):  # which plays no part
+        evidence.scores = torch.tensor([[[background] * 5], [[0.8, 0.1, 0.0, 0.95, 0.0]], [[0.2, 0.6, 0.0, 0.9, 0.0]]])
+        found = rule.label(evidence)
+        assert found.tolist() == [labels]
+        confidences = label_confidence(rule.decisive_scores(evidence), found, evidence.classes)
+        torch.testing.assert_close(confidences, torch.tensor([confidence]))
+    evidence.scores, evidence.classes = evidence.scores[:1], evidence.classes[:0]
+    found = rule.label(evidence)
+    certain = label_confidence(rule.decisive_scores(evidence), found, evidence.classes)
+    assert torch.equal(certain, (found == 0).float())  # no tag: no doubt
+
+
+def test_icd_and_mat_label_are_as_confident_as_their_probabilities(evidence):
+    probabilities = torch.tensor([[[0.9, 0.2, 0.8, 0.5]], [[0.1, 0.1, 0.9, 0.5]]])
+    cams = torch.tensor([[[3.0, 0.0, 4.0, 0.0]], [[0.0, 0.0, 1.0, 0.0]]])
+    evidence.saliency, evidence.averages = torch.ones(1, 4), (probabilities.logit(), cams)
+    evidence.saliency[0, 1] = 0
+    rule = build_rule("icd", {"saliency_threshold": 0.5})
+    labels = rule.label(evidence)
+    assert labels.tolist() == [[2, 0, 2, 255]]  # the third by its CAMs, against the probabilities
+    confidence = label_confidence(rule.decisive_scores(evidence), labels, evidence.classes)
+    torch.testing.assert_close(confidence, torch.tensor([[1 - 0.1 / 0.9, 1 - 0.2 / 0.8, 0, 0]]))
+    rule = build_rule("mat_label", {"tie": 0.0})
+    evidence.scores = torch.cat([1 - probabilities.amax(dim=0, keepdim=True), probabilities])
+    labels = rule.label(evidence)
+    assert labels.tolist() == [[2, 0, 5, 255]]
+    confidence = label_confidence(rule.decisive_scores(evidence), labels, evidence.classes)
+    torch.testing.assert_close(confidence, torch.tensor([[1 - 0.1 / 0.9, 1 - 0.2 / 0.8, 1 - 0.8 / 0.9, 0]]))
 
 
 @pytest.mark.parametrize("with_saliency", [False, True])

@@ -191,12 +191,26 @@ def label_map(scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         labels (H, W) uint8, 0 = background, c + 1 = class c, of equal scores the first; and confidence (H, W) in
-        [0, 1], the relative margin 1 - second / best of the two largest scores: 0 is a tie. Of the margins this one
-        separates correct from wrong labels best, on plain and on refined maps
-        (`scripts/benchmark_thresholds.py --confidence`).
+        [0, 1], see [`margin`].
     """
-    top = scores.topk(min(2, len(scores)), dim=0).values
-    second = top[1] if len(scores) > 1 else torch.zeros_like(top[0])
-    confidence = torch.where(top[0] > 0, 1 - second / top[0].clamp(min=1e-12), 0)
     values = torch.cat([classes.new_zeros(1), classes + 1])
-    return values[scores.argmax(dim=0)].to(torch.uint8), confidence
+    best = scores.argmax(dim=0)
+    return values[best].to(torch.uint8), margin(scores, best)
+
+
+def margin(scores: Tensor, chosen: Tensor) -> Tensor:
+    """How far the scores speak for a choice: the relative margin 1 - best other / chosen.
+
+    Of the margins this one separates correct from wrong labels best, on plain and on refined maps
+    (`scripts/benchmark_thresholds.py --confidence`).
+
+    Args:
+        scores: (K+1, H, W), not negative.
+        chosen: (H, W) int64, the channel that each pixel was given.
+
+    Returns:
+        (H, W) in [0, 1]; 0 is a tie, or another channel has a larger score.
+    """
+    own = scores.gather(0, chosen[None])[0]
+    other = scores.scatter(0, chosen[None], 0).amax(dim=0)
+    return torch.where(own > 0, 1 - other / own.clamp(min=1e-12), 0).clamp(min=0)

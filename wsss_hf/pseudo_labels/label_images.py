@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.batches import batches_by_size
-from ..inference.cam_maps import average_maps, label_map, localize
-from ..models.maps import IGNORE_INDEX, add_background
+from ..inference.cam_maps import average_maps, localize
+from ..models.maps import add_background
 from ..models.modeling_cam import CamClassifier
 from ..refinement.steps import Matting, Note, RefinementChain, Walk, build_refinement
 from ..settings import MasksSettings
-from .rules import Evidence, Rule, RuleError, build_rule, check_columns, reads_saliency
+from .rules import Evidence, Rule, RuleError, build_rule, check_columns, label_confidence, reads_saliency
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Labelled:
         classes: (K,) indices of its tags.
         maps: (K, H, W) float32 localisation maps in [0, 1], before refinement.
         pseudo_mask: (H, W) uint8, 0 = background, c + 1 = class c, 255 = ignore.
-        confidence: (H, W) float32 in [0, 1], see `maps.label_map`; 0 at ignored pixels.
+        confidence: (H, W) float32 in [0, 1], see `rules.label_confidence`; 0 at ignored pixels.
         logits: (C,) float32 tag logits.
         note: fallbacks that were taken, and pictures of the steps.
     """
@@ -98,8 +98,9 @@ def label_images(
             saliency = None if batch.saliency is None else batch.saliency[i].to(model.device)
             if saliency is not None and (kind := _unusual(saliency, salient_above)):
                 notes[i].fallbacks[f"{kind} saliency map"] = 1
-            labels = rule.label(Evidence(scores[i], classes, len(tags[i]), images[i], saliency, averages[i]))
-            confidence = label_map(scores[i], classes)[1].masked_fill(labels == IGNORE_INDEX, 0)
+            evidence = Evidence(scores[i], classes, len(tags[i]), images[i], saliency, averages[i])
+            labels = rule.label(evidence)
+            confidence = label_confidence(rule.decisive_scores(evidence), labels, classes)
             yield Labelled(
                 index=index,
                 image=batch.images[i],

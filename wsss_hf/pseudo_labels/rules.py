@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..data.saliency import check_saliency, rows_with_saliency
 from ..data.tagged import class_names
-from ..inference.cam_maps import label_map
+from ..inference.cam_maps import label_map, margin
 from ..models.icd import icd_seeds
 from ..models.maps import IGNORE_INDEX
 from ..models.options import OptionError, Options, option, unknown_name
@@ -75,6 +75,11 @@ class Rule(Options):
     def label(self, evidence: Evidence) -> Tensor:
         """(H, W) uint8: 0 background, c + 1 class c, 255 ignore."""
 
+    def decisive_scores(self, evidence: Evidence) -> Tensor:
+        """(K+1, H, W) in [0, 1], background first, whose largest one is the label, where that is not ignored; the
+        confidence of the labels is theirs, see [`label_confidence`]."""
+        return evidence.scores
+
     @property
     def salient_above(self) -> float:
         """The saliency threshold as a number.
@@ -104,7 +109,7 @@ class Rule(Options):
 
 @dataclass
 class ArgmaxRule(Rule):
-    """The largest score, see `maps.label_map`."""
+    """The largest score, see `cam_maps.label_map`."""
 
     def label(self, evidence: Evidence) -> Tensor:
         return label_map(evidence.scores, evidence.classes)[0]
@@ -127,6 +132,10 @@ class DrsRule(Rule):
         thresholds = self.object_threshold, self.conflict_threshold, self.salient_above
         return class_labels(seed_drs(evidence.scores, evidence.saliency, *thresholds), evidence.classes)
 
+    def decisive_scores(self, evidence: Evidence) -> Tensor:
+        assert evidence.saliency is not None
+        return _drs_scores(evidence.scores, evidence.saliency > self.salient_above, self.object_threshold)
+
 
 @dataclass
 class SaliencyRule(Rule):
@@ -145,13 +154,18 @@ class SaliencyRule(Rule):
 
     def label(self, evidence: Evidence) -> Tensor:
         assert evidence.saliency is not None
+        scores = self.decisive_scores(evidence)
+        unknown = (evidence.saliency > self.salient_above) & (scores.amax(dim=0) <= 0)
+        return label_map(scores, evidence.classes)[0].masked_fill(unknown, IGNORE_INDEX)
+
+    def decisive_scores(self, evidence: Evidence) -> Tensor:
+        """The background's is `object_threshold` where the image is not salient, else 0."""
+        assert evidence.saliency is not None
         objects = evidence.scores[1:]
         if not len(objects):
-            return torch.zeros_like(evidence.scores[0], dtype=torch.uint8)
-        highest, labels = objects.max(dim=0)
-        labels = (labels + 1).masked_fill(highest <= 0, IGNORE_INDEX)
-        is_object = (evidence.saliency > self.salient_above) | (highest > self.object_threshold)
-        return class_labels((labels * is_object).to(torch.uint8), evidence.classes)
+            return torch.ones_like(evidence.scores)
+        background = (evidence.saliency <= self.salient_above).to(objects) * self.object_threshold
+        return torch.cat([background[None], objects])
 
 
 @dataclass
@@ -164,6 +178,9 @@ class AutoRule(SaliencyRule):
         if evidence.saliency is None:
             return label_map(evidence.scores, evidence.classes)[0]
         return super().label(evidence)
+
+    def decisive_scores(self, evidence: Evidence) -> Tensor:
+        return evidence.scores if evidence.saliency is None else super().decisive_scores(evidence)
 
 
 @dataclass
@@ -218,6 +235,14 @@ class IcdRule(Rule):
         probability = self.probability(num_labels)
         closed = refine_labels(labels.cpu().numpy(), evidence.image, num_labels, probability, self.iterations)
         return torch.from_numpy(closed).to(labels.device)
+
+    def decisive_scores(self, evidence: Evidence) -> Tensor:
+        """The probabilities of the maps and, of the background, 1 - the largest. Classes that share a pixel are told
+        apart by their CAMs, and open pixels closed by the CRF: against these scores, some of them."""
+        assert evidence.averages is not None
+        probabilities = evidence.averages[0].sigmoid()
+        rest = 1 - probabilities.amax(dim=0, keepdim=True) if len(probabilities) else torch.ones_like(evidence.scores)
+        return torch.cat([rest, probabilities])
 
 
 @dataclass
@@ -326,11 +351,15 @@ def seed_drs(
     if saliency.shape != scores.shape[1:]:
         raise RuleError(f"saliency: expected shape {tuple(scores.shape[1:])}, got {tuple(saliency.shape)}")
     salient = saliency > saliency_threshold
-    objects = scores[1:].masked_fill(scores[1:] < object_threshold, 0)
-    channels = torch.cat([(~salient)[None].to(scores), objects])
+    channels = _drs_scores(scores, salient, object_threshold)
     labels = channels.argmax(dim=0)
     conflict = (channels > conflict_threshold).sum(dim=0) > 2
     return labels.masked_fill(conflict | (salient & (labels == 0)), IGNORE_INDEX).to(torch.uint8)
+
+
+def _drs_scores(scores: Tensor, salient: Tensor, object_threshold: float) -> Tensor:
+    objects = scores[1:].masked_fill(scores[1:] < object_threshold, 0)
+    return torch.cat([(~salient)[None].to(scores), objects])
 
 
 def seed_icd(
@@ -367,3 +396,16 @@ def class_labels(labels: Tensor, classes: Tensor) -> Tensor:
     values[0] = 0
     values[1 : len(classes) + 1] = (classes + 1).to(values)
     return values[labels.long()]
+
+
+def label_confidence(scores: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """(H, W) in [0, 1]: how far the scores speak for the labels, see `cam_maps.margin`; 0 at ignored pixels.
+
+    Args:
+        scores: (K+1, H, W), see [`Rule.decisive_scores`].
+        labels: (H, W) uint8: 0 background, c + 1 class c, 255 ignore.
+        classes: (K,) class indices c of the tagged classes.
+    """
+    channels = torch.zeros(256, dtype=torch.long, device=labels.device)
+    channels[classes + 1] = torch.arange(1, len(classes) + 1, device=labels.device)
+    return margin(scores, channels[labels.long()]).masked_fill(labels == IGNORE_INDEX, 0)
