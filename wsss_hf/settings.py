@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from .models.options import Options, option
 
-AUTO = "auto"
+AUTO: Final = "auto"
 SMALLEST_WINDOW = 16  # pixels: smaller ones show a network nothing, and there are thousands
 
 

@@ -19,6 +19,7 @@ from wsss_hf.pseudo_labels.rules import (
     check_columns,
     class_labels,
     label_confidence,
+    reads_background,
     reads_saliency,
     rows_to_label,
     seed_drs,
@@ -153,6 +154,11 @@ def test_saliency_is_read_where_the_rule_uses_it(toy_data):
         for data, is_whole in ((rows, not needs), (salient, True), (empty, not needs), (some, not expected[3])):
             with nullcontext() if is_whole else pytest.raises(DataError, match=f"for masks.seeds: {name}, got "):
                 check_columns(settings, data)
+
+
+def test_icd_reads_no_refined_scores_and_so_no_background(toy_data):
+    settings = MasksSettings(seeds="icd", refine=["grid_crf"])
+    assert not reads_background(settings, toy_data["train"])
 
 
 def test_a_saliency_threshold_that_is_not_found_yet_is_named(evidence):

@@ -23,6 +23,7 @@ from wsss_hf.models.background_threshold import (
 )
 from wsss_hf.pseudo_labels import threshold as module
 from wsss_hf.pseudo_labels.label_images import label_images
+from wsss_hf.pseudo_labels.rules import rows_to_label
 from wsss_hf.pseudo_labels.threshold import (
     at_thresholds,
     auto_threshold,
@@ -241,10 +242,7 @@ def test_found_thresholds_serve_other_rows(labeler, toy_data, settings):
     found = with_threshold(*labeler, rows, drs)
     thresholds = thresholds_of(found)
     assert found.seed_options == {"conflict_threshold": 0.8, "saliency_threshold": saliency_threshold(rows)}
-    assert thresholds == {
-        "background_threshold": found.background_threshold,
-        "saliency_threshold": saliency_threshold(rows),
-    }
+    assert thresholds == {"saliency_threshold": saliency_threshold(rows)}  # no other one plays a part
     assert at_thresholds(drs, thresholds | {"images": 12}) == found
     given = replace(drs, seed_options={"saliency_threshold": 0.2})
     assert thresholds_of(with_threshold(*labeler, rows, given))["saliency_threshold"] == 0.2
@@ -252,7 +250,7 @@ def test_found_thresholds_serve_other_rows(labeler, toy_data, settings):
     assert set(thresholds_of(with_threshold(*labeler, rows, settings))) == {"background_threshold"}
     for data, both in ((rows, True), (toy_data["train"], False)):  # without saliency there is nothing to search on
         found = with_threshold(*labeler, data, replace(settings, seeds="auto"))
-        assert ("saliency_threshold" in thresholds_of(found)) == both
+        assert list(thresholds_of(found)) == ["saliency_threshold" if both else "background_threshold"]
 
 
 @pytest.mark.skipif(not (SHARED / "voc_animals_saliency").is_dir(), reason="the photographs are not here")
@@ -282,12 +280,71 @@ def test_the_found_threshold_is_nearly_the_best_on_photographs():
     assert mean_iou(saliency_threshold(rows)) > 0.97 * best
 
 
-def test_it_looks_at_the_maps_that_a_walk_makes(labeler, toy_data, settings, monkeypatch, tmp_path):
+@pytest.fixture(scope="module")
+def walk(labeler, tmp_path_factory):
+    """Options of the step, with an affinity network that has learnt nothing."""
     torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("models") / "affinity"
     backbone = {"model_type": "resnet", "layer_type": "basic", "embedding_size": 8, "hidden_sizes": [8, 16]}
-    AffinityNetwork(AffinityConfig(backbone_config=backbone | {"depths": [1, 1]}, radius=4)).save_pretrained(tmp_path)
-    labeler[1].save_pretrained(tmp_path)
-    walk = {"walk": {"model": str(tmp_path), "radius": 3, "steps": 8}}
+    AffinityNetwork(AffinityConfig(backbone_config=backbone | {"depths": [1, 1]}, radius=4)).save_pretrained(folder)
+    labeler[1].save_pretrained(folder)
+    return {"model": str(folder), "radius": 3, "steps": 8}
+
+
+@pytest.mark.parametrize(
+    ("seeds", "steps", "is_read"),
+    [
+        ("argmax", [], True),
+        ("argmax", ["walk", "pamr"], True),
+        ("argmax", ["pamr", "alpha walk"], False),  # whose background comes from the maps
+        ("argmax", ["alpha walk", "grid_crf"], False),
+        ("argmax", ["grid_crf", "alpha walk"], True),  # the CRF weighs the maps against it
+        ("saliency", ["pamr", "walk"], False),
+        ("saliency", ["grid_crf"], True),
+        ("drs", [], False),
+        ("auto", [], False),
+        ("auto without saliency", [], True),
+        ("mat_label", ["matting"], True),  # the trimaps are of levels around it
+    ],
+)
+def test_the_threshold_is_searched_where_it_plays_a_part(
+    labeler, toy_data, settings, walk, monkeypatch, seeds, steps, is_read
+):
+    named = {"walk": {"walk": walk}, "alpha walk": {"walk": walk | {"background_alpha": 4.0}}}
+    seeds, _, without = seeds.partition(" without ")
+    settings = replace(settings, seeds=seeds, refine=[named.get(step, step) for step in steps], confidence=True)
+    rows = toy_data["train"].select(range(3))
+    if not without:
+        maps = [encode_png(two_levels(20, 200, 48))] * 3
+        rows = rows.add_column("saliency", maps, feature=rows.features["mask"])
+    monkeypatch.setattr(module, "auto_threshold", lambda *_: 0.45)
+    found = with_threshold(*labeler, rows, settings)
+    assert found.background_threshold == (0.45 if is_read else "auto")
+    given = replace(found, background_threshold=0.45)
+    assert ("background_threshold" in thresholds_of(with_threshold(*labeler, rows, given))) == is_read
+    low, high, left_open = (
+        [(item.pseudo_mask, item.confidence) for item in label_images(*labeler, rows, replace(found, **change))]
+        for change in ({"background_threshold": 0.1}, {"background_threshold": 0.8}, {})
+    )
+
+    def are_equal(some, others):
+        return all(
+            np.array_equal(a, b)
+            for one, other in zip(some, others, strict=True)
+            for a, b in zip(one, other, strict=True)
+        )
+
+    assert are_equal(low, high) != is_read
+    assert are_equal(left_open, high) != is_read
+    if is_read:
+        with pytest.raises(ValueError, match="masks.background_threshold: expected a number, got 'auto'"):
+            list(label_images(*labeler, rows, replace(found, background_threshold="auto")))
+        assert not len(rows_to_label(replace(found, background_threshold="auto"), rows))
+    assert len(rows_to_label(found, rows)) == 3
+
+
+def test_it_looks_at_the_maps_that_a_walk_makes(labeler, toy_data, settings, walk, monkeypatch):
+    walk = {"walk": walk}
     rows = toy_data["train"].select(range(6))
     seen = []
     add = module.ThresholdSearch.add

@@ -77,6 +77,16 @@ def test_markdown_says_what_masks_have_chosen():
     assert "oracle threshold" in text and "| plain, masks | 45.0 | 45.0 | 50.0 |" in text
 
 
+def test_a_threshold_that_plays_no_part_is_a_dash():
+    cells = [record("saliency", seed, 0.4) for seed in range(2)]
+    for cell in cells:
+        del cell["maps"]["background_threshold"]
+    header, _, row = comparison_markdown(summarize(cells)).splitlines()[:3]
+    assert dict(zip(header.split(" | "), row.split(" | "), strict=True))["threshold"] == "–"
+    cells[0]["maps"] = {}  # no true mask, so no figures
+    assert comparison_table(summarize(cells[:1]))[0]["threshold"] == "auto"
+
+
 def test_page_holds_curves_costs_and_a_column_per_row(tmp_path):
     labels = np.zeros((20, 30), np.uint8)
     example = ReportExample(Image.new("RGB", (30, 20)), "img", ["cat"], masks={"plain": labels, "drs": labels})

@@ -90,12 +90,29 @@ def test_the_results_say_which_thresholds_and_maps_were_used(finished):
     result, _ = finished
     summary = result.masks.summary
     assert 60 / 255 < summary["saliency_threshold"] < 140 / 255
+    assert "background_threshold" not in summary  # which the rule does not read
     assert summary["saliency"] == "saliency maps of owner/net; what they learnt from: class-agnostic masks"
     record = json.loads((result.folder / "results.json").read_text())
     assert record["saliency"] == summary["saliency"] and record["data"]["saliency"] == TOLD
-    assert record["saliency_threshold"] == summary["saliency_threshold"]
+    assert record["saliency_threshold"] == summary["saliency_threshold"] and "background_threshold" not in record
+    assert "background threshold" not in (result.folder / "report.html").read_text().lower()
     assert result.masks.data.source["saliency"] == TOLD
     assert load_data(result.masks.folder).source["saliency"] == TOLD
+
+
+def test_a_threshold_that_plays_no_part_is_neither_searched_nor_told(
+    salient, tiny_recipe, cam_folder, tmp_path, capsys
+):
+    recipe = salient_recipe(tiny_recipe, "saliency", "masks.background_threshold=auto")
+    masks = make_masks(salient, cam_folder, recipe, tmp_path / "masks")
+    told = capsys.readouterr().err
+    assert "background threshold" not in told and "masks: saliency threshold 0." in told
+    assert "background_threshold" not in masks.summary
+    recipe = salient_recipe(tiny_recipe, "auto", "masks.background_threshold=auto")
+    for data, name in ((salient, "saliency"), (DatasetDict(train=salient["val"]), "background")):
+        masks = make_masks(data, cam_folder, recipe, tmp_path / name)
+        assert [key for key in masks.summary if key.endswith("_threshold")] == [f"{name}_threshold"]
+        assert f"masks: {name} threshold 0." in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -16,7 +16,16 @@ from ..models.maps import add_background
 from ..models.modeling_cam import CamClassifier
 from ..refinement.steps import Matting, Note, RefinementChain, Walk, build_refinement
 from ..settings import MasksSettings
-from .rules import Evidence, Rule, RuleError, build_rule, check_columns, label_confidence, reads_saliency
+from .rules import (
+    Evidence,
+    Rule,
+    RuleError,
+    build_rule,
+    check_columns,
+    label_confidence,
+    reads_background,
+    reads_saliency,
+)
 
 
 @dataclass
@@ -56,7 +65,7 @@ def label_images(
     Args:
         model: in eval mode, on the device to work on.
         processor: the model's image processor.
-        settings: its thresholds numbers (see [`with_threshold`]).
+        settings: its thresholds numbers, those that play a part (see [`with_threshold`]).
         rules: what [`build_rules`] gives; a caller that has called it can keep worker processes over several calls.
 
     Raises:
@@ -71,7 +80,9 @@ def label_images(
     refine, rule = rules
     threshold = settings.background_threshold
     if isinstance(threshold, str):
-        raise ValueError(f"masks.background_threshold: expected a number, got {threshold!r}")
+        if reads_background(settings, rows):
+            raise ValueError(f"masks.background_threshold: expected a number, got {threshold!r}")
+        threshold = 0.0  # nothing reads it
     check_columns(settings, rows)
     has_saliency = reads_saliency(settings, rows)
     salient_above = rule.salient_above if has_saliency else 0.0

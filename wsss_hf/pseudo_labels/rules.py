@@ -25,6 +25,7 @@ from ..models.maps import IGNORE_INDEX
 from ..models.options import OptionError, Options, option, unknown_name
 from ..refinement.crf import refine_labels, require_densecrf
 from ..refinement.matting import merge_alphas
+from ..refinement.steps import build_refinement
 from ..settings import AUTO, MasksSettings
 
 _THRESHOLD_TEXT = "Pixels whose saliency is above it are salient; auto finds it on all maps, without any mask."
@@ -63,12 +64,16 @@ class Rule(Options):
         saliency: whether the data's column is "unused", "optional" or "needed".
         saliency_threshold: where a saliency map is above it a pixel is salient; "auto" until it is found.
         averages: whether it looks at `Evidence.averages`.
+        scores: whether it looks at `Evidence.scores`.
+        background: whether at their background, too: "always", "never", or where the data are "without saliency".
         alphas: whether it reads the class scores as alphas, which only matting makes.
     """
 
     saliency = "unused"
     saliency_threshold: float | str | None = None
     averages = False
+    scores = True
+    background = "always"
     alphas = False
 
     @abstractmethod
@@ -120,6 +125,7 @@ class DrsRule(Rule):
     """DRS: [`seed_drs`] on the refined class scores; the background is what is not salient."""
 
     saliency = "needed"
+    background = "never"
 
     object_threshold: float = option(0.2, "Class scores below it become 0.", at_least=0, at_most=1)
     conflict_threshold: float = option(
@@ -146,6 +152,7 @@ class SaliencyRule(Rule):
     """
 
     saliency = "needed"
+    background = "never"
 
     object_threshold: float = option(
         1.0, "Pixels with a class score above it are objects, salient or not; 1 is none.", at_least=0, at_most=1
@@ -173,6 +180,7 @@ class AutoRule(SaliencyRule):
     """[`SaliencyRule`] where the data have saliency maps, [`ArgmaxRule`] where they have none."""
 
     saliency = "optional"
+    background = "without saliency"
 
     def label(self, evidence: Evidence) -> Tensor:
         if evidence.saliency is None:
@@ -192,6 +200,8 @@ class IcdRule(Rule):
 
     saliency = "optional"
     averages = True
+    scores = False
+    background = "never"
 
     saliency_threshold: float | Literal["auto"] = option(AUTO, _THRESHOLD_TEXT, at_least=0, at_most=1)
     confidence: float = option(
@@ -249,6 +259,7 @@ class IcdRule(Rule):
 class MatLabelRule(Rule):
     """Mat-Label: `matting.merge_alphas`, which ignores uncertain alphas and near-ties."""
 
+    background = "never"
     alphas = True
 
     uncertain: list[float] = option(
@@ -297,6 +308,17 @@ def reads_saliency(settings: MasksSettings, rows: Dataset) -> bool:
     return rule.saliency == "needed" or (rule.saliency == "optional" and len(rows_with_saliency(rows)) > 0)
 
 
+def reads_background(settings: MasksSettings, rows: Dataset) -> bool:
+    """Whether the background threshold plays a part in the labels of some of these rows."""
+    rule = build_rule(settings.seeds, settings.seed_options)
+    if not rule.scores:
+        return False
+    by_rule = rule.background == "always"
+    if rule.background == "without saliency":
+        by_rule = len(rows_with_saliency(rows)) < len(rows)
+    return build_refinement(settings.refine).reads_background(by_rule)
+
+
 def columns_to_read(settings: MasksSettings, rows: Dataset) -> list[str]:
     """The columns that pseudo masks are made from.
 
@@ -321,8 +343,14 @@ def check_columns(settings: MasksSettings, rows: Dataset) -> None:
 
 
 def rows_to_label(settings: MasksSettings, rows: Dataset) -> np.ndarray:
-    """Indices of the rows that have what the label rule looks at; perhaps of none."""
-    return rows_with_saliency(rows) if reads_saliency(settings, rows) else np.arange(len(rows))
+    """Indices of the rows that have what the label rule looks at; perhaps of none.
+
+    Of rows whose labels would need a background threshold that is left open, since the data that it was to be found on
+    did not need it, none: a rule may do without saliency, but not differently from row to row.
+    """
+    found = rows_with_saliency(rows) if reads_saliency(settings, rows) else np.arange(len(rows))
+    is_open = settings.background_threshold == AUTO and reads_background(settings, rows.select(found))
+    return found[:0] if is_open else found
 
 
 def seed_drs(

@@ -24,7 +24,7 @@ from ..models.modeling_cam import CamClassifier
 from ..progress import Progress
 from ..refinement.steps import Matting, Note, RefinementChain, build_refinement
 from ..settings import AUTO, MasksSettings
-from .rules import build_rule, reads_saliency
+from .rules import build_rule, reads_background, reads_saliency
 
 LEVELS = 256  # that values of saliency maps are counted in
 
@@ -139,20 +139,27 @@ def otsu_threshold(histogram: Tensor) -> float:
 
 
 def with_threshold(model: CamClassifier, processor: Callable, rows: Dataset, settings: MasksSettings) -> MasksSettings:
-    """`settings` with numbers for `background_threshold: auto` and for the label rule's `saliency_threshold: auto`."""
+    """`settings` with numbers for `background_threshold: auto` and for the label rule's `saliency_threshold: auto`.
+
+    A threshold that plays no part in the labels of these rows is not searched; that of the background is auto in any
+    case then.
+    """
     rule = build_rule(settings.seeds, settings.seed_options)
     if rule.saliency_threshold == AUTO and reads_saliency(settings, rows):
         settings = at_thresholds(settings, {"saliency_threshold": saliency_threshold(rows, model.device)})
+    if not reads_background(settings, rows):
+        return dataclasses.replace(settings, background_threshold=AUTO)
     if settings.background_threshold != AUTO:
         return settings
     return dataclasses.replace(settings, background_threshold=auto_threshold(model, processor, rows, settings))
 
 
 def thresholds_of(settings: MasksSettings) -> dict[str, Any]:
-    """`background_threshold` and, where the label rule uses one, `saliency_threshold`; for settings without auto."""
+    """`background_threshold` and `saliency_threshold` of what [`with_threshold`] gave; one that plays no part is not
+    among them."""
     salient = build_rule(settings.seeds, settings.seed_options).saliency_threshold
-    found = {"background_threshold": settings.background_threshold}
-    return found if salient in (None, AUTO) else found | {"saliency_threshold": salient}
+    found = {"background_threshold": settings.background_threshold, "saliency_threshold": salient}
+    return {name: value for name, value in found.items() if value not in (None, AUTO)}
 
 
 def at_thresholds(settings: MasksSettings, found: Mapping[str, Any]) -> MasksSettings:

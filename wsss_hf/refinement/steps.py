@@ -67,6 +67,16 @@ class RefinementStep(Options):
         """Whether each channel is refined as if it were the only one."""
         return False
 
+    @property
+    def reads_background(self) -> bool:
+        """Whether the class scores that it gives depend on the background score."""
+        return not self.keeps_channels_apart
+
+    @property
+    def replaces_background(self) -> bool:
+        """Whether the background score that it gives comes from the class scores alone."""
+        return False
+
     def prepare(self) -> None:
         """Load what the step needs.
 
@@ -184,6 +194,14 @@ class Walk(RefinementStep):
     @property
     def makes_maps(self) -> bool:
         return self.background_alpha is None
+
+    @property
+    def reads_background(self) -> bool:
+        return False
+
+    @property
+    def replaces_background(self) -> bool:
+        return self.background_alpha is not None
 
     def prepare(self) -> None:
         if not self.model:
@@ -432,6 +450,17 @@ class RefinementChain:
     def keeps_channels_apart(self) -> bool:
         """Whether each channel is refined as if it were the only one."""
         return all(step.keeps_channels_apart for step in self.steps)
+
+    def reads_background(self, afterwards: bool) -> bool:
+        """Whether the background score that it is given plays a part.
+
+        Args:
+            afterwards: whether the background of the refined scores does.
+        """
+        for step in self.steps:
+            if step.reads_background or step.replaces_background:
+                return step.reads_background
+        return afterwards
 
     def prepare(self) -> None:
         """Load what the steps need, before hours of work.

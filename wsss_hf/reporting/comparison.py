@@ -22,10 +22,10 @@ _SHARES = (
 _MAIN_COLUMNS = ("segmenter, mean IoU", "on true masks, mean IoU", "share of it", "masks, mean IoU")
 NOTES = """\
 In percent. ± is the sample standard deviation over seeds; an interval is the bootstrap 95 % interval over images, its
-ends averaged over seeds. "threshold" is the recipe's background threshold, chosen without masks; the column "best
-threshold, by masks" is the mean IoU at the oracle threshold (of maps before refinement), which reads true masks: it
-shows how good the maps are, and is no result of weak supervision. "on true masks" is the same segmenter trained on
-them: an upper bound. Minutes and seconds are those of training.
+ends averaged over seeds. "threshold" is the recipe's background threshold, chosen without masks, where labels need it;
+the column "best threshold, by masks" is the mean IoU at the oracle threshold (of maps before refinement), which reads
+true masks: it shows how good the maps are, and is no result of weak supervision. "on true masks" is the same segmenter
+trained on them: an upper bound. Minutes and seconds are those of training.
 """
 
 
@@ -36,8 +36,8 @@ def summarize(records: Sequence[dict]) -> list[dict]:
         rows with `data`, `row`, `seeds`, `threshold` (a number or "auto"); `maps` and, where one was trained,
         `segmenter` and `supervised`, its twin on true masks: figure name -> {"mean", "sd", "values"}, `iou`: class
         name -> mean IoU, and `mean_iou_interval`; `share`: how much of its twin's mean IoU the segmenter reaches;
-        `threshold_curve`, `used_threshold` and `best_threshold`, means over seeds; `cost`: `seconds_per_step`,
-        `minutes`, `label_seconds_per_image`.
+        `threshold_curve`, `used_threshold` (None where it plays no part) and `best_threshold`, means over seeds;
+        `cost`: `seconds_per_step`, `minutes`, `label_seconds_per_image`.
     """
     groups: dict[tuple[str, str], list[dict]] = {}
     for record in records:
@@ -60,7 +60,8 @@ def _summary(data: str, row: str, cells: list[dict]) -> dict:
         summary["maps"] = _figures(figures)
         curve = np.mean([figures["threshold_curve"] for figures in maps], axis=0)
         summary["threshold_curve"] = curve.tolist()
-        summary["used_threshold"] = float(np.mean([figures["background_threshold"] for figures in maps]))
+        used = [figures.get("background_threshold") for figures in maps]
+        summary["used_threshold"] = None if None in used else float(np.mean(used))
         summary["best_threshold"] = float(np.mean([threshold for threshold, _ in best]))
     held_out = [[result for result in cell["results"] if result["split"] == "val"] for cell in cells]
     last = [results[-1] for results in held_out if results and "mean_iou" in results[-1]]
@@ -155,10 +156,11 @@ def comparison_table(rows: Sequence[dict]) -> list[dict]:
     return table
 
 
-def _threshold(row: dict) -> str:
+def _threshold(row: dict) -> str | None:
     used = row.get("used_threshold")
-    found = used is not None and isinstance(row["threshold"], str)
-    return f"{row['threshold']}: {used:.2f}" if found else str(row["threshold"])
+    if used is None:
+        return None if "used_threshold" in row else str(row["threshold"])
+    return f"{row['threshold']}: {used:.2f}" if isinstance(row["threshold"], str) else str(row["threshold"])
 
 
 def _spread(figures: dict, key: str) -> Spread | None:

@@ -31,7 +31,7 @@ from ..models.modeling_cam import CamClassifier
 from ..progress import is_quiet
 from ..pseudo_labels.affinity_labels import walk_models, with_affinity
 from ..pseudo_labels.label_images import Labelled, build_rules, label_images
-from ..pseudo_labels.rules import columns_to_read
+from ..pseudo_labels.rules import columns_to_read, reads_background
 from ..pseudo_labels.threshold import thresholds_of, with_threshold
 from ..recipes import Recipe, check_inputs
 from ..settings import AUTO, MasksSettings
@@ -111,7 +111,8 @@ def make_masks(
     with output.working() as folder:
         model, processor = load_labeler(os.fspath(cam), state.device, optimize=settings.optimize)
         check_names(model, class_names(rows), "classifier")
-        if settings.background_threshold == AUTO and state.is_main_process and not is_quiet():
+        is_searched = settings.background_threshold == AUTO and reads_background(settings, known)
+        if is_searched and state.is_main_process and not is_quiet():
             print("masks: searching the background threshold on the maps", file=sys.stderr)
         settings = with_threshold(model, processor, known, settings)
         names = _COLUMNS if settings.confidence else _COLUMNS[:1]
@@ -176,7 +177,8 @@ def _print_summary(summary: dict) -> None:
     if not is_quiet():
         taken = ", ".join(f"{name} {count}" for name, count in summary["fallbacks"].items()) or "none"
         found = [f"{name.replace('_', ' ')} {summary[name]}" for name in summary if name.endswith("_threshold")]
-        print(f"masks: {', '.join(found)}, {summary['images']} images, fallbacks: {taken}", file=sys.stderr)
+        parts = [*found, f"{summary['images']} images", f"fallbacks: {taken}"]
+        print(f"masks: {', '.join(parts)}", file=sys.stderr)
         if "saliency" in summary:
             print(f"masks: with {summary['saliency']}", file=sys.stderr)
 

@@ -94,8 +94,8 @@ class LabelledData(StageResult):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """`background_threshold`, `images`, and how often which fallback was taken; where the label rule read saliency
-        also `saliency_threshold` and, in words, `saliency`; {} after self-training."""
+        """`images`, and how often which fallback was taken; `background_threshold` where it plays a part; where the
+        label rule read saliency also `saliency_threshold` and, in words, `saliency`; {} after self-training."""
         file = self.folder / SUMMARY_FILE
         return json.loads(file.read_text()) if file.is_file() else {}
 
