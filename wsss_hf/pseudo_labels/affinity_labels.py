@@ -12,13 +12,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..data.batches import batches_by_size
-from ..inference.cam_maps import label_map, localize
+from ..inference.cam_maps import label_map
 from ..models.maps import IGNORE_INDEX
 from ..models.modeling_cam import CamClassifier
 from ..refinement.crf import refine_labels
 from ..refinement.steps import Note, RefinementChain
 from ..settings import AffinitySettings, EvaluationSettings, MasksSettings
+from .localized_batches import localized_batches
 
 _Refined = TypeVar("_Refined", MasksSettings, EvaluationSettings)
 
@@ -46,18 +46,14 @@ def certain_labels(
     Raises:
         DataError: an image does not decode; names the row.
     """
-    for batch in batches_by_size(rows, processor, masks.batch_size, native=masks.native):
-        pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
-        augmentation = masks.scales, masks.flip, masks.fusion, masks.bf16, masks.pad
-        maps, _ = localize(model, pixel_values, tags, batch.size, *augmentation)
-        maps_of = maps.split([int(count) for count in batch.tags.sum(dim=1)])
+    for batch, maps_of, _ in localized_batches(model, processor, rows, masks):
         images = [np.asarray(image) for image in batch.images]
         steps = refine if settings.label_confidence is None else RefinementChain([])
         for_objects, for_background = _refined(
             maps_of, [_backgrounds(one, settings) for one in maps_of], images, steps
         )
         for i, index in enumerate(batch.indices):
-            classes = tags[i].nonzero()[:, 0]
+            classes = batch.tags[i].nonzero()[:, 0]
             high, low = (label_map(scores[i], classes)[0] for scores in (for_objects, for_background))
             if settings.label_confidence is not None and len(classes):
                 high, low = (

@@ -10,12 +10,12 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from ..data.batches import batches_by_size
-from ..inference.cam_maps import average_maps, localize
+from ..inference.cam_maps import average_maps
 from ..models.maps import add_background
 from ..models.modeling_cam import CamClassifier
 from ..refinement.steps import Matting, Note, RefinementChain, Walk, build_refinement
 from ..settings import MasksSettings
+from .localized_batches import localized_batches
 from .rules import (
     Evidence,
     Rule,
@@ -86,30 +86,25 @@ def label_images(
     check_columns(settings, rows)
     has_saliency = reads_saliency(settings, rows)
     salient_above = rule.salient_above if has_saliency else 0.0
-    scales, flip, bf16, pad = settings.scales, settings.flip, settings.bf16, settings.pad
-    for batch in batches_by_size(rows, processor, settings.batch_size, has_saliency, settings.native):
-        pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
-        counts = [int(count) for count in batch.tags.sum(dim=1)]
+    for batch, maps_of, logits in localized_batches(model, processor, rows, settings, has_saliency):
         images = [np.asarray(image) for image in batch.images]
         notes = [Note() for _ in images]
-
-        maps, logits = localize(model, pixel_values, tags, batch.size, scales, flip, settings.fusion, bf16, pad)
-        maps_of = maps.split(counts)
         scores = [add_background(one[None], threshold)[0] for one in maps_of]
         scores = refine.batch(scores, images, notes)
 
-        averages: list[tuple[Tensor, Tensor] | None] = [None] * len(counts)
+        averages: list[tuple[Tensor, Tensor] | None] = [None] * len(images)
         if rule.averages:
-            both = average_maps(model, pixel_values, tags, batch.size, scales, flip, bf16, pad)
-            averages = list(zip(*(part.split(counts) for part in both), strict=True))
+            augmentation = settings.scales, settings.flip, settings.bf16, settings.pad
+            both = average_maps(model, batch.pixel_values, batch.tags, batch.size, *augmentation)
+            averages = list(zip(*(part.split([len(maps) for maps in maps_of]) for part in both), strict=True))
         for i, index in enumerate(batch.indices):
-            classes = tags[i].nonzero()[:, 0]
+            classes = batch.tags[i].nonzero()[:, 0]
             if zeros := int((maps_of[i].flatten(1).amax(dim=1) == 0).sum()):
                 notes[i].fallbacks["map of zeros"] = zeros
-            saliency = None if batch.saliency is None else batch.saliency[i].to(model.device)
+            saliency = None if batch.saliency is None else batch.saliency[i]
             if saliency is not None and (kind := _unusual(saliency, salient_above)):
                 notes[i].fallbacks[f"{kind} saliency map"] = 1
-            evidence = Evidence(scores[i], classes, len(tags[i]), images[i], saliency, averages[i])
+            evidence = Evidence(scores[i], classes, len(batch.tags[i]), images[i], saliency, averages[i])
             labels = rule.label(evidence)
             confidence = label_confidence(rule.decisive_scores(evidence), labels, classes)
             yield Labelled(

@@ -12,10 +12,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..data.batches import batches_by_size
 from ..data.saliency import check_saliency
 from ..data.tagged import decode_saliency, undecoded
-from ..inference.cam_maps import localize
 from ..inference.image_by_image import image_by_image
 from ..models.background_threshold import ThresholdSearch, object_share
 from ..models.maps import add_background
@@ -24,6 +22,7 @@ from ..models.modeling_cam import CamClassifier
 from ..progress import Progress
 from ..refinement.steps import Matting, Note, RefinementChain, build_refinement
 from ..settings import AUTO, MasksSettings
+from .localized_batches import localized_batches
 from .rules import build_rule, reads_background, reads_saliency
 
 LEVELS = 256  # that values of saliency maps are counted in
@@ -62,17 +61,13 @@ def auto_threshold(
     maps: list[Tensor] = []
     images: list[np.ndarray] = []
     rows = rows.select(chosen[rank::world])
-    for batch in batches_by_size(rows, processor, settings.batch_size, native=settings.native):
-        pixel_values, tags = batch.pixel_values.to(model.device), batch.tags.to(model.device)
-        augmentation = settings.scales, settings.flip, settings.fusion, settings.bf16, settings.pad
-        found, _ = localize(model, pixel_values, tags, batch.size, *augmentation)
-        maps_of = list(found.split([int(count) for count in batch.tags.sum(dim=1)]))
+    for batch, maps_of, _ in localized_batches(model, processor, rows, settings):
         pictures = [np.asarray(image) for image in batch.images]
         if first.steps:
             scores = [add_background(one[None], 0.5)[0] for one in maps_of]
             maps_of = [one[1:] for one in first.batch(scores, pictures, [Note() for _ in pictures])]
         with torch.inference_mode():
-            features = list(zip(*_stage_maps(model.backbone, pixel_values), strict=True))
+            features = list(zip(*_stage_maps(model.backbone, batch.pixel_values), strict=True))
         for own, stages in zip(maps_of, features, strict=True):
             search.add(own, stages)
         if steps:
