@@ -62,3 +62,6 @@ def test_bad_settings_and_nothing_counted():
         ThresholdCurve(NAMES, [0.5, 0.2])
     with pytest.raises(ValueError, match="expected at least one image, got none"):
         ThresholdCurve(NAMES).compute()
+    for classes in ({"class_names": ["background"]}, {"num_classes": 1}):
+        with pytest.raises(ValueError, match="class_names: expected background and at least one class, got"):
+            ThresholdCurve(**classes)

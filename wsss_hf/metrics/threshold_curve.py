@@ -61,6 +61,8 @@ class ThresholdCurve(StreamingMetric):
     def _no_counts(self) -> np.ndarray:
         # class 0, the background, is never the highest class: it has no map
         classes = len(self.names)
+        if classes < 2:
+            raise ValueError(f"class_names: expected background and at least one class, got {self.names}")
         return np.zeros((classes, classes, self.thresholds.size + 1), dtype=np.int64)
 
     def _count(self, prediction, reference, who: str) -> np.ndarray:
