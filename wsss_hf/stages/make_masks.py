@@ -41,7 +41,7 @@ from .lock import locked, partial_of
 from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
 
-VERSION = 6
+VERSION = 7
 _COLUMNS = ("pseudo_mask", "confidence")
 
 
