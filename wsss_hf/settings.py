@@ -57,7 +57,7 @@ class TrainSettings(Options):
     accumulate: int = option(
         1,
         "Micro-batches whose gradients make a step: the same batch in less memory. What compares images (icd, d2cam, "
-        "contrast, plda), and batch norms that learn, see one micro-batch at a time.",
+        "contrast, plda), an affinity network's means over pairs, and batch norms that learn see one at a time.",
         at_least=1,
     )
     optimizer: Literal["adamw", "sgd"] = option("adamw", "adamw | sgd")
