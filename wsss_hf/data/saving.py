@@ -33,6 +33,16 @@ def save_data(data: DatasetDict, folder: Path, embed_images: bool = False) -> No
         rows.info.write_to_directory(str(folder / split))
 
 
+def names_other_files(held: DatasetDict, data: DatasetDict) -> bool:
+    """Whether a saved data set names image files of `data` by other paths than these have now."""
+    for split in held.keys() & data.keys():
+        for name in _image_columns(held[split]):
+            paths = _file_paths(held[split], name)
+            if paths is not None and name in data[split].features and paths != _file_paths(data[split], name):
+                return True
+    return False
+
+
 def num_bytes(rows: Dataset) -> int:
     """Size of the rows together with the image files that they name.
 

@@ -26,6 +26,7 @@ from ..saliency.load import load_source
 from ..saliency.source import SaliencySource
 from .cache import Record, StageOutput, write_atomically
 from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
+from .moved import follow_moved_images
 from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
 
@@ -79,7 +80,7 @@ def add_saliency(
     record = Record("add-saliency", VERSION, settled, inputs, source_of(data) | {"saliency": told})
     output = StageOutput(out, record, force)
     if output.done:
-        return LabelledData(output.path)
+        return follow_moved_images(output, data, ["saliency"], data.keys())
     state = PartialState()
     with output.working() as folder:
         first = data["train"].select(range(min(_FIRST_ROWS, len(data["train"]))))

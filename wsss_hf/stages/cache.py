@@ -135,16 +135,20 @@ class StageOutput:
         return self.force or self.record.difference(begun) is not None
 
     @contextmanager
-    def working(self) -> Iterator[Path]:
+    def working(self, renewing: bool = False) -> Iterator[Path]:
         """The folder to work in, the same for all processes; what an interrupted run left there is still in it.
 
         Work that fails before its first result takes its folder along; what can be resumed stays.
+
+        Args:
+            renewing: a finished result is written again from what it holds; its time and machines stay in the record.
 
         Raises:
             OutputError: another run works there, or has just finished.
         """
         state = PartialState()
         self._started = time.monotonic()
+        self._renewing = renewing
         with only_run(self.partial, self._prepare):
             try:
                 yield self.partial
@@ -159,7 +163,8 @@ class StageOutput:
         finished, begun = self._held(self.path), self._held(self.partial)
         self._before = _minutes_of(self.partial)
         try:
-            if finished is not None and not self.force and self.record.difference(finished) is None:
+            is_current = finished is not None and not self.force and self.record.difference(finished) is None
+            if is_current and not self._renewing:
                 raise OutputError(f"--out {self.path}: another run has just finished it; the same command uses it")
             if begun is not None and self._is_stale(begun):
                 self._sweep()
@@ -168,7 +173,10 @@ class StageOutput:
                 if left.exists():
                     shutil.rmtree(left)
             remove_unfinished(self.partial)
-            self._computed_with = self._all_machines(begun or {})
+            if self._renewing and finished is not None:
+                self._before, self._computed_with = finished.get("minutes", 0.0), finished.get("computed_with", [])
+            else:
+                self._computed_with = self._all_machines(begun or {})
             write_atomically(self.partial / _MINUTES_FILE, str(self._before))
             self._write_record(self.partial)
         except BaseException:

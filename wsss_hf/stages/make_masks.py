@@ -38,6 +38,7 @@ from ..settings import AUTO, MasksSettings
 from .cache import Record, StageOutput, embedding, write_atomically
 from .fingerprint import data_fingerprint, digest, model_fingerprint, row_fingerprints, rows_fingerprint
 from .lock import locked, partial_of
+from .moved import follow_moved_images
 from .results import SUMMARY_FILE, LabelledData
 from .shards import compute_shards
 
@@ -102,7 +103,7 @@ def make_masks(
     output = StageOutput(out, Record("make-masks", VERSION, settled, inputs, source_of(data)), force)
     settings = with_affinity(settings, affinity)
     if output.done:
-        return LabelledData(output.path)
+        return LabelledData(output.path) if is_streamed else follow_moved_images(output, data, _COLUMNS)
     known = rows
     if is_streamed:
         known = _checked_sample(rows)

@@ -23,6 +23,7 @@ from ..recipes import Recipe, check_inputs
 from ..settings import SelfTrainingSettings
 from .cache import Record, StageOutput, embedding
 from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_fingerprint
+from .moved import follow_moved_images
 from .results import LabelledData
 from .shards import compute_shards
 
@@ -70,7 +71,7 @@ def relabel(
     settled = {"self_training": settings} | embedding(embed_images)
     output = StageOutput(out, Record("relabel", VERSION, settled, inputs, source_of(data)), force)
     if output.done:
-        return LabelledData(output.path)
+        return follow_moved_images(output, data, _FEATURES)
     state = PartialState()
     with output.working() as folder:
         model, processor = load_segmenter(os.fspath(segmenter), state.device)
