@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -293,6 +294,68 @@ def test_what_changed_is_made_again_and_nothing_else(
         predict(photos, out=out, **options)
         assert len(passes) == 6 and f"label maps are made again, because {why}" in capsys.readouterr().err
         predict(photos, segmenter_folder, out, settings=PLAIN)
+
+
+@pytest.fixture(scope="module")
+def shapes_folder(tmp_path_factory):
+    """A segmenter of two classes that no other model here has."""
+    torch.manual_seed(1)
+    names = dict(enumerate(["background", "round", "square"]))
+    model = Segmenter(SegmenterConfig(backbone_config=TINY, rates=[1], id2label=names))
+    folder = tmp_path_factory.mktemp("models") / "shapes"
+    model.save_pretrained(folder)
+    WsssImageProcessor(size={"shortest_edge": 48, "longest_edge": 192}).save_pretrained(folder)
+    return folder
+
+
+def test_label_maps_of_other_labels_never_stand_together(photos, segmenter_folder, shapes_folder, tmp_path):
+    out = predict(photos, segmenter_folder, tmp_path / "out", settings=PLAIN).folder
+    before = by_name(out)
+    two = [photos / "a" / "0.png", photos / "b" / "1.png"]
+    with pytest.raises(OutputError, match="or the labels .*'square'.*, got label maps of 4 other images with"):
+        predict(two, shapes_folder, out, settings=PLAIN, force=True)
+    with pytest.raises(OutputError, match="got label maps of 6 other images with the labels .*'background'"):
+        predict(photos / "b", shapes_folder, out, settings=PLAIN)  # 1.png, which is b/1.png in the folder
+    assert by_name(out) == before
+
+
+def test_a_model_with_other_labels_replaces_all_label_maps_or_none(
+    photos, segmenter_folder, shapes_folder, tmp_path, monkeypatch
+):
+    out = predict(photos, segmenter_folder, tmp_path / "out", settings=PLAIN).folder
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "_write", Mock(side_effect=KeyboardInterrupt))
+        predict(photos, shapes_folder, out, settings=PLAIN)
+    assert not list((out / "masks").rglob("*.png"))
+    predict(photos, shapes_folder, out, settings=PLAIN)
+    assert by_name(out) == by_name(predict(photos, shapes_folder, tmp_path / "fresh", settings=PLAIN).folder)
+
+
+def test_only_label_maps_of_named_images_are_said_to_be_made_again(photos, segmenter_folder, tmp_path, capsys):
+    out = predict(photos, segmenter_folder, tmp_path / "out", settings=PLAIN).folder
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "new.png")
+    predict(tmp_path / "new.png", segmenter_folder, out)
+    assert capsys.readouterr().err.count("again") == 0
+    predict(tmp_path / "new.png", segmenter_folder, out, settings=PLAIN)
+    why = "evaluation.flip was True and is False; those of 6 other images stay as they are\n"
+    assert f"label maps are made again, because {why}" in capsys.readouterr().err
+
+
+def test_label_maps_follow_when_a_namesake_comes_or_goes(photos, segmenter_folder, tmp_path, passes):
+    (photos / "a" / "0.png").rename(photos / "a" / "0.PNG")
+    out = predict(photos, segmenter_folder, tmp_path / "out", settings=PLAIN).folder
+    Image.new("RGB", (30, 20), "red").save(photos / "a" / "0.jpg")
+    passes.clear()
+    predict(photos, segmenter_folder, out, settings=PLAIN)
+    assert passes == ["a/0.jpg"]
+    assert by_name(out) == by_name(predict(photos, segmenter_folder, tmp_path / "both", settings=PLAIN).folder)
+    (photos / "a" / "0.PNG").unlink()
+    passes.clear()
+    predict(photos, segmenter_folder, out, settings=PLAIN)
+    assert not passes
+    alone = by_name(predict(photos, segmenter_folder, tmp_path / "alone", settings=PLAIN).folder)
+    kept = {"masks/a/0.PNG.png", "overlays/a/0.PNG.jpg"}  # of an image that is gone
+    assert by_name(out).keys() == alone.keys() | kept and alone.items() <= by_name(out).items()
 
 
 def test_overlays_come_later_without_the_network_and_never_belong_to_another_mask(

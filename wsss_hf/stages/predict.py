@@ -25,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 from ..data.export import export_coco, file_stem, require_pycocotools
 from ..data.folder import IMAGE_SUFFIXES
 from ..data.tagged import DataError, decode_image, decode_mask, tagged_features
+from ..data.text import brief
 from ..files import remove_unfinished, whole_file
 from ..inference.cam_scores import score_by_maps
 from ..inference.load import load_labeler, load_segmenter
@@ -35,7 +36,7 @@ from ..models.mask_classifiers import check_segments
 from ..models.options import OptionError
 from ..models.pictures import open_picture
 from ..models.pretrained import NO_CODE, load_config, pinned
-from ..progress import Progress, is_quiet
+from ..progress import Progress, is_quiet, say
 from ..refinement.steps import RefinementChain, build_refinement
 from ..settings import EvaluationSettings
 from .cache import SETTINGS_FILE, Record, read_record, write_atomically
@@ -124,7 +125,8 @@ def predict(
     NAME is the image's path in the folder that all of `images` share, without its suffix (with it, where files differ
     in nothing else). A file that can't be labelled stops nothing: it becomes one of `failures`. Files appear whole. A
     label map made from the very image, model and settings is not made again, so a killed run goes on; other files
-    in `out` stay. The images are split over the processes of `accelerate launch`.
+    in `out` stay, for which the labels must be the same. The images are split over the processes of `accelerate
+    launch`.
 
     Args:
         images: image files, folders (with all folders in them but hidden ones) and patterns such as `photos/*/*.jpg`,
@@ -142,7 +144,8 @@ def predict(
 
     Raises:
         DataError: there is no image where one is named, or two images have one NAME.
-        OutputError: `out` holds something else, or another run works there.
+        OutputError: `out` holds something else, or label maps of other images with other labels, or another run works
+            there.
         OptionError: an unknown tag, or a setting that does not fit the model.
         OSError, ValueError: the model can't be loaded.
     """
@@ -158,10 +161,11 @@ def predict(
     record = Record("predict", VERSION, made_from, {"model": model_fingerprint(model)})
 
     def begin() -> None:
-        _check_folder(out, record, force)
+        _check_folder(out, targets, labeler, record, force)
         for folder in {out, *(file.parent for target in targets for file in (target.mask, target.overlay))}:
             remove_unfinished(folder)
         (out / COCO_FILE).unlink(missing_ok=True)
+        _rename_label_maps(out, targets, record)
         write_atomically(out / SETTINGS_FILE, yaml.safe_dump(record.to_dict(), sort_keys=False))
         write_atomically(out / LABELS_FILE, json.dumps(dict(enumerate(labeler.names)), indent=1, ensure_ascii=False))
 
@@ -184,7 +188,9 @@ def _label(
     state = PartialState()
     mine = targets[state.process_index :: state.num_processes]
     fingerprints = {target: _fingerprint(target, record) for target in mine}
-    finished = set() if force else {target for target in mine if _held_fingerprint(target) == fingerprints[target]}
+    finished = (
+        set() if force else {target for target in mine if _held_fingerprint(target.mask) == fingerprints[target]}
+    )
     undrawn = {target for target in finished if overlays and not target.overlay.exists()}
     waiting = [target for target in mine if target not in finished]
     if waiting:
@@ -280,15 +286,52 @@ def _images_matching(pattern: str) -> list[str]:
     return found
 
 
-def _check_folder(out: Path, record: Record, force: bool) -> None:
+def _check_folder(out: Path, targets: Sequence[Prediction], labeler: _Labeler, record: Record, force: bool) -> None:
+    """That `out` can hold the label maps of `targets` beside those of other images; says which are made again.
+
+    Where the labels are others, label maps of `targets` go at once: none may stand beside names that are not its own.
+    """
     if not {path.name for path in out.iterdir()} - {LOCK_FILE}:
         return
     held = read_record(out)
     if held.get("stage") != record.stage:
         raise OutputError(f"--out {out}: expected a new folder or one of {record.stage}, got one with something else")
+    again = [target for target in targets if target.mask.exists()]
+    others = {*(out / "masks").rglob("*.png")}.difference(target.mask for target in targets)
+    names = _held_names(out)
+    if names not in (None, labeler.names):
+        if others:
+            kept = f"label maps of {len(others)} other images with the labels {brief(names)}"
+            raise OutputError(f"--out {out}: expected a new folder, or the labels {brief(labeler.names)}, got {kept}")
+        labeler.load()  # what is wrong with it is said before anything goes
+        for target in again:
+            target.mask.unlink()
     changed = "--force asks for it" if force else record.difference(held)
-    if changed and PartialState().is_main_process and not is_quiet():
-        print(f"{out.name}: label maps are made again, because {changed}", file=sys.stderr)
+    if changed and again:
+        stay = f"; those of {len(others)} other images stay as they are" if others else ""
+        say(f"{out.name}: label maps are made again, because {changed}{stay}")
+
+
+def _held_names(out: Path) -> list[str] | None:
+    """The labels of what is in a folder; None where nothing can be read of them."""
+    try:
+        return list(json.loads((out / LABELS_FILE).read_text()).values())
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _rename_label_maps(out: Path, targets: Sequence[Prediction], record: Record) -> None:
+    """A name has its image's suffix as long as another image differs in nothing else: where one has come or gone, the
+    label map of an image that was there before follows."""
+    masks = {target.mask for target in targets}
+    for target in targets:
+        for stem in (target.name, file_stem(target.name)):
+            mask, picture = _files(out, stem)
+            if mask in masks or not mask.exists() or _fingerprint(target, record) != _held_fingerprint(mask):
+                continue
+            if picture.exists():
+                os.replace(picture, target.overlay)
+            os.replace(mask, target.mask)
 
 
 class _Labeler:
@@ -413,10 +456,10 @@ def _fingerprint(target: Prediction, record: Record) -> str:
     return digest([record.version, settings, record.settings["tags"], record.inputs["model"], image])
 
 
-def _held_fingerprint(target: Prediction) -> str | None:
+def _held_fingerprint(mask: Path) -> str | None:
     try:
-        with open_picture(target.mask) as mask:
-            return mask.info.get(_FINGERPRINT)
+        with open_picture(mask) as image:
+            return image.info.get(_FINGERPRINT)
     except _UNREADABLE:
         return None
 
