@@ -1,17 +1,19 @@
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from wsss_hf.data.folder import load_folder
-from wsss_hf.data.tagged import DataError, check_dataset, class_names
+from wsss_hf.data.tagged import DataError, check_dataset, class_names, decode_image, undecoded
+from wsss_hf.models.pictures import FORMATS
 
 
-def draw(path, mode="RGB"):
+def draw(path, mode="RGB", kind=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, (6, 4), 1 if mode == "L" else "red").save(path)
+    Image.new(mode, (6, 4), 1 if mode == "L" else "red").save(path, kind)
 
 
 @pytest.fixture
@@ -332,6 +334,37 @@ def test_images_beside_the_class_folders_are_said(tmp_path, capsys):
         draw(tmp_path / name)
     assert load_folder(tmp_path)["train"]["image_id"][:] == ["cat/a.jpg"]
     assert capsys.readouterr().err == f"{tmp_path}: not read: 2 images beside the class folders\n"
+
+
+def test_what_may_be_missed_is_said_in_one_line(tmp_path, capsys):
+    for name in ("cat/a.jpg", "cat/b.JFIF", "cat/c.jpe", "b.jpg"):
+        draw(tmp_path / name, kind="JPEG")
+    unnamed = ["cow/1.txt", "cow/Thumbs.db", "cow/README", "cow/.a.heic"]
+    for name in ("dog/a.heic", "dog/b.HEIC", "cat/c.heic", "cat/d", *unnamed):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"something")
+    (tmp_path / "empty").mkdir()
+    dataset = load_folder(tmp_path)
+    assert dataset["train"]["image_id"][:] == ["cat/a.jpg", "cat/b.JFIF", "cat/c.jpe"]
+    check_dataset(dataset)
+    unread = "3 files .heic (cat/, dog/), 1 file without suffix (cat/)"
+    empty = "no images in cow/, dog/, empty/"
+    assert capsys.readouterr().err == f"{tmp_path}: not read: 1 image beside the class folders, {unread}, {empty}\n"
+    for number in range(20):
+        (tmp_path / f"z{number:02d}").mkdir()
+    load_folder(tmp_path)
+    assert capsys.readouterr().err.endswith("no images in cow/, dog/, empty/, z00/, z01/, 18 more\n")
+    shutil.rmtree(tmp_path / "cat")
+    with pytest.raises(DataError, match=r"got none of these; not read: 2 files .heic \(dog/\)"):
+        load_folder(tmp_path)
+
+
+@pytest.mark.skipif("AVIF" not in FORMATS, reason="Pillow without AVIF")
+def test_avif_is_read_where_it_can_be(tmp_path):
+    draw(tmp_path / "cat/a.avif")
+    dataset = load_folder(tmp_path)
+    check_dataset(dataset)
+    assert decode_image(undecoded(dataset["train"])[0]["image"], "row").size == (6, 4)
 
 
 def test_a_folder_called_background_holds_images_without_tags(tmp_path):

@@ -432,6 +432,15 @@ def test_files_folders_and_patterns(tmp_path, monkeypatch):
     assert set(names_of("p/b/notes.txt")) == {"notes.txt"}  # whoever names a file means it
 
 
+def test_files_of_a_folder_that_are_not_read_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    touch("p/a/1.jpg", "p/2.jfif", "p/a/3.HEIC", "p/b/4.heic", "p/notes.txt", "p/.5.heic", "p/out/6.heic")
+    assert set(names_of("p", "p/out")) == {"a/1.jpg", "2.jfif"}
+    assert capsys.readouterr().err == "p: not read: 2 files .heic (a/, b/)\n"
+    with pytest.raises(DataError, match=r"got p/b, where none is \(not read: 1 file .heic\)"):
+        names_of("p/b")
+
+
 def test_files_that_differ_in_their_suffix_alone_keep_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     touch("p/1.jpg", "p/1.png", "p/2.jpg")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ SPLIT_NAMES = {
 """Split → what its folder (in any case), or split of a saved data set, may be called; the first that exists counts."""
 _NEGATIVES = "background"  # a folder of images without any class
 _MASKS = ("mask", "masks", "annotations", "labels", "saliency", "segmentation")  # folders that may hold no class
+_TEXTS = (".txt", ".md", ".rst", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".html", ".log")
+_NO_PHOTOS = (*_TEXTS, ".py", ".ipynb", ".db", ".ini", ".url")  # what nobody misses among images
+_READ_ME = ("readme", "license", "licence", "copying")
+_NAMED = 5  # folders in a message
 _NO_CLASSES = ("__macosx", "@eadir", "$recycle.bin", "system volume information")  # of operating systems
 
 
@@ -42,7 +46,7 @@ def load_folder(
     spaces ("traffic light"); spaces around them, empty names and repetitions are dropped. Images in a subfolder
     "background" have no tags. Subfolders train/ and val/ (or validation/, valid/, dev/, test/) that each hold one of
     these layouts are the splits, otherwise all rows are "train". An image's file name is its image_id. Hidden files
-    and folders are no part of the data.
+    and folders are no part of the data; of class folders it is said what else is not read, or that one has no images.
 
     Args:
         classes: names in the order of their indices; default: the sorted names that occur.
@@ -112,6 +116,34 @@ def _derived_classes(splits: dict[str, list[dict[str, Any]]]) -> list[str]:
 def is_hidden(path: Path) -> bool:
     """A file or folder that an operating system or an editor has put there: .DS_Store, ._a.jpg, .ipynb_checkpoints."""
     return path.name.startswith(".") or path.name.casefold() in _NO_CLASSES
+
+
+def unread_files(files: Iterable[Path], folder: Path) -> list[str]:
+    """What stands in a folder of images and is not read, though somebody may miss it: ["3 files .heic (cat/, dog/)"].
+
+    Args:
+        files: those in `folder` and below it, hidden ones too.
+    """
+    places: dict[str, list[str]] = {}
+    for file in files:
+        suffix = file.suffix.lower()
+        if suffix not in (*IMAGE_SUFFIXES, *_NO_PHOTOS) and file.name.lower() not in _READ_ME and not is_hidden(file):
+            places.setdefault(suffix or "without suffix", []).append(file.parent.relative_to(folder).as_posix())
+    return [
+        f"{len(found)} {'file' if len(found) == 1 else 'files'} {suffix}{_in_folders(found)}"
+        for suffix, found in sorted(places.items())
+    ]
+
+
+def _in_folders(names: Sequence[str]) -> str:
+    """ " (cat/, dog/)", nothing for the folder itself."""
+    shown = _listed(sorted({name for name in names if name != "."}))
+    return f" ({shown})" if shown else ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = [f"{len(names) - _NAMED} more"] if len(names) > _NAMED else []
+    return ", ".join([*(f"{name}/" for name in names[:_NAMED]), *more])
 
 
 def _split_folders(path: Path) -> dict[str, Path]:
@@ -195,10 +227,16 @@ def _rows_of_class_folders(folder: Path, skip: str | Path | None) -> Iterator[di
     skipped = skip and Path(skip).resolve()
     class_folders = [found for found in _folders(folder) if found.resolve() != skipped]
     names = [found.name.casefold() for found in class_folders if _images(found)]
+    unread = unread_files((file for found in class_folders for file in found.iterdir() if file.is_file()), folder)
     if all(any(name in known for known in SPLIT_NAMES.values()) for name in names):  # also where there is none
-        raise DataError(f"{folder}: expected {_LAYOUTS}, got {', '.join(names) or 'none of these'}")
+        got = "; not read: ".join([", ".join(names) or "none of these", *unread[:1]])
+        raise DataError(f"{folder}: expected {_LAYOUTS}, got {got}")
     if loose := len(_images(folder)):
-        say(f"{folder}: not read: {loose} images beside the class folders")
+        unread.insert(0, f"{loose} {'image' if loose == 1 else 'images'} beside the class folders")
+    if empty := [found.name for found in class_folders if not _holds_images(found)]:
+        unread.append(f"no images in {_listed(empty)}")
+    if unread:
+        say(f"{folder}: not read: {', '.join(unread)}")
     for class_folder in class_folders:
         if metadata := _metadata(class_folder):
             raise DataError(f"{metadata}: expected images of a class in {class_folder}, got a data set of its own")

@@ -11,9 +11,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..models.pictures import FORMATS
 from .text import DataError, brief, is_line, read_text
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff") + (
+    (".avif",) if "AVIF" in FORMATS else ()
+)
 SEPARATOR = ";"
 _SEPARATORS = ";,|"
 _DELIMITERS = ",;\t"  # of the columns of a csv

@@ -9,9 +9,12 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import numpy as np
-from PIL import Image
+from PIL import Image, features
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_AVIF = (
+    ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
+)  # Pillow 11.3 and later, if built in
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *_AVIF)
 """What Pillow may open. It goes by content: of other formats, some start programs (EPS starts Ghostscript)."""
 LONGEST = 8
 """An image is at most so many times as long as it is wide; networks see longer ones far too small."""

@@ -23,7 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from ..data.export import export_coco, file_stem, require_pycocotools
-from ..data.folder import IMAGE_SUFFIXES
+from ..data.folder import IMAGE_SUFFIXES, unread_files
 from ..data.tagged import DataError, decode_image, decode_mask, tagged_features
 from ..data.text import brief
 from ..files import remove_unfinished, whole_file
@@ -240,13 +240,17 @@ def find_images(images: Paths, out: str | os.PathLike) -> list[Prediction]:
     inside = os.path.abspath(out) + os.sep
     for given in [images] if isinstance(images, str | os.PathLike) else images:
         item = os.fspath(given)
-        is_file = os.path.isfile(item)
-        found = [item] if is_file else _images_in(item) if os.path.isdir(item) else _images_matching(item)
+        is_file, is_root = os.path.isfile(item), os.path.isdir(item)
+        found = [item] if is_file else _files_in(item) if is_root else _images_matching(item)
         found = [path for path in found if is_file or not os.path.abspath(path).startswith(inside)]
+        unread = unread_files(map(Path, found), Path(item)) if is_root else []
+        found = [path for path in found if is_file or path.lower().endswith(IMAGE_SUFFIXES)]
         if not found:
-            raise DataError(f"images: expected files, folders with images or patterns, got {item}, where none is")
+            none = f"none is (not read: {', '.join(unread)})" if unread else "none is"
+            raise DataError(f"images: expected files, folders with images or patterns, got {item}, where {none}")
+        if unread:
+            say(f"{item}: not read: {', '.join(unread)}")
         files |= {os.path.abspath(path): path for path in found}
-        is_root = os.path.isdir(item)
         roots |= {os.path.abspath(item)} if is_root else {os.path.dirname(os.path.abspath(path)) for path in found}
     if not files:
         raise DataError("images: expected at least one, got none")
@@ -268,11 +272,14 @@ def _files(out: Path, stem: str) -> tuple[Path, Path]:
 
 
 def _images_in(folder: str) -> list[str]:
+    return [path for path in _files_in(folder) if path.lower().endswith(IMAGE_SUFFIXES)]
+
+
+def _files_in(folder: str) -> list[str]:
     found = []
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images = (name for name in sorted(files) if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".")
-        found += [os.path.join(parent, name) for name in images]
+        found += [os.path.join(parent, name) for name in sorted(files) if name[0] != "."]
     return found
 
 
