@@ -51,6 +51,8 @@ def world(toy_data, cam_folder, tmp_path_factory):
         (folder / name / "config.json").write_text(json.dumps(values | change))
     shutil.copytree(folder / "segmenter", folder / "no processor")
     (folder / "no processor" / "preprocessor_config.json").unlink()
+    for name in ("cam", "segmenter"):
+        shutil.copytree(folder / name, folder / "run" / name)
     toy_data["train"][0]["image"].save(folder / "photo.png")
     return folder
 
@@ -91,6 +93,7 @@ def said(world, tmp_path, tiny_settings, monkeypatch):
 OUT = ("--out", "out")
 KIND = "expected a CAM classifier or map refiner, got a "
 NOTHING = "nothing: We couldn't connect"
+RUN = "run: expected a model, got a run; its models are run/cam, run/segmenter"
 
 
 @pytest.mark.parametrize(
@@ -191,6 +194,10 @@ NOTHING = "nothing: We couldn't connect"
         ),
         (("predict", "photo.png", "--model", "segmenter with nan", *OUT), "holds nan: its training has diverged"),
         (("predict", "photo.png", "--model", "no processor", *OUT), "'no processor'"),
+        (("predict", "photo.png", "--model", "run", *OUT), RUN),
+        (("make-masks", "--cam", "run", *OUT), RUN),
+        (("evaluate", "--model", "run"), RUN),
+        (("train-cam", "--backbone", "run", *OUT), RUN),
         (("push", "cam with nan", "somebody/cam"), "classifier.weight holds nan: its training has diverged"),
         (("export-onnx", "segmenter with nan", *OUT), "holds nan: its training has diverged"),
         (("export-onnx", "no processor", *OUT), "'no processor'"),

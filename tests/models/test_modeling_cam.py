@@ -1,5 +1,7 @@
 import itertools
 import json
+import re
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from wsss_hf import CamClassifier, CamConfig, CamOutput, DrsConfig, Method, Options, option, register_method
+from wsss_hf.inference.load import load_labeler
 from wsss_hf.models.maps import normalize_maps
 from wsss_hf.models.methods import METHODS
 
@@ -54,6 +57,19 @@ def peak():
     yield Peak
     METHODS.clear()
     METHODS.update(before)
+
+
+def test_a_run_is_no_model_but_holds_some(cam_folder, tmp_path):
+    for name in ("segmenter", "cam"):
+        shutil.copytree(cam_folder, tmp_path / name)
+    words = f"{tmp_path}: expected a model, got a run; its models are {tmp_path / 'cam'}, {tmp_path / 'segmenter'}"
+    for load in (CamClassifier.from_pretrained, CamClassifier.from_backbone, lambda run: load_labeler(run, "cpu")):
+        with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+            load(tmp_path)
+    assert CamClassifier.from_pretrained(tmp_path, subfolder="cam").config.id2label
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no weights in safetensors"):
+        CamClassifier.from_pretrained(tmp_path)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from transformers.utils import is_timm_available
 
 from .backbone import BackboneConfigMixin, body_class, usable_config
 from .portable_model import PortableModel, processor_for
-from .weights import from_safetensors
+from .weights import check_no_run, from_safetensors
 
 NO_CODE = {"trust_remote_code": False}
 """Options of every load: code that a repository brings is not run, and nobody is asked whether to run it."""
@@ -28,13 +28,15 @@ def pinned(name: Any, hub_kwargs: dict) -> tuple[Any, dict]:
 
     Raises:
         FileNotFoundError: it is empty, or can only be a path, and nothing is there.
-        ValueError: it is a revision of a folder.
+        ValueError: it is a revision of a folder, or the folder of a run.
     """
     repo_id, _, revision = str(name).partition("@")
     if name is not None and not str(name).strip():
         raise FileNotFoundError(f"expected a model's folder or its id on the Hub, got {str(name)!r}")
     if name is not None and not os.path.exists(name) and (os.path.isabs(repo_id) or repo_id.startswith(".")):
         raise FileNotFoundError(f"{name}: expected a model's folder or its id on the Hub, found nothing there")
+    if not hub_kwargs.get("subfolder"):
+        check_no_run(name)
     if not revision or os.path.exists(name):
         return name, hub_kwargs
     if os.path.isdir(repo_id):

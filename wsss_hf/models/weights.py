@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_OF_A_RUN = {"cam", "segmenter"}  # models that every run has
+
+
+def check_no_run(name: Any) -> None:
+    """Raises ValueError for the folder of a run, in which models are one level deeper."""
+    if name is None or not os.path.isdir(name) or os.path.exists(os.path.join(name, "config.json")):
+        return
+    models = [file.parent for file in sorted(Path(name).glob("*/config.json"))]
+    if _OF_A_RUN & {model.name for model in models}:
+        raise ValueError(f"{name}: expected a model, got a run; its models are {', '.join(map(str, models))}")
 
 
 def from_safetensors(load: Callable, name: str | os.PathLike | None, *args, **kwargs):
     """`load(name, …)`, some `from_pretrained`, a ValueError for all but whole safetensors: pickles run code."""
+    if not kwargs.get("subfolder"):
+        check_no_run(name)
     refusal = (
         f"{name}: no weights in safetensors; pickled ones (.bin, .pth, .pt) are never opened here, "
         "`wsss convert` makes safetensors of the published checkpoints that it knows"
