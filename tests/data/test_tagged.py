@@ -260,6 +260,21 @@ def test_images_that_can_not_be_shown_are_named_before_training(values, message)
         check_dataset(DatasetDict(train=rows(image=image, mask=[None, None])))
 
 
+def test_all_images_that_can_not_be_used_are_named_at_once():
+    good, bad = encoded(Image.new("RGB", (6, 4))), {"bytes": b"no", "path": None}
+    long = encoded(Image.new("RGB", (9, 1)))
+    first = "split 'train', row 'one', column image: expected an image, got a file that can't be decoded .*"
+    for images, more in (([bad, good], ""), ([bad, long], "'two', "), ([bad, None], "'two', ")):
+        data = DatasetDict(train=rows(image=images), val=rows(image=[good, bad], mask=[None, None]))
+        count = 2 if more else 1
+        with pytest.raises(DataError, match=f"^{first}; nor can {count} more be used: {more}'two'$"):
+            check_dataset(data)
+    columns = {name: [None] * 14 for name in ("image", "mask")}
+    many = rows(**columns, image_id=list("abcdefghijklmn"), tags=[[0]] * 14)
+    with pytest.raises(DataError, match="got none; nor can 13 more be used: 'b', 'c', .*, 'k', …$"):
+        check_dataset(DatasetDict(train=many))
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

@@ -23,6 +23,7 @@ from .text import DataError, brief, is_line
 
 _MAX_CLASSES = IGNORE_INDEX - 1
 _ROWS_AT_A_TIME = 1000
+_NAMED = 10  # rows in a message
 _UNREADABLE = (
     ArithmeticError,
     EOFError,
@@ -267,8 +268,10 @@ def check_dataset(dataset: DatasetDict) -> None:
     reads every mask.
 
     Raises:
-        DataError: one line that names the split, the row, and what was expected.
+        DataError: one line that names the split, the row, and what was expected; and the other rows whose images can't
+            be used either.
     """
+    unusable: list[tuple[str, str]] = []
     if "train" not in dataset:
         raise DataError(f"data set: expected a split 'train', got {', '.join(dataset) or 'none'}")
     for split, rows in dataset.items():
@@ -277,7 +280,11 @@ def check_dataset(dataset: DatasetDict) -> None:
         names, train_names = class_names(rows), class_names(dataset["train"])
         if names != train_names:
             raise DataError(f"split {split!r}: expected the classes of 'train', {train_names}, got {names}")
-        _check_rows(split, rows)
+        unusable += _check_rows(split, rows)
+    if unusable:
+        (_, message), *others = unusable
+        named = [repr(image_id) for image_id, _ in others[:_NAMED]] + ["…"] * (len(others) > _NAMED)
+        raise DataError(f"{message}; nor can {len(others)} more be used: {', '.join(named)}" if others else message)
     if not any(dataset["train"]["tags"]):
         raise DataError("split 'train': expected images with tags, got none with any")
 
@@ -297,11 +304,13 @@ def _check_columns(split: str, rows: Dataset) -> None:
             raise DataError(f"split {split!r}, column {name!r}: expected images (datasets.Image), got {found}")
 
 
-def _check_rows(split: str, rows: Dataset) -> None:
+def _check_rows(split: str, rows: Dataset) -> list[tuple[str, str]]:
+    """(image_id, message) of the rows whose images can't be used. Raises DataError for all else."""
     num_classes = len(class_names(rows))
     columns = [name for name in ("image_id", "image", "tags", "mask", "saliency") if name in rows.features]
     seen = set()
     num_tagged_masks, shows_a_tag = 0, False
+    unusable = []
     for row in undecoded(rows.select_columns(columns)):
         where = f"split {split!r}, row {row['image_id']!r}"
         if row["image_id"] is None or row["image_id"] in seen:
@@ -309,13 +318,12 @@ def _check_rows(split: str, rows: Dataset) -> None:
         seen.add(row["image_id"])
         if row["tags"] is None or not all(tag is not None and 0 <= tag < num_classes for tag in row["tags"]):
             raise DataError(f"{where}: tags: expected class indices 0..{num_classes - 1}, got {row['tags']}")
-        place = f"{where}, {row['image'] and row['image']['path'] or 'column image'}"
-        image = _open(row["image"], place)
-        with _naming(place):
-            check_shape(image)
-            size = upright_size(image)
-        if image.mode == "F" or image.mode.startswith("I"):
-            decode_image(image, place)
+        try:
+            place = f"{where}, {row['image'] and row['image']['path'] or 'column image'}"
+            image, size = _checked_image(row["image"], place)
+        except DataError as error:
+            unusable.append((row["image_id"], str(error)))
+            continue
         if row.get("mask") is not None:
             labels = _check_mask(row["mask"], image, size, num_classes, where)
             num_tagged_masks += bool(row["tags"])
@@ -323,11 +331,23 @@ def _check_rows(split: str, rows: Dataset) -> None:
         if row.get("saliency") is not None:
             place = f"{where}, {row['saliency']['path'] or 'column saliency'}"
             _check_aspect(_open(row["saliency"], place), size, place)
-    if num_tagged_masks and not shows_a_tag:
+    if num_tagged_masks and not shows_a_tag and not unusable:
         raise DataError(
             f"split {split!r}, column mask: expected label c + 1 where class c of an image's tags is, got none of "
             f"them in any of {num_tagged_masks} masks (0 is background, 255 is ignored)"
         )
+    return unusable
+
+
+def _checked_image(value: dict | Image.Image, where: str) -> tuple[Image.Image, tuple[int, int]]:
+    """The image and its upright (width, height). Raises DataError, which begins with `where`."""
+    image = _open(value, where)
+    with _naming(where):
+        check_shape(image)
+        size = upright_size(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        decode_image(image, where)
+    return image, size
 
 
 def _check_mask(
