@@ -198,6 +198,24 @@ def test_where_the_package_is_not_installed_images_are_read_alike(pipes, toy_dat
 
 
 @KINDS
+@pytest.mark.parametrize("task", ["weak-segmentation", "image-segmentation", "image-classification"])
+def test_a_column_of_a_data_set_gives_results_one_by_one(pipes, toy_data, task, kind):
+    if (task, kind) == ("image-classification", "segmenter"):
+        pytest.skip("a segmenter has no such pipeline")
+    pipe = pipeline(task, model=pipes[kind].model, image_processor=pipes[kind].image_processor)
+    column = toy_data["val"]["image"]
+    expected = pipe(list(column))
+    streamed = toy_data["val"].to_iterable_dataset()["image"]
+    for found in (pipe(column), pipe(column, batch_size=2), pipe(streamed)):
+        assert iter(found) is found
+        for one, wanted in zip(found, expected, strict=True):
+            if task == "weak-segmentation":
+                assert_same(one, wanted)
+            else:
+                assert [part["label"] for part in one] == [part["label"] for part in wanted]
+
+
+@KINDS
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_data_set_brings_its_tags(pipes, toy_data, kind, batch_size):
     rows, names = toy_data["train"].select(range(5)), class_names(toy_data)

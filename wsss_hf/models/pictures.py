@@ -11,9 +11,7 @@ from urllib.request import Request, urlopen
 import numpy as np
 from PIL import Image, features
 
-_AVIF = (
-    ("AVIF",) if "avif" in features.modules and features.check("avif") else ()
-)  # Pillow 11.3 and later, if built in
+_AVIF = ["AVIF"] if "avif" in features.modules and features.check("avif") else []  # from Pillow 11.3, if built in
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *_AVIF)
 """What Pillow may open. It goes by content: of other formats, some start programs (EPS starts Ghostscript)."""
 LONGEST = 8

@@ -25,6 +25,9 @@ class OurPipeline:
     def check_model_type(self, supported_models):
         """Our models are; the library does not know them."""
 
+    def __call__(self, inputs=None, **kwargs):  # of the column of a data set, results one by one
+        return super().__call__(iter(inputs) if hasattr(inputs, "column_name") else inputs, **kwargs)  # type: ignore[misc]
+
     def preprocess(self, *args, **kwargs):
         inputs = dict(super().preprocess(*args, **kwargs))  # type: ignore[misc]
         return inputs | {"pixel_values": [inputs["pixel_values"]]}  # batching leaves what is in lists as it is

@@ -28,7 +28,7 @@ class WeakSegmentationPipeline(Pipeline):
 
     Inputs: a path, a URL, a PIL image, an array (H, W) or (H, W, 3) uint8, a row `{"image": …, "tags": …}` with names
     of classes, a list of these, a generator of these, or a data set with columns `image` and maybe `tags` (names, or
-    ClassLabels). A list gives a list; generators and data sets give results one by one.
+    ClassLabels). A list gives a list; generators, data sets and columns of these give results one by one.
 
     Call arguments:
         tags: names of the classes that are in every image, if known; a row's own tags go first. Without tags a CAM
@@ -76,15 +76,12 @@ class WeakSegmentationPipeline(Pipeline):
         preprocess = {"tags": [tags] if isinstance(tags, str) else tags, "timeout": timeout}
         forward = {"scales": scales, "flip": flip, "features": True if threshold == "auto" else None}
         postprocess = {"threshold": threshold, "refine": refine}
-        return tuple(
-            {key: value for key, value in part.items() if value is not None}
-            for part in (preprocess, forward, postprocess)
-        )
+        parts = (preprocess, forward, postprocess)
+        return tuple({key: value for key, value in part.items() if value is not None} for part in parts)
 
     def __call__(self, inputs, **kwargs):
-        if hasattr(inputs, "column_names"):  # a data set of the datasets library
-            inputs = _rows(inputs)
-        return super().__call__(inputs, **kwargs)
+        inputs = _rows(inputs) if hasattr(inputs, "column_names") else inputs  # a data set of the datasets library
+        return super().__call__(iter(inputs) if hasattr(inputs, "column_name") else inputs, **kwargs)
 
     def preprocess(self, row, tags: Sequence[str] | None = None, timeout: float | None = None) -> Any:
         given = row if isinstance(row, Mapping) else {"image": row}
