@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..files import whole_file
 from ..models.label_colors import display_colors, overlay
+from .fonts import font_for
 from .pictures import blend, heatmap
 from .style import STYLE
 from .tables import column_names, format_value, heading, is_figure
@@ -112,7 +113,7 @@ def write_gallery(path: str | Path, examples: Sequence[ReportExample], side: int
     heights = [max(picture.height for picture in row.values()) + caption for row in rows]
     sheet = Image.new("RGB", (gap + len(columns) * (side + gap), header + sum(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    font, bold = ImageFont.load_default(18), ImageFont.load_default(20)
+    bold = ImageFont.load_default(20)
     lefts = {column: gap + index * (side + gap) for index, column in enumerate(columns)}
     for column, left in lefts.items():
         words = "Image and tags" if column == IMAGE else column
@@ -126,6 +127,7 @@ def write_gallery(path: str | Path, examples: Sequence[ReportExample], side: int
             sheet.paste(picture, (lefts[column] + (side - picture.width) // 2, top))
         top += height
         words = " ".join(f"tags: {', '.join(example.tags) or 'none'}   ({example.image_id})".split())
+        font = font_for(words, 18)
         while draw.textlength(words, font=font) > sheet.width - 2 * gap:
             words = words[:-2] + "…"
         draw.text((gap, top - caption + 16), words, fill="#566072", font=font, anchor="lm")
