@@ -334,11 +334,14 @@ def test_a_model_with_other_labels_replaces_all_label_maps_or_none(
 def test_only_label_maps_of_named_images_are_said_to_be_made_again(photos, segmenter_folder, tmp_path, capsys):
     out = predict(photos, segmenter_folder, tmp_path / "out", settings=PLAIN).folder
     Image.new("RGB", (30, 20), "red").save(tmp_path / "new.png")
+    capsys.readouterr()
     predict(tmp_path / "new.png", segmenter_folder, out)
-    assert capsys.readouterr().err.count("again") == 0
-    predict(tmp_path / "new.png", segmenter_folder, out, settings=PLAIN)
-    why = "evaluation.flip was True and is False; those of 6 other images stay as they are\n"
-    assert f"label maps are made again, because {why}" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    change = "evaluation.flip was False and is True"
+    assert f"out: label maps of 6 other images stay as they are, though {change}\n" in said and "again" not in said
+    predict(tmp_path / "new.png", segmenter_folder, out, force=True)
+    said = capsys.readouterr().err
+    assert "out: label maps are made again, because --force asks for it\n" in said and "stay" not in said
 
 
 def test_label_maps_follow_when_a_namesake_comes_or_goes(photos, segmenter_folder, tmp_path, passes):

@@ -188,9 +188,7 @@ def _label(
     state = PartialState()
     mine = targets[state.process_index :: state.num_processes]
     fingerprints = {target: _fingerprint(target, record) for target in mine}
-    finished = (
-        set() if force else {target for target in mine if _held_fingerprint(target.mask) == fingerprints[target]}
-    )
+    finished = {target for target in mine if not force and _held_fingerprint(target.mask) == fingerprints[target]}
     undrawn = {target for target in finished if overlays and not target.overlay.exists()}
     waiting = [target for target in mine if target not in finished]
     if waiting:
@@ -313,10 +311,11 @@ def _check_folder(out: Path, targets: Sequence[Prediction], labeler: _Labeler, r
         labeler.load()  # what is wrong with it is said before anything goes
         for target in again:
             target.mask.unlink()
-    changed = "--force asks for it" if force else record.difference(held)
-    if changed and again:
-        stay = f"; those of {len(others)} other images stay as they are" if others else ""
-        say(f"{out.name}: label maps are made again, because {changed}{stay}")
+    changed = record.difference(held)
+    if again and (force or changed):
+        say(f"{out.name}: label maps are made again, because {'--force asks for it' if force else changed}")
+    if others and changed:
+        say(f"{out.name}: label maps of {len(others)} other images stay as they are, though {changed}")
 
 
 def _held_names(out: Path) -> list[str] | None:
