@@ -136,7 +136,7 @@ def unread_files(files: Iterable[Path], folder: Path) -> list[str]:
 
 
 def _in_folders(names: Sequence[str]) -> str:
-    """ " (cat/, dog/)", nothing for the folder itself."""
+    """Where files are, in brackets after a space; nothing for the folder itself."""
     shown = _listed(sorted({name for name in names if name != "."}))
     return f" ({shown})" if shown else ""
 
@@ -229,8 +229,8 @@ def _rows_of_class_folders(folder: Path, skip: str | Path | None) -> Iterator[di
     names = [found.name.casefold() for found in class_folders if _images(found)]
     unread = unread_files((file for found in class_folders for file in found.iterdir() if file.is_file()), folder)
     if all(any(name in known for known in SPLIT_NAMES.values()) for name in names):  # also where there is none
-        got = "; not read: ".join([", ".join(names) or "none of these", *unread[:1]])
-        raise DataError(f"{folder}: expected {_LAYOUTS}, got {got}")
+        beside = f" (not read: {', '.join(unread)})" if unread else ""
+        raise DataError(f"{folder}: expected {_LAYOUTS}, got {', '.join(names) or 'none of these'}{beside}")
     if loose := len(_images(folder)):
         unread.insert(0, f"{loose} {'image' if loose == 1 else 'images'} beside the class folders")
     if empty := [found.name for found in class_folders if not _holds_images(found)]:
