@@ -100,7 +100,7 @@ def label_images(
         for i, index in enumerate(batch.indices):
             classes = batch.tags[i].nonzero()[:, 0]
             if zeros := int((maps_of[i].flatten(1).amax(dim=1) == 0).sum()):
-                notes[i].fallbacks["map of zeros"] = zeros
+                notes[i].fallbacks["tag without any map"] = zeros
             saliency = None if batch.saliency is None else batch.saliency[i]
             if saliency is not None and (kind := _unusual(saliency, salient_above)):
                 notes[i].fallbacks[f"{kind} saliency map"] = 1
