@@ -154,7 +154,7 @@ def test_the_stages_one_by_one(wsss, tiny, tmp_path, toy_data):
 @pytest.mark.slow
 def test_run_takes_a_folder_from_tags_to_report(wsss, tiny, tmp_path, photos):
     code, out, err = wsss("run", "--data", photos, "--out", tmp_path / "run", "--limit", 4, "--quiet", *tiny)
-    assert code == 0 and not err and "Results" in out
+    assert code == 0 and not err and not out  # there are no true masks, so there are no results
     assert len(load_from_disk(str(tmp_path / "run" / "masks"))["train"]) == 4
     assert (tmp_path / "run" / "report.html").is_file()
 
@@ -216,7 +216,7 @@ def test_plans_run_by_the_command_that_they_begin_with(wsss, tmp_path, monkeypat
 @pytest.mark.slow
 def test_rounds_are_an_option_of_a_run(wsss, tiny, tmp_path, photos):
     code, out, err = wsss("run", "--data", photos, "--out", tmp_path / "run", "--quiet", *tiny, "--rounds", 2)
-    assert code == 0 and not err and "Results" in out
+    assert code == 0 and not err and not out
     assert {"masks-2", "segmenter-2"} < {path.name for path in (tmp_path / "run").iterdir()}
 
 

@@ -226,8 +226,6 @@ def test_a_mapping_of_methods_takes_the_place_of_the_recipes(changes):
     assert recipe.cam.methods == {"icd": dataclasses.asdict(IcdConfig(margin=0.3))}
     assert load_recipe("photos", ["cam.methods={}"]).cam.methods == {}
     assert recipe.changed("cam.methods={drs: {}}", "cam.methods.seam={}").cam.methods.keys() == {"drs", "seam"}
-    other = {"model_type": "wsss_vgg16"}
-    assert load_recipe("toy", [f"cam.backbone_config={other}"]).cam.backbone_config == other
 
 
 def test_a_printed_recipe_is_a_recipe(recipe_file):

@@ -54,7 +54,7 @@ class Recipe(RecipeSettings):
                 recipe names the one that it changes, if that is not the default one.
             changes: a "cam.train.epochs=3" or several, the value in YAML; or dotted names with their values.
                 "cam.methods={drs: {}}" takes the place of all methods, "cam.methods.drs={}" adds one, and
-                "cam.methods.drs=null" takes it away; so it is with backbone_config, loss_options and seed_options.
+                "cam.methods.drs=null" takes it away. Other mappings are merged.
             backbone: directory or Hub id, of the CAM classifier and of the segmenter.
             seed: of weights, data order and augmentation.
             folder: where files of recipes are looked for, beside the working folder.
@@ -154,7 +154,7 @@ def _change(text: str) -> tuple[str, dict]:
     if not equals or not name:
         raise RecipeError(f"{source}: expected key=value, for example cam.train.epochs=3")
     change = _parse(value, source)
-    if name in _OPEN and isinstance(change, dict):
+    if name == "cam.methods" and isinstance(change, dict):
         change = _Whole(change)
     for part in reversed(name.split(".")):
         change = {part: change}
