@@ -177,7 +177,7 @@ def test_one_colour_and_maps_of_zeros_still_give_a_mask(cam_folder, labeler, set
     for steps in ([], ["pamr"], ["matting"]):
         rows = dataset([grey, noise("RGB", 40, 30)], [[2, 3], [2]])
         both, one = by_index(label_images(silent, processor, rows, replace(settings, refine=steps)))
-        assert both.note.fallbacks["tag without any map"] >= 1 and one.note.fallbacks["map of zeros"] == 1
+        assert both.note.fallbacks["tag without any map"] >= 1 and one.note.fallbacks["tag without any map"] == 1
         assert not one.pseudo_mask.any() and set(np.unique(both.pseudo_mask)) <= {0, 4}
         assert np.isfinite(both.confidence).all()
         assert one.note.fallbacks["class not found"] == (steps == ["matting"])
