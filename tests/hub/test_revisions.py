@@ -66,6 +66,7 @@ def publish(hub, repo_id, folder, branch="main"):
     return repository.commit(branch, {path.name: path.read_bytes() for path in folder.iterdir()}, "a model")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_door_opens_the_revision(hub, kind, tmp_path):
     repo_id = f"tester/{kind.replace(' ', '-')}"  # each its own: a process remembers what a branch was

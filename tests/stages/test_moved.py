@@ -88,6 +88,7 @@ def times(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [move, copy, copy_and_remove])
 def test_masks_follow_their_images_and_nothing_is_computed_again(
     photos, recipe, tmp_path, monkeypatch, capsys, change
@@ -149,6 +150,7 @@ def test_saliency_maps_of_all_splits_follow_their_images(photos, tmp_path, backb
     assert (tmp_path / "out" / "summary.json").read_text() == (tmp_path / "fresh" / "summary.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_kill_while_the_paths_are_written_is_no_obstacle(photos, recipe, tmp_path, monkeypatch):
     stages(photos, recipe, tmp_path / "run")
     there = move(photos)

@@ -234,6 +234,7 @@ def photos(toy_data, tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_of_photographs_is_streamed_as_it_is_loaded(photos, cam_folder, mask_recipe, tiny_recipe, tmp_path):
     options = {"classes": list(TOY_CLASSES), "separator": "|"}
     stream, loaded = load_stream(photos, **options), load_data(photos, **options)

@@ -105,6 +105,7 @@ def test_a_killed_stage_goes_on_where_it_was(toy_data, cam_folder, recipe, tmp_p
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["background_threshold", "tag_threshold"])
 def test_its_thresholds_are_part_of_what_it_is(toy_data, cam_folder, recipe, tmp_path, setting):
     train_refiner(toy_data, cam_folder, recipe, tmp_path / "refiner")

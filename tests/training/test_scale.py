@@ -123,6 +123,7 @@ def partly_labelled(toy_data):
     return build, Examples()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"clip_gradient": 0.1}], ids=str)
 def test_ignored_pixels_count_alike_in_any_number_of_parts(partly_labelled, tmp_path, in_processes, changes):
     """The loss of a step is the mean over its labelled pixels, wherever they are."""
