@@ -20,7 +20,7 @@ from scipy.stats import rankdata
 
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import class_names, decode_mask, undecoded
-from wsss_hf.inference.cam_maps import label_map
+from wsss_hf.inference.cam_maps import label_confidence, label_map
 from wsss_hf.inference.load import load_labeler
 from wsss_hf.metrics.mean_iou import MeanIoU
 from wsss_hf.models.background_threshold import THRESHOLDS
@@ -54,9 +54,10 @@ def measure(model, processor, rows, settings: MasksSettings, steps: dict[str, li
         maps, classes = torch.from_numpy(labelled.maps)[None], torch.from_numpy(labelled.classes)
         for (name, threshold), metric in metrics.items():
             refined = chains[name](add_background(maps, threshold)[0], np.asarray(labelled.image))
-            labels, relative = label_map(refined, classes)
+            labels = label_map(refined, classes)
             metric.add(prediction=labels, reference=truth)
             if confidence and threshold == found[name] and len(classes):
+                relative = label_confidence(refined, labels, classes)
                 top = refined.topk(2, dim=0).values
                 counted = truth != IGNORE_INDEX
                 right = labels.numpy()[counted] == truth[counted]

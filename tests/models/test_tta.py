@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wsss_hf.inference.cam_maps import average_maps, label_map, localize
+from wsss_hf.inference.cam_maps import average_maps, label_confidence, label_map, localize
 from wsss_hf.models.image_processing_wsss import WsssImageProcessor
 from wsss_hf.models.maps import add_background
 from wsss_hf.models.modeling_cam import CamClassifier, CamOutput
@@ -32,6 +32,12 @@ def tags():
 
 def with_background(maps, threshold):
     return add_background(maps[None], threshold)[0]
+
+
+def labels_of(scores, classes):
+    """Labels and their confidence."""
+    labels = label_map(scores, classes)
+    return labels, label_confidence(scores, labels, classes)
 
 
 @torch.no_grad()
@@ -106,7 +112,7 @@ def test_a_map_that_is_zero_everywhere_stays_zero(model, images, tags):
     model.classifier.weight.data[4] = -1.0  # features are not negative after the last relu
     maps, _ = localize(model, images, tags, SIZE)
     assert not maps[1].any() and maps[[0, 2, 3]].amax(dim=(1, 2)).min() > 0.999
-    labels, confidence = label_map(with_background(maps[1:2], 0.4), torch.tensor([4]))
+    labels, confidence = labels_of(with_background(maps[1:2], 0.4), torch.tensor([4]))
     assert not labels.any() and confidence.isfinite().all()
 
 
@@ -163,20 +169,20 @@ def test_an_unknown_fusion_is_refused(model, images, tags):
 
 def test_a_label_is_the_strongest_map_above_the_threshold():
     maps = torch.tensor([[[0.9, 0.5, 0.3, 0.0]], [[0.2, 0.7, 0.39, 0.0]]])
-    labels, confidence = label_map(with_background(maps, 0.4), torch.tensor([2, 5]))
+    labels, confidence = labels_of(with_background(maps, 0.4), torch.tensor([2, 5]))
     assert labels.dtype == torch.uint8 and labels.tolist() == [[3, 6, 0, 0]]
     torch.testing.assert_close(confidence, torch.tensor([[1 - 0.4 / 0.9, 1 - 0.5 / 0.7, 1 - 0.39 / 0.4, 1.0]]))
 
 
 def test_no_tag_is_background_everywhere():
-    labels, confidence = label_map(torch.full((1, 2, 3), 0.4), torch.zeros(0, dtype=torch.long))
+    labels, confidence = labels_of(torch.full((1, 2, 3), 0.4), torch.zeros(0, dtype=torch.long))
     assert labels.shape == (2, 3) and not labels.any() and confidence.isfinite().all()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 def test_background_wins_a_tie_then_the_first_class(count):
     maps = torch.randint(0, 5, (count, 30, 30), generator=torch.Generator().manual_seed(0)) / 4
-    labels, confidence = label_map(with_background(maps, 0.5), torch.arange(count))
+    labels, confidence = labels_of(with_background(maps, 0.5), torch.arange(count))
     strongest, first = maps.max(dim=0)
     wanted = torch.where(strongest > 0.5, first + 1, 0)
     assert torch.equal(labels.long(), wanted)

@@ -8,7 +8,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from wsss_hf.data.tagged import DataError, tagged_features
-from wsss_hf.inference.cam_maps import label_map, localize
+from wsss_hf.inference.cam_maps import label_confidence, label_map, localize
 from wsss_hf.inference.load import load_labeler
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.maps import add_background
@@ -62,9 +62,9 @@ def test_masks_are_those_of_each_image_alone(labeler, toy_data, settings):
         tags = torch.zeros(1, 8)
         tags[0, row["tags"]] = 1
         maps, logits = localize(model, pixel_values, tags, (48, 48), settings.scales, True, "mean")
-        labels, confidence = label_map(
-            add_background(maps[None], settings.background_threshold)[0], tags[0].nonzero()[:, 0]
-        )
+        scores, classes = add_background(maps[None], settings.background_threshold)[0], tags[0].nonzero()[:, 0]
+        labels = label_map(scores, classes)
+        confidence = label_confidence(scores, labels, classes)
         assert item.classes.tolist() == sorted(row["tags"])
         np.testing.assert_allclose(item.maps, maps, atol=1e-4)
         np.testing.assert_allclose(item.logits, logits[0], atol=1e-4)

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from wsss_hf.data.tagged import DataError, encode_png
-from wsss_hf.inference.cam_maps import label_map
+from wsss_hf.inference.cam_maps import label_confidence, label_map
 from wsss_hf.models.icd import icd_seeds
 from wsss_hf.models.options import OptionError
 from wsss_hf.pseudo_labels.rules import (
@@ -18,7 +18,6 @@ from wsss_hf.pseudo_labels.rules import (
     build_rule,
     check_columns,
     class_labels,
-    label_confidence,
     reads_background,
     reads_saliency,
     rows_to_label,
@@ -42,7 +41,7 @@ def evidence():
 
 def test_argmax_is_the_label_map(evidence):
     labels = build_rule("argmax").label(evidence)
-    assert torch.equal(labels, label_map(evidence.scores, evidence.classes)[0])
+    assert torch.equal(labels, label_map(evidence.scores, evidence.classes))
 
 
 def test_drs_labels_are_classes_of_the_data_set(evidence):

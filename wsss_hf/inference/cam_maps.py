@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from ..models.maps import fuse_maps, normalize_maps, upsample
+from ..models.maps import IGNORE_INDEX, fuse_maps, normalize_maps, upsample
 from ..models.method_helpers import min_max_normalize
 from ..models.options import OptionError
 from ..models.tta import views
@@ -182,35 +182,38 @@ def _use_bf16(bf16: bool | None, pixel_values: Tensor) -> bool:
     return pixel_values.is_cuda if bf16 is None else bf16
 
 
-def label_map(scores: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    """One image's label map and its confidence.
+def label_map(scores: Tensor, classes: Tensor) -> Tensor:
+    """One image's labels: of each pixel the largest score, of equal ones the first.
 
     Args:
         scores: (K+1, H, W) in [0, 1], background first, then the image's K tagged classes.
         classes: (K,) class indices c of these.
 
     Returns:
-        labels (H, W) uint8, 0 = background, c + 1 = class c, of equal scores the first; and confidence (H, W) in
-        [0, 1], see [`margin`].
+        (H, W) uint8, 0 = background, c + 1 = class c.
     """
     values = torch.cat([classes.new_zeros(1), classes + 1])
-    best = scores.argmax(dim=0)
-    return values[best].to(torch.uint8), margin(scores, best)
+    return values[scores.argmax(dim=0)].to(torch.uint8)
 
 
-def margin(scores: Tensor, chosen: Tensor) -> Tensor:
-    """How far the scores speak for a choice: the relative margin 1 - best other / chosen.
+def label_confidence(scores: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
+    """How far scores speak for the labels: the relative margin 1 - best other / chosen.
 
     Of the margins this one separates correct from wrong labels best, on plain and on refined maps
     (`scripts/benchmark_thresholds.py --confidence`).
 
     Args:
-        scores: (K+1, H, W), not negative.
-        chosen: (H, W) int64, the channel that each pixel was given.
+        scores: (K+1, H, W), not negative, background first.
+        labels: (H, W) uint8: 0 background, c + 1 class c, 255 ignore.
+        classes: (K,) class indices c of the tagged classes.
 
     Returns:
-        (H, W) in [0, 1]; 0 is a tie, or another channel has a larger score.
+        (H, W) in [0, 1]; 0 is a tie, another channel has a larger score, or the pixel is ignored.
     """
-    own = scores.gather(0, chosen[None])[0]
-    other = scores.scatter(0, chosen[None], 0).amax(dim=0)
-    return torch.where(own > 0, 1 - other / own.clamp(min=1e-12), 0).clamp(min=0)
+    channels = torch.zeros(256, dtype=torch.long, device=labels.device)
+    channels[classes + 1] = torch.arange(1, len(classes) + 1, device=labels.device)
+    chosen = channels[labels.long()][None]
+    own = scores.gather(0, chosen)[0]
+    other = scores.scatter(0, chosen, 0).amax(dim=0)
+    margin = torch.where(own > 0, 1 - other / own.clamp(min=1e-12), 0).clamp(min=0)
+    return margin.masked_fill(labels == IGNORE_INDEX, 0)

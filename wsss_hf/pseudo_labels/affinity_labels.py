@@ -54,7 +54,7 @@ def certain_labels(
         )
         for i, index in enumerate(batch.indices):
             classes = batch.tags[i].nonzero()[:, 0]
-            high, low = (label_map(scores[i], classes)[0] for scores in (for_objects, for_background))
+            high, low = (label_map(scores[i], classes) for scores in (for_objects, for_background))
             if settings.label_confidence is not None and len(classes):
                 high, low = (
                     _follow_colours(labels, images[i], len(classes) + 1, settings.label_confidence)

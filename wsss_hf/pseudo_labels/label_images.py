@@ -10,7 +10,7 @@ from datasets import Dataset
 from PIL import Image
 from torch import Tensor
 
-from ..inference.cam_maps import average_maps
+from ..inference.cam_maps import average_maps, label_confidence
 from ..models.maps import add_background
 from ..models.modeling_cam import CamClassifier
 from ..refinement.steps import Matting, Note, RefinementChain, Walk, build_refinement
@@ -22,7 +22,6 @@ from .rules import (
     RuleError,
     build_rule,
     check_columns,
-    label_confidence,
     reads_background,
     reads_saliency,
 )
@@ -38,7 +37,7 @@ class Labelled:
         classes: (K,) indices of its tags.
         maps: (K, H, W) float32 localisation maps in [0, 1], before refinement.
         pseudo_mask: (H, W) uint8, 0 = background, c + 1 = class c, 255 = ignore.
-        confidence: (H, W) float32 in [0, 1], see `rules.label_confidence`; 0 at ignored pixels.
+        confidence: (H, W) float32 in [0, 1], see `cam_maps.label_confidence`; 0 at ignored pixels.
         logits: (C,) float32 tag logits.
         note: fallbacks that were taken, and pictures of the steps.
     """

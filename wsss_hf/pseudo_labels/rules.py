@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..data.saliency import check_saliency, rows_with_saliency
 from ..data.tagged import class_names
-from ..inference.cam_maps import label_map, margin
+from ..inference.cam_maps import label_map
 from ..models.icd import icd_seeds
 from ..models.maps import IGNORE_INDEX
 from ..models.options import OptionError, Options, option, unknown_name
@@ -82,7 +82,7 @@ class Rule(Options):
 
     def decisive_scores(self, evidence: Evidence) -> Tensor:
         """(K+1, H, W) in [0, 1], background first, whose largest one is the label, where that is not ignored; the
-        confidence of the labels is theirs, see [`label_confidence`]."""
+        confidence of the labels is theirs, see `cam_maps.label_confidence`."""
         return evidence.scores
 
     @property
@@ -117,7 +117,7 @@ class ArgmaxRule(Rule):
     """The largest score, see `cam_maps.label_map`."""
 
     def label(self, evidence: Evidence) -> Tensor:
-        return label_map(evidence.scores, evidence.classes)[0]
+        return label_map(evidence.scores, evidence.classes)
 
 
 @dataclass
@@ -163,7 +163,7 @@ class SaliencyRule(Rule):
         assert evidence.saliency is not None
         scores = self.decisive_scores(evidence)
         unknown = (evidence.saliency > self.salient_above) & (scores.amax(dim=0) <= 0)
-        return label_map(scores, evidence.classes)[0].masked_fill(unknown, IGNORE_INDEX)
+        return label_map(scores, evidence.classes).masked_fill(unknown, IGNORE_INDEX)
 
     def decisive_scores(self, evidence: Evidence) -> Tensor:
         """The background's is `object_threshold` where the image is not salient, else 0."""
@@ -184,7 +184,7 @@ class AutoRule(SaliencyRule):
 
     def label(self, evidence: Evidence) -> Tensor:
         if evidence.saliency is None:
-            return label_map(evidence.scores, evidence.classes)[0]
+            return label_map(evidence.scores, evidence.classes)
         return super().label(evidence)
 
     def decisive_scores(self, evidence: Evidence) -> Tensor:
@@ -424,16 +424,3 @@ def class_labels(labels: Tensor, classes: Tensor) -> Tensor:
     values[0] = 0
     values[1 : len(classes) + 1] = (classes + 1).to(values)
     return values[labels.long()]
-
-
-def label_confidence(scores: Tensor, labels: Tensor, classes: Tensor) -> Tensor:
-    """(H, W) in [0, 1]: how far the scores speak for the labels, see `cam_maps.margin`; 0 at ignored pixels.
-
-    Args:
-        scores: (K+1, H, W), see [`Rule.decisive_scores`].
-        labels: (H, W) uint8: 0 background, c + 1 class c, 255 ignore.
-        classes: (K,) class indices c of the tagged classes.
-    """
-    channels = torch.zeros(256, dtype=torch.long, device=labels.device)
-    channels[classes + 1] = torch.arange(1, len(classes) + 1, device=labels.device)
-    return margin(scores, channels[labels.long()]).masked_fill(labels == IGNORE_INDEX, 0)
