@@ -196,13 +196,16 @@ def test_what_the_launcher_asks_for_is_done_and_said(tmp_path):
 
 
 HOW_MANY = """
+import os, sys
+from pathlib import Path
 from wsss_hf.cli.launch import run_app
 def app(**_options):
     from wsss_hf.cli.launch import prepare_libraries
     prepare_libraries(True)
     from accelerate import Accelerator
     found = Accelerator()
-    print(f"{found.process_index}/{found.num_processes} {found.device.type}", flush=True)
+    seen = f"{found.process_index}/{found.num_processes} {found.device.type}"
+    Path(f"{sys.argv[1]}/seen-{os.environ['RANK']}").write_text(seen)  # lines of two processes could mix
 run_app(app)
 """
 
@@ -213,9 +216,10 @@ def test_torchrun_without_a_gpu_starts_processes_that_know_of_each_other(tmp_pat
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("ACCELERATE_USE_CPU", None)
-    command.append(str(tmp_path / "how_many.py"))
+    command += [str(tmp_path / "how_many.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert sorted(done.stdout.split("\n")) == ["", "0/2 cpu", "1/2 cpu"], done.stderr
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / f"seen-{rank}").read_text() for rank in (0, 1)] == ["0/2 cpu", "1/2 cpu"]
 
 
 @pytest.mark.slow
@@ -228,7 +232,7 @@ def test_a_signal_ends_a_process_that_waits_for_the_others(tmp_path):
         port = free.getsockname()[1]
     one_of_two = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     one_of_two |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(tmp_path / "how_many.py")]
+    command = [sys.executable, str(tmp_path / "how_many.py"), str(tmp_path)]
     process = subprocess.Popen(command, env=os.environ | one_of_two, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
