@@ -1,8 +1,10 @@
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoModel
 
 from wsss_hf import AffinityConfig, AffinityNetwork
+from wsss_hf.models.affinity import boundary_affinity, feature_affinity, random_walk
 
 BACKBONE = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 12, 16], "depths": [1, 1, 1]}
 BACKBONE |= {"layer_type": "basic"}
@@ -44,6 +46,22 @@ def test_a_walk_of_the_mirror_image_is_the_mirror_image_of_the_walk(network):
     assert 0 <= walked.min() and walked.max() <= 1
 
 
+@torch.no_grad()
+def test_it_walks_by_the_mean_of_both_images_and_from_nothing_on_boundaries(network):
+    network.eval()
+    images, maps = torch.randn(1, 3, 64, 64), torch.rand(1, 2, 32, 32)
+    logits = (network(images).logits + network(images.flip(-1)).logits.flip(-1)) / 2
+    grid = F.avg_pool2d(maps, 32 // logits.shape[-1])
+    if network.config.kind == "irn":
+        boundary = logits.sigmoid()
+        affinity, grid = boundary_affinity(boundary[:, 0], 3), grid * (1 - boundary)
+    else:
+        affinity = feature_affinity(logits, 3)
+    expected = F.interpolate(random_walk(grid, affinity, 3, 2, 5), size=(32, 32), mode="bilinear")
+    found = network.walk(images, maps, radius=3, power=2, steps=5)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
 def test_it_is_saved_and_loaded_by_the_auto_class(network, tmp_path):
     network.eval().save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path)
@@ -56,6 +74,24 @@ def test_images_smaller_than_the_radius_walk_and_teach(network):
     images, labels = torch.randn(1, 3, 33, 40), torch.randint(0, 2, (1, 33, 40))
     assert network(images, labels).loss.isfinite()
     assert network.eval().walk(images, torch.rand(1, 1, 33, 40), radius=12, power=2, steps=2).isfinite().all()
+
+
+def test_a_backbone_of_one_stage_is_enough(network):
+    backbone = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1]}
+    single = AffinityNetwork(AffinityConfig(backbone_config=backbone, kind=network.config.kind, radius=4))
+    images, labels = torch.randn(1, 3, 64, 64), torch.randint(0, 2, (1, 64, 64))
+    assert len(single.branches) == 1 and single(images, labels).loss.isfinite()
+    assert single.eval().walk(images, torch.rand(1, 1, 64, 64), radius=4, power=2, steps=2).isfinite().all()
+
+
+def test_affinitynets_layers_start_as_in_the_released_programs():
+    torch.manual_seed(0)
+    network = AffinityNetwork(AffinityConfig(backbone_config=BACKBONE, kind="affinitynet"))
+    for branch, channels in zip(network.branches, (8, 12, 16), strict=True):
+        assert branch[0].weight.std().item() == pytest.approx((2 / channels) ** 0.5, rel=0.1)
+    weights = network.head[0].weight.abs()
+    assert weights.max().item() == pytest.approx(4 * (6 / (448 + 448)) ** 0.5, rel=0.01)
+    assert weights.mean().item() == pytest.approx(weights.max().item() / 2, rel=0.01)
 
 
 @pytest.mark.parametrize(("options", "message"), [({"kind": "x"}, "kind: expected irn"), ({"radius": 1}, "radius")])

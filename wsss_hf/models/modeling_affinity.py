@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +127,12 @@ class AffinityNetwork(PortableModel):
             for module in part.modules():
                 if isinstance(module, nn.Conv2d | nn.GroupNorm):
                     module.reset_parameters()
+        if self.config.kind == "affinitynet":  # whose features, in the released programs, differ from the start
+            layers: Any = (*self.branches, self.head)
+            *branches, head = (layer[0].weight for layer in layers)
+            for weight in branches:
+                nn.init.kaiming_normal_(weight)
+            nn.init.xavier_uniform_(head, gain=4)
 
     def train(self, mode: bool = True):
         super().train(mode)

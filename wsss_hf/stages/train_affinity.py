@@ -37,7 +37,7 @@ from .fingerprint import digest, model_fingerprint, row_fingerprints, rows_finge
 from .results import TrainedModel
 from .shards import compute_shards
 
-VERSION = 2
+VERSION = 3
 _COLUMNS = ("image_id", "tags", "image")
 _LABELS = "certain_labels"
 _FEATURES = Features({_LABELS: ImageFeature(), "objects": Value("float64"), "background": Value("float64")})
