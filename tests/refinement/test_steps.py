@@ -6,8 +6,9 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from wsss_hf import AffinityConfig, AffinityNetwork
+from wsss_hf import AffinityConfig, AffinityNetwork, WsssImageProcessor
 from wsss_hf.models.options import OptionError
 from wsss_hf.models.pamr import pamr
 from wsss_hf.refinement import matting
@@ -161,6 +162,22 @@ def test_the_network_of_a_walk_sees_a_thin_picture_as_it_is(height, walk, monkey
     assert pixels.shape[2] < pixels.shape[3]
     expected = torch.tensor([1.0, -0.6, -1.0])[:, None, None].expand_as(pixels[0])  # (value / 255 - 0.5) / 0.5
     torch.testing.assert_close(pixels[0], expected)
+
+
+@torch.no_grad()
+def test_walked_maps_are_divided_by_their_maximum_unless_the_background_walks_along(scores, image, walk):
+    folder = walk["walk"]["model"]
+    network, processor = AffinityNetwork.from_pretrained(folder).eval(), WsssImageProcessor.from_pretrained(folder)
+    pixels = processor(images=[Image.fromarray(image)], return_tensors="pt")["pixel_values"]
+    walked = network.walk(pixels, scores[None, 1:], radius=3, power=10, steps=8)[0]
+    found = refine([walk], scores, image)
+    assert torch.equal(found[0], scores[0])
+    torch.testing.assert_close(found[1:], walked / walked.amax(dim=(1, 2), keepdim=True), atol=1e-4, rtol=0)
+    background = (1 - scores[1:].amax(dim=0)) ** 6
+    with_background = torch.cat([background[None], scores[1:]])
+    expected = network.walk(pixels, with_background[None], radius=3, power=10, steps=8)[0]
+    found = refine([{"walk": walk["walk"] | {"background_alpha": 6.0}}], scores, image)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_what_else_is_refined_on_a_cpu_changes_no_bit(scores, image, walk):

@@ -11,6 +11,7 @@ from wsss_hf.inference.load import load_labeler
 from wsss_hf.pseudo_labels.affinity_labels import certain_labels
 from wsss_hf.pseudo_labels.label_images import label_images
 from wsss_hf.refinement import steps as steps_module
+from wsss_hf.refinement.crf import refine_labels
 from wsss_hf.refinement.steps import RefinementError, build_refinement
 from wsss_hf.stages import train_affinity as module
 from wsss_hf.stages.evaluate import evaluate
@@ -108,6 +109,34 @@ def test_affinitynets_labels_are_background_where_both_claim_a_pixel(toy_data, c
         expected = np.where(is_background, 0, np.where(is_object, best, 255))
         # Where both scores are within rounding of each other either label is right.
         np.testing.assert_array_equal(labels[found.index], expected)
+
+
+def test_irns_labels_are_what_the_crf_makes_of_both_thresholds(toy_data, cam_folder, recipe):
+    pytest.importorskip("pydensecrf")
+    thresholds = {"foreground_threshold": 0.5, "background_threshold": 0.3}
+    recipe = recipe.changed(*(f"affinity.{name}={value}" for name, value in thresholds.items()))
+    model, processor = load_labeler(str(cam_folder), "cpu")
+    rows, refine = toy_data["train"].select([0, 1, 2]), build_refinement([])
+    rows = rows.map(lambda row, i: {"tags": row["tags"] if i else []}, with_indices=True, load_from_cache_file=False)
+    plain = dict(certain_labels(model, processor, rows, recipe.masks, recipe.affinity, refine))
+    recipe = recipe.changed("affinity.label_confidence=0.7")
+    labels = dict(certain_labels(model, processor, rows, recipe.masks, recipe.affinity, refine))
+    for found in label_images(model, processor, rows, recipe.changed("masks.refine=[]").masks):
+        expected = np.zeros_like(labels[found.index])
+        if len(found.classes):
+            best, largest = found.classes[found.maps.argmax(axis=0)] + 1, found.maps.max(axis=0)
+            objects, others = (
+                refine_labels(
+                    np.where(largest > threshold, best, 0).astype(np.uint8),
+                    np.asarray(found.image),
+                    len(found.classes) + 1,
+                    0.7,
+                )
+                for threshold in thresholds.values()
+            )
+            expected = np.where(objects > 0, objects, np.where(others == 0, 0, 255))
+        np.testing.assert_array_equal(labels[found.index], expected)
+    assert any((labels[index] != plain[index]).any() for index in plain)
 
 
 @pytest.mark.parametrize("alphas", ["null", "[4, 24]"])
