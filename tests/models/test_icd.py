@@ -71,7 +71,7 @@ def test_superpixels_match_the_released_program(reference):
 def test_top_down_gradient_matches_the_released_program(reference):
     logits = reference["top_down_logits"].clone().requires_grad_()
     icd.top_down_loss(logits, reference["superpixel_refined"], reference["tags"]).backward()
-    torch.testing.assert_close(logits.grad, reference["top_down_grad"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits.grad, reference["top_down_grad"], rtol=0, atol=1e-6)  # up to 0.01
 
 
 def test_directions_converge_to_the_first_principal_direction():
