@@ -156,6 +156,28 @@ def test_a_file_that_ends_too_early_is_no_unexplained_abort(capsys, monkeypatch)
     assert stopped.value.code == 1 and capsys.readouterr().err.strip() == "error: weights.pt: ran out of input"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB",
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried …",
+    ],
+)
+def test_a_batch_that_does_not_fit_says_what_to_set(capsys, monkeypatch, words):
+    monkeypatch.delenv("WSSS_TRACEBACK", raising=False)
+    app = typer.Typer()
+
+    @app.command()
+    def label():
+        raise RuntimeError(words)
+
+    with pytest.raises(SystemExit) as stopped:
+        run_app(app, [])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and said.count("\n") == 1
+    assert said.startswith("error: a batch does not fit into memory; a smaller masks.batch_size, ")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="there is no such signal")
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])

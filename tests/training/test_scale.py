@@ -236,6 +236,15 @@ def test_a_batch_that_does_not_fit_says_what_to_set(tmp_path):
         train(Huge(), Points(), tmp_path, accumulate=4)
 
 
+def test_the_optimisers_state_may_be_what_does_not_fit(tmp_path, monkeypatch):
+    def step(*_arguments, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(TrainingError, match="4 images at a time do not fit into the memory of cpu in epoch 1, step 1"):
+        train(Line(), Points(), tmp_path, optimizer="adamw")
+
+
 # Broken off
 
 

@@ -19,6 +19,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl.h
 _ACCELERATE = ("launch", "launch.py", "accelerate-launch", "accelerate.commands.launch")
 _LAUNCHERS = (*_ACCELERATE, "torchrun", "torch.distributed.run", "torch.distributed.elastic.multiprocessing")
+_NO_MEMORY = (
+    "a batch does not fit into memory; a smaller masks.batch_size, evaluation.batch_size … (of predict: --batch-size) "
+    "or smaller images need less"
+)
 
 
 class Interrupted(BaseException):
@@ -74,12 +78,23 @@ def _is_for_users(error: Exception) -> bool:
     if isinstance(error, ValueError | OSError | EOFError | ImportError):  # a library that is missing, too
         return True
     # The last two: damaged weights and rows, and full disks, as their libraries say it.
-    return type(error).__name__ in ("TrainingError", "CompareError", "SafetensorError", "DatasetGenerationError")
+    named = type(error).__name__ in ("TrainingError", "CompareError", "SafetensorError", "DatasetGenerationError")
+    return named or _is_out_of_memory(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if not isinstance(error, RuntimeError):
+        return False
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error)
 
 
 def _reason(error: BaseException) -> str:
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__  # which says why
+    if _is_out_of_memory(error):
+        return _NO_MEMORY
     text = str(error).strip()
     if " in DataLoader worker process " in text.partition("\n")[0]:  # then torch's report, with the error at its end
         text = text.splitlines()[-1].partition(": ")[2]

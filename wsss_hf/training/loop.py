@@ -175,10 +175,15 @@ class Training:
         begin, started = self.step, time.perf_counter()
         self._train_mode()
         for number, batch in enumerate(self._batches(epoch, first, steps), first * self._micro_batches):
-            with self.accelerator.accumulate(self.model):
-                self._add_gradients(batch, epoch, number)
-                if self.accelerator.sync_gradients:
-                    self._update_weights()
+            try:
+                with self.accelerator.accumulate(self.model):
+                    self._add_gradients(batch, epoch, number)
+                    if self.accelerator.sync_gradients:
+                        self._update_weights()
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                raise TrainingError(self._too_large(find_batch_size(batch), epoch)) from error
             if not self.accelerator.sync_gradients:
                 continue
             done = self.step - epoch * self.steps_per_epoch
@@ -232,16 +237,11 @@ class Training:
         set_seed(int(np.random.SeedSequence((self.seed, epoch, place)).generate_state(1)[0]))
         if hasattr(self.inner, "progress"):
             self.inner.progress = self.step / self.total_steps
-        try:
-            output = self.model(**batch)
-            weight = getattr(output, "weight", None) if self._weighs else None
-            counted = images if weight is None else images * weight
-            # Gradients are averaged over the parts; those with an image less count less.
-            self.accelerator.backward(output.loss * (counted * self.parts / self.batch_size))
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                raise
-            raise TrainingError(self._too_large(images, epoch)) from error
+        output = self.model(**batch)
+        weight = getattr(output, "weight", None) if self._weighs else None
+        counted = images if weight is None else images * weight
+        # Gradients are averaged over the parts; those with an image less count less.
+        self.accelerator.backward(output.loss * (counted * self.parts / self.batch_size))
         losses = getattr(output, "losses", None) or {"loss": output.loss}
         values = {name: loss.detach().float() for name, loss in losses.items()}
         for name, value in (values | {"images": torch.ones_like(output.loss.detach().float())}).items():
