@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import signal
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,13 +15,14 @@ from accelerate.state import AcceleratorState
 from test_loop import Killed, Line, Mortal, Points, assert_same_weights, figures, settings, tagged_examples
 from torch import nn
 
+from wsss_hf.cli.launch import _join_processes
 from wsss_hf.data.examples import StreamedExamples
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.configuration_segmenter import SegmenterConfig
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.settings import RecipeError
-from wsss_hf.training import checkpoints
+from wsss_hf.training import checkpoints, loop
 from wsss_hf.training.launcher import build_accelerator
 from wsss_hf.training.loop import Training, TrainingError
 from wsss_hf.training.losses import SegmentationObjective, build_loss
@@ -194,6 +197,27 @@ def test_what_two_processes_can_not_share_is_refused(tmp_path, in_processes, cou
             raise error
 
 
+def test_processes_on_gpus_share_the_statistics_of_norms_that_learn(cam_folder):
+    model = CamClassifier.from_pretrained(cam_folder)
+    count = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    gpus = SimpleNamespace(use_distributed=True, device=torch.device("cuda", 0))
+    synced = loop._with_synced_norms(model, gpus)
+    norms = [module for module in synced.modules() if isinstance(module, nn.SyncBatchNorm)]
+    assert len(norms) == count > 0
+    loop.freeze_batch_norm(synced.train())  # what is kept waits for nobody
+    assert not any(norm.training for norm in norms)
+
+
+@pytest.mark.parametrize("meet", [lambda: build_accelerator(settings()), _join_processes], ids=["python", "command"])
+def test_processes_wait_for_each_other_for_hours(in_processes, meet):
+    def work():
+        meet()
+        group = torch.distributed.group.WORLD
+        return group._get_backend(torch.device("cpu")).options._timeout
+
+    assert in_processes(work) == [timedelta(hours=6)] * 2
+
+
 def test_fewer_images_than_a_batch_make_fewer_micro_batches(tmp_path):
     model = Line()
     train(model, Points(3), tmp_path, epochs=1, accumulate=4)
@@ -289,6 +313,28 @@ def network():
     """A CAM classifier whose methods keep running means and draw random numbers."""
     torch.manual_seed(0)
     return CamClassifier(CamConfig(backbone_config=TINY, id2label=dict(enumerate("abcdefgh")), **METHODS))
+
+
+@pytest.mark.slow
+def test_a_classifier_learns_alike_in_micro_batches_and_processes(toy_data, tmp_path, in_processes):
+    """What compares no images: of one process and two, each micro-batch holds the same ones."""
+    torch.manual_seed(0)
+    seam = {"projections": [8, 8], "embedding": 8}
+    start = CamClassifier(CamConfig(backbone_config=TINY, id2label=dict(enumerate("abcdefgh")), drs={}, seam=seam))
+
+    def work(folder, accumulate):
+        model = copy.deepcopy(start)
+        examples = tagged_examples(toy_data)
+        history = train(model, examples, tmp_path / folder, epochs=2, batch_size=8, lr=1e-2, accumulate=accumulate)
+        return {name: value.tolist() for name, value in model.state_dict().items()}, figures(history)
+
+    alone, wanted = work("alone", 4)
+    assert alone["classifier.weight"] != start.state_dict()["classifier.weight"].tolist()
+    for found, history in in_processes(lambda: work("two", 2)):
+        for name, value in alone.items():
+            torch.testing.assert_close(torch.tensor(found[name]), torch.tensor(value), atol=1e-5, rtol=0, msg=name)
+        for record, expected in zip(history, wanted, strict=True):
+            assert record == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

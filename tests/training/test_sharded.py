@@ -1,6 +1,7 @@
 """Weights shared out over processes (FSDP2, on the CPU), and the configuration files for the launcher."""
 
 import os
+import shutil
 import signal
 from importlib import resources
 from unittest import mock
@@ -141,10 +142,15 @@ def test_a_sharded_training_goes_on_from_its_checkpoint(toy_data, tmp_path, in_p
     unbroken, _ = in_processes(lambda: work(tmp_path / "unbroken"))
     stops = in_processes(lambda: work(tmp_path / "broken", stop=True))
     assert [stop.code for stop in stops] == [75, 75]
+    shutil.copytree(tmp_path / "broken", tmp_path / "other")
     resumed, _ = in_processes(lambda: work(tmp_path / "broken"))
     assert resumed[2] == [1] and resumed[1] == unbroken[1]
     for record, wanted in zip(resumed[0], unbroken[0], strict=True):
         assert record == pytest.approx(wanted, rel=1e-6)
+    _, weights, epochs = in_processes(lambda: work(tmp_path / "other"), 3)[0]
+    assert epochs == [1]
+    for name, value in unbroken[1].items():
+        torch.testing.assert_close(torch.tensor(weights[name]), torch.tensor(value), rtol=0, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow
