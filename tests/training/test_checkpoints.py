@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from accelerate.state import AcceleratorState
 from kills import every_kill
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
 from wsss_hf.training import checkpoints
 from wsss_hf.training.checkpoints import CheckpointError, newest, resume, save
@@ -182,6 +184,17 @@ def test_no_code_of_a_checkpoint_is_run(folder, tmp_path, file, listed):
     assert not (tmp_path / "OWNED").exists()
 
 
+def test_no_code_in_the_records_of_shards_is_run(folder, tmp_path):
+    """Which torch opens as any pickle where FSDP's checkpoints are sharded."""
+    checkpoint = folder / "step-00000003"
+    (checkpoint / "optimizer_0").mkdir()
+    (checkpoint / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(Poison(tmp_path / "OWNED")))
+    (checkpoint / "files.json").write_text(json.dumps({"run": "", "files": checkpoints._contents(checkpoint)}))
+    with pytest.raises(CheckpointError, match="is no record of a shard"):
+        resume(Training().accelerator, folder)
+    assert not (tmp_path / "OWNED").exists()
+
+
 def test_an_object_whose_state_would_be_a_pickle_is_refused(tmp_path):
     training = Training()
     training.accelerator.register_for_checkpointing(torch.optim.lr_scheduler.ConstantLR(training.optimizer.optimizer))
@@ -209,7 +222,10 @@ def test_a_checkpoint_of_another_run_is_not_taken(folder, capsys):
     assert newest(folder, "seed 1").name == "step-00000004" and newest(folder, "").name == "step-00000003"
 
 
-@pytest.mark.parametrize("error", [SafetensorError("No space left on device"), RuntimeError("enforce fail at inline")])
+FULL = RuntimeError("enforce fail at inline")
+
+
+@pytest.mark.parametrize("error", [SafetensorError("enforce fail"), FULL, CheckpointException("", {0: (FULL, None)})])
 def test_a_full_disk_is_an_error_of_the_system(folder, monkeypatch, error):
     training = Training()
 
@@ -217,7 +233,7 @@ def test_a_full_disk_is_an_error_of_the_system(folder, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(training.accelerator, "save_state", full)
-    with pytest.raises(OSError, match=rf"{folder}/step-00000004.new: can't be written \({error}\)"):
+    with pytest.raises(OSError, match=rf"{folder}/step-00000004.new: can't be written \(enforce fail"):
         save(training.accelerator, folder, 4, {})
     assert newest(folder).name == "step-00000003"
 

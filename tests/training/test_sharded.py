@@ -21,6 +21,7 @@ from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.settings import RecipeError
 from wsss_hf.training import train as train_module
+from wsss_hf.training.checkpoints import newest
 from wsss_hf.training.launcher import build_accelerator
 from wsss_hf.training.loop import Training
 from wsss_hf.training.losses import SegmentationObjective, build_loss
@@ -42,7 +43,7 @@ def sharding(wanted):
         fsdp_version=2,
         auto_wrap_policy="no_wrap",
         cpu_ram_efficient_loading=False,
-        state_dict_type="FULL_STATE_DICT",
+        state_dict_type="SHARDED_STATE_DICT",
     )
     if wanted.mixed_precision != "no":
         plugin.set_mixed_precision(wanted.mixed_precision)
@@ -143,6 +144,7 @@ def test_a_sharded_training_goes_on_from_its_checkpoint(toy_data, tmp_path, in_p
     stops = in_processes(lambda: work(tmp_path / "broken", stop=True))
     assert [stop.code for stop in stops] == [75, 75]
     shutil.copytree(tmp_path / "broken", tmp_path / "other")
+    assert len(list(newest(tmp_path / "other" / "checkpoints").glob("optimizer_0/*.distcp"))) == 2  # of each its own
     resumed, _ = in_processes(lambda: work(tmp_path / "broken"))
     assert resumed[2] == [1] and resumed[1] == unbroken[1]
     for record, wanted in zip(resumed[0], unbroken[0], strict=True):
@@ -179,4 +181,4 @@ def test_the_launcher_reads_the_packaged_configurations(name, kind):
     with mock.patch.dict(os.environ, environment):
         plugin = FullyShardedDataParallelPlugin()
     assert (plugin.fsdp_version, plugin.cpu_ram_efficient_loading) == (2, False)
-    assert plugin.state_dict_type.name == "FULL_STATE_DICT" and plugin.auto_wrap_policy is None
+    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT" and plugin.auto_wrap_policy is None

@@ -6,7 +6,7 @@
 A checkpoint is written under another name, forced to disk and renamed; the one before stays beside it. `files.json`
 holds the size and digest of every file, so that a damaged checkpoint is recognised before anything of it is loaded.
 No pickle is opened that could run code: Accelerate reads what it wrote with `weights_only`, except for objects of
-`register_for_checkpointing`, which are refused here; DeepSpeed is made to.
+`register_for_checkpointing`, which are refused here; DeepSpeed and torch's sharded state dicts are made to.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from ..files import file_digest, sync, sync_tree
 from ..progress import say
 
 _PROGRESS_FILE, _MANIFEST_FILE = "progress.json", "files.json"
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, pickle.PickleError, SafetensorError)
+_UNREADABLE = (
+    *(OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, pickle.PickleError, SafetensorError),
+    CheckpointException,  # of torch's shards, and no Exception
+)
 
 
 class CheckpointError(ValueError):
@@ -61,7 +65,7 @@ def save(
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(fresh))
-    except (RuntimeError, SafetensorError) as error:  # a full disk, as libraries in C++ and Rust say it
+    except (RuntimeError, SafetensorError, CheckpointException) as error:  # a full disk, as libraries say it
         raise OSError(f"{fresh}: can't be written ({_words(error)})") from error
     accelerator.wait_for_everyone()
     if any(fresh.glob("custom_checkpoint_*")):
@@ -105,7 +109,10 @@ def resume(accelerator: Accelerator, folder: Path, run: str = "") -> dict[str, A
                 f"{checkpoint}: expected {written_by} processes, as DeepSpeed has written it, got "
                 f"{accelerator.num_processes}"
             )
-        with _weights_only() if deepspeed else nullcontext():
+        for shards in checkpoint.rglob(".metadata"):  # which torch opens as any pickle
+            with shards.open("rb") as file:
+                _ShardRecords(file).load()
+        with _weights_only(deepspeed):
             accelerator.load_state(str(checkpoint))
     except CheckpointError:
         raise
@@ -117,18 +124,41 @@ def resume(accelerator: Accelerator, folder: Path, run: str = "") -> dict[str, A
     return progress
 
 
-@contextmanager
-def _weights_only() -> Iterator[None]:
-    """DeepSpeed opens its files as any pickle; here they may hold numbers and its own records only."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+class _ShardRecords(pickle.Unpickler):
+    """Reads what torch says about the shards of a state dict: which tensors, how large, in which file."""
 
+    _known = {
+        "pathlib": {"PosixPath"},
+        "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.distributed.checkpoint.metadata": {
+            *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
+            *("TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+        },
+        "torch.serialization": {"_get_layout"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self._known.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name} is no record of a shard")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def _weights_only(deepspeed: bool) -> Iterator[None]:
+    """Libraries open some files as any pickle; here they may hold numbers and DeepSpeed's own records only."""
+    records: list = []
+    if deepspeed:
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        records = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
     variable = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(variable)
     os.environ[variable] = "1"
     try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(records):
             yield
     finally:
         os.environ.pop(variable)
@@ -136,7 +166,9 @@ def _weights_only() -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _words(error: Exception) -> str:
+def _words(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):  # whose words are the tracebacks of all processes
+        error = next(failure for failure, _ in error.failures.values())
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
