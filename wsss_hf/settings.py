@@ -106,6 +106,13 @@ class TrainSettings(Options):
     flip: float = option(0.5, "Probability of the mirror image.", at_least=0, at_most=1)
     color_jitter: float = option(0.2, "Brightness, contrast and saturation by 1 ± this.", at_least=0, below=1)
     hue_jitter: float = option(0.0, "Hue by ± this, in turns of the colour circle.", at_least=0, at_most=0.5)
+    views: int | None = option(
+        None,
+        "Different crops of each image, which epochs show in turn; 0: new ones in every epoch; null: 1 with "
+        "backbone_lr_factor 0, else 0. What a frozen backbone makes of them is computed once and kept on disk until "
+        "the training is done.",
+        at_least=0,
+    )
     workers: int = speed(0, "Processes that load images, for each training process.", at_least=0)
     save_steps: int = speed(0, "Steps between checkpoints, beside those after each epoch; 0: none.", at_least=0)
     save_minutes: float = speed(10.0, "Minutes between checkpoints, likewise.", at_least=0)

@@ -45,10 +45,15 @@ class TaggedExamples(torch.utils.data.Dataset):
     (seed, epoch, i) alone, so they are the same for any number of workers and processes. With `mask_column`, rows
     without a mask are left out.
 
+    Attributes:
+        views: crops of an image, which epochs show in turn; 0 makes new ones in every epoch.
+
     Raises:
         DataError: a column does not exist or holds no mask, a file does not decode, or a mask, confidence or saliency
             does not fit its image or the classes.
     """
+
+    views = 0
 
     def __init__(
         self,
@@ -81,7 +86,7 @@ class TaggedExamples(torch.utils.data.Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see the new epoch
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(epoch % self.views if self.views else epoch)
 
     def __len__(self) -> int:
         return len(self.rows)

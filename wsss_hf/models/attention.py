@@ -156,6 +156,7 @@ class AttentionAffinity(Method):
         self.attentions = PatchAttentions(backbone, layers, every_head=config.learn_heads)
         heads = layers * backbone.body.config.num_attention_heads
         self.head_weights = HeadWeights(heads, config.reduction) if config.learn_heads else None
+        self.stages_suffice = not config.learn_heads
 
     def reset_parameters(self):
         if self.head_weights is not None:

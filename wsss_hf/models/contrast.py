@@ -199,6 +199,7 @@ class Contrast(Method):
     the losses train the projection and the network up to its last features.
     """
 
+    stages_suffice = True
     paper = (
         "Du, Fu, Liu and Wang, “Weakly Supervised Semantic Segmentation by Pixel-to-Prototype Contrast”, CVPR 2022."
     )

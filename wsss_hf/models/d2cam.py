@@ -213,6 +213,7 @@ class D2cam(Method):
     """
 
     scheduled = True  # all weights ramp up
+    stages_suffice = True
     prototypes: Tensor
     seen: Tensor
     paper = (

@@ -317,6 +317,7 @@ class Icd(Method):
     """
 
     scheduled = True  # the top-down weight ramps up
+    stages_suffice = True
     running_means: Tensor
     paper = (
         "Fan, Zhang, Song and Tan, “Learning Integral Objects with Intra-Class Discriminator for Weakly-Supervised"

@@ -110,6 +110,8 @@ class Method(nn.Module):
             without gradient: its memory is free again before the others keep their activations.
         scheduled: True if its losses depend on `step.progress`; a training that never sets the model's progress then
             gets a warning.
+        stages_suffice: True if training needs no more of the backbone than the stage maps of the images, and of views
+            of them that never change. What a frozen backbone makes of an image is then computed once.
         paper: where it was published, for the cards of models trained with it.
     """
 
@@ -117,6 +119,7 @@ class Method(nn.Module):
     config: Any  # its options
     leads: ClassVar[bool] = False
     scheduled: ClassVar[bool] = False
+    stages_suffice: bool = False
     paper: ClassVar[str | None] = None
 
     def __init__(self, config, backbone: Backbone, num_classes: int):

@@ -220,6 +220,7 @@ class Seam(Method):
     The classification loss becomes the mean of both views.
     """
 
+    stages_suffice = True
     paper = (
         "Wang, Zhang, Kan, Shan and Chen, “Self-supervised Equivariant Attention Mechanism for Weakly Supervised "
         "Semantic Segmentation”, CVPR 2020."

@@ -112,6 +112,7 @@ class Toco(Method):
     maximum, and labels patches by the mean of six views. It teaches the contrast, which never teaches it.
     """
 
+    stages_suffice = True
     paper = "Ru, Zheng, Zhan and Du, “Token Contrast for Weakly-Supervised Semantic Segmentation”, CVPR 2023."
 
     def __init__(self, config: TocoConfig, backbone: Backbone, num_classes: int):

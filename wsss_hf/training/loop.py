@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,10 @@ class Training:
         self.batch_size, self.parts = _shares(settings, accelerator, count)
         self.steps_per_epoch = count // self.batch_size
         self.total_steps = settings.steps or settings.epochs * self.steps_per_epoch
+        frozen = settings.backbone_lr_factor == 0 and not self.is_streamed
+        self.views: int = int(frozen) if settings.views is None else settings.views
+        if hasattr(examples, "views"):
+            examples.views = self.views
         self.step = 0  # optimiser steps that are done
         self.history: list[dict] = []
         self._saved_step, self._saved_at = 0, time.monotonic()  # the newest checkpoint
@@ -150,7 +155,7 @@ class Training:
             TrainingError: the loss is not finite, a batch does not fit into memory, or a checkpoint can't be written.
             Preempted: a batch system asked for the end; a checkpoint was written.
         """
-        with ending_together(self.accelerator, self.folder):
+        with ending_together(self.accelerator, self.folder), self._features_kept():
             self._resume()
             log = TrainingLog(self.accelerator, self.folder, self.title, self.settings, self.step)
             with Preemption() as preemption, Progress(self.title, self.total_steps) as progress, log:
@@ -167,6 +172,15 @@ class Training:
                 for weight, mean in zip(self.inner.parameters(), self.average.module.parameters(), strict=True):
                     weight.copy_(mean)
         return self.history
+
+    def _features_kept(self) -> AbstractContextManager:
+        """What a frozen backbone makes of views that come again is computed once."""
+        epochs = -(-self.total_steps // self.steps_per_epoch)
+        if not 0 < self.views < epochs or is_sharded(self.accelerator) or self.settings.compile:
+            return nullcontext()
+        from .kept_features import kept_features  # for these trainings alone
+
+        return kept_features(self.inner, self.folder / "features")
 
     def _run_epoch(self, progress: Progress, log: TrainingLog, preemption: Preemption) -> None:
         epoch, first = divmod(self.step, self.steps_per_epoch)
@@ -397,6 +411,8 @@ def _images_of_stream(settings: TrainSettings, accelerator: Accelerator) -> int:
     """That its only epoch has."""
     if not settings.steps:
         raise RecipeError("train.steps: expected a number of steps for data that are streamed, got 0")
+    if settings.views:
+        raise RecipeError(f"train.views: expected 0 or null for data that are streamed, got {settings.views}")
     parts = accelerator.num_processes * settings.accumulate
     if settings.batch_size % parts:
         raise RecipeError(
