@@ -1,12 +1,13 @@
 import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
-from datasets import DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 from PIL import Image
 
 from wsss_hf.data.folder import load_folder
-from wsss_hf.data.saving import save_data
+from wsss_hf.data.saving import save_data, write_parquet
 from wsss_hf.data.sources import load_data
 from wsss_hf.data.tagged import DataError, undecoded
 
@@ -68,3 +69,14 @@ def test_rows_without_a_map_stay_without_one_and_bytes_stay_bytes(photos, toy_da
     assert [mask is None for mask in saved["train"]["mask"]] == [False, True, True]
     assert saved["train"]["mask"][0].size == (60, 60)
     assert same_images(saved["val"], toy_data["val"])
+
+
+def test_parquet_files_hold_the_images_in_small_groups_and_are_equal_to_the_byte(photos, tmp_path):
+    data = load_folder(photos)["train"].select([0, 1, 2] * 80)
+    for name in ("first.parquet", "second.parquet"):
+        write_parquet(data, tmp_path / name)
+    assert (tmp_path / "first.parquet").read_bytes() == (tmp_path / "second.parquet").read_bytes()
+    assert pq.ParquetFile(tmp_path / "first.parquet").num_row_groups == 3
+    rows = Dataset.from_parquet(str(tmp_path / "first.parquet"), cache_dir=str(tmp_path / "cache"))
+    shutil.rmtree(photos / "dog")
+    assert rows.features == data.features and len(rows) == 240 and rows[239]["image"].size == (60, 60)

@@ -1,6 +1,6 @@
 """A Hub on this machine: what the real `huggingface_hub` client needs to create, push and load repositories.
 
-Files are sent the regular way, inside the commit; there is no LFS and no Xet storage.
+Parquet files go to its LFS storage, all others are sent inside the commit. There is no Xet storage.
 """
 
 from __future__ import annotations
@@ -60,6 +60,10 @@ class LoopbackHub:
         repositories: ("model" | "dataset" | "space", id) → repository.
         requests: (method, path) of every request, in order.
         uploads: paths of the files that commits brought, in order.
+        objects: the LFS storage, SHA-256 → content; also of what no commit has.
+        object_uploads: SHA-256 of all that was sent there, in order.
+        large: endings of the files that belong there.
+        room: how many objects it takes; None is any number.
         cut_commits: break the connection in the middle of every commit.
         refusal: the body of the answer 400 to every card; None looks at them.
     """
@@ -68,6 +72,10 @@ class LoopbackHub:
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[tuple[str, str]] = []
         self.uploads: list[str] = []
+        self.objects: dict[str, bytes] = {}
+        self.object_uploads: list[str] = []
+        self.large: tuple[str, ...] = (".parquet",)
+        self.room: int | None = None
         self.cut_commits = False
         self.refusal: bytes | None = None
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -111,6 +119,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._json({"type": "user", "name": OWNER, "orgs": []})
             if path == "/api/repos/create":
                 return self._create()
+            if path.startswith("/lfs/"):  # the address is the permission
+                return self._store(path.removeprefix("/lfs/"))
+            batch = re.fullmatch(r"/(datasets/|spaces/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path)
+            if batch:
+                self._repository((batch[1] or "models/")[:-2], batch[2])
+                return self._lfs_batch()
             api = re.fullmatch(r"/api/(model|dataset|space)s/([^/]+/[^/]+)(?:/([a-z-]+)(?:/(.*))?)?", path)
             if api:
                 # A revision is one part of the path, its slashes quoted; what comes after it is a path.
@@ -240,12 +254,30 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = json.loads(self._body())["files"]
         self._need(self.signed_in, 401, "", "Invalid credentials in Authorization header")
         held = repository.commits[self._commit_of(repository, revision)]
-        oids = {name: git_oid(content) for name, content in held.items()}
-        answers = [
-            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": oids.get(file["path"])}
-            for file in wanted
-        ]
+        answers = []
+        for name in (file["path"] for file in wanted):
+            is_large = name.endswith(self.hub.large)
+            answer = {"path": name, "uploadMode": "lfs" if is_large else "regular", "shouldIgnore": False, "oid": None}
+            if name in held:
+                answer["oid"] = hashlib.sha256(held[name]).hexdigest() if is_large else git_oid(held[name])
+            answers.append(answer)
         self._json({"files": answers})
+
+    def _lfs_batch(self):
+        wanted = json.loads(self._body())["objects"]
+        self._need(self.signed_in, 401, "", "Invalid credentials in Authorization header")
+        for entry in wanted:
+            if entry["oid"] not in self.hub.objects:
+                entry["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{entry['oid']}"}}
+        self._json({"transfer": "basic", "objects": wanted})
+
+    def _store(self, oid: str):
+        content = self._body()
+        self._need(len(self.hub.objects) != self.hub.room, 507, "", "no room is left")
+        self._need(hashlib.sha256(content).hexdigest() == oid, 400, "", "other content than was announced")
+        self.hub.object_uploads.append(oid)
+        self.hub.objects[oid] = content
+        self._json({})
 
     def _api_commit(self, repository: Repository, repo_id: str, revision: str, _below: str):
         if self.hub.cut_commits:
@@ -264,6 +296,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._need(parent in (None, repository.oid(revision)), 412, "", "A commit has happened since.")
             elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+                self.hub.uploads.append(value["path"])
+            elif line["key"] == "lfsFile":
+                self._need(value["oid"] in self.hub.objects, 400, "", f"{value['path']}: no such object")
+                files[value["path"]] = self.hub.objects[value["oid"]]
                 self.hub.uploads.append(value["path"])
             elif line["key"] == "deletedFile":
                 del files[value["path"]]

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from library import has_segformers_processor, needs_segformers_processor
 from loopback_hub import TOKEN
 from PIL import Image
@@ -388,7 +389,7 @@ def test_weights_that_do_not_fit_are_refused(hub, run_folder):
     assert not hub.repositories
 
 
-@pytest.mark.parametrize("trick", ["link", "kind", "token"])
+@pytest.mark.parametrize("trick", ["link", "kind", "token", "late token"])
 def test_only_files_of_a_model_are_sent(hub, tmp_path, trick):
     folder = tmp_path / "staged"
     folder.mkdir()
@@ -399,10 +400,20 @@ def test_only_files_of_a_model_are_sent(hub, tmp_path, trick):
     elif trick == "kind":
         (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     else:
-        (folder / "config.json").write_text(json.dumps({"token": TOKEN}))
-    with pytest.raises(HubError, match="holds your Hub token" if trick == "token" else "expected a file of a model"):
+        before = " " * (2**20 - 20 if trick == "late token" else 0)  # files are read in blocks
+        (folder / "config.json").write_text(before + json.dumps({"token": TOKEN}))
+    with pytest.raises(HubError, match="holds your Hub token" if "token" in trick else "expected a file of a model"):
         push_folder(folder, "tester/pets", "model", "no")
     assert not hub.repositories
+
+
+@pytest.mark.parametrize("error", [ConnectionError, TimeoutError, RuntimeError])  # as Xet raises them
+def test_what_the_storage_of_large_files_says_is_named(hub, tmp_path, monkeypatch, error):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "train.parquet").write_bytes(b"PAR1")
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", mock.Mock(side_effect=error("reset by peer")))
+    with pytest.raises(HubError, match=r"tester/masks: the connection to the Hub broke \(reset by peer\)"):
+        push_folder(tmp_path, "tester/masks", "dataset", "no", large=[tmp_path / "train.parquet"])
 
 
 @pytest.mark.slow

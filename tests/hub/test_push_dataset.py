@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 
 import datasets.config
 import numpy as np
@@ -17,6 +18,7 @@ from wsss_hf.data.streams import load_stream
 from wsss_hf.data.tagged import DataError, class_names, undecoded
 from wsss_hf.hub import push as module
 from wsss_hf.hub.push import push_dataset
+from wsss_hf.hub.upload import HubError
 from wsss_hf.models.label_colors import mask_image
 
 
@@ -152,18 +154,69 @@ def test_images_that_the_data_set_only_names_are_pushed_with_it(hub, run_folder,
         push_dataset(run_folder, "tester/masks", licence="mit")
 
 
+@pytest.fixture
+def shards(run_folder, monkeypatch):
+    """Shards are so small that there are three; returns their names."""
+    size = num_bytes(load_from_disk(str(run_folder / "masks"))["train"])
+    monkeypatch.setattr(module, "SHARD_BYTES", 1 + size // 2)
+    return ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet", "val-00000-of-00001.parquet"]
+
+
+def test_one_shard_at_a_time_is_on_the_disk_and_one_commit_brings_all(hub, run_folder, shards, tmp_path, monkeypatch):
+    on_disk = []
+
+    class Storage(dict):
+        def __setitem__(self, oid, content):
+            on_disk.append([path.name for path in (tmp_path / "temporary").rglob("*.parquet")])
+            super().__setitem__(oid, content)
+
+    hub.objects = Storage()
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    push_dataset(run_folder, "tester/masks", licence="mit")
+    assert on_disk == [[name] for name in shards]
+    assert hub.repositories["dataset", "tester/masks"].messages[1:] == ["Push pseudo masks"]
+    assert {f"data/{name}" for name in shards} < set(hub.files("tester/masks", kind="dataset"))
+
+
 @pytest.mark.slow
-def test_large_data_go_first_and_the_card_last(hub, run_folder, toy_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "LARGE_BYTES", 0)
+def test_what_has_arrived_before_a_push_broke_is_not_sent_again(hub, run_folder, shards, capsys):
+    command = ["push", "--dataset", str(run_folder), "tester/masks"]
+    hub.room = 1
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and len(hub.objects) == 1
+    assert error.startswith("error: tester/masks: the Hub says: ") and error.count("\n") == 1
+    assert set(hub.files("tester/masks", kind="dataset")) == {".gitattributes"}
+    hub.room = None
+    with pytest.raises(SystemExit) as stopped:
+        main(command)
+    assert not stopped.value.code and "pushing: 16/16" in capsys.readouterr().err
+    assert len(hub.object_uploads) == len(set(hub.object_uploads)) == 3
+    assert hub.repositories["dataset", "tester/masks"].messages[1:] == ["Push pseudo masks"]
+
+
+def test_shards_that_are_too_small_for_the_storage_go_with_the_commit(hub, run_folder, shards):
+    hub.large = ()
     push_dataset(run_folder, "tester/masks", licence="mit")
-    assert [name.partition("-")[0] for name in hub.uploads[:2]] == ["data/train", "data/val"]
-    repository = hub.repositories["dataset", "tester/masks"]
-    assert repository.messages[1:] == ["Push pseudo masks: files", "Push pseudo masks"]
-    # Smaller shards take the place of the old ones.
-    monkeypatch.setattr(module, "SHARD_BYTES", 1 + num_bytes(load_from_disk(str(run_folder / "masks"))["train"]) // 2)
+    files = hub.files("tester/masks", kind="dataset")
+    assert not hub.objects and all(files[f"data/{name}"].startswith(b"PAR1") for name in shards)
+
+
+def test_a_licence_that_the_hub_does_not_know_comes_before_any_shard(hub, run_folder):
+    with pytest.raises(HubError, match="the Hub refuses its metadata"):
+        push_dataset(run_folder, "tester/masks", licence="my-own")
+    assert not hub.objects and not hub.repositories
+
+
+@pytest.mark.slow
+def test_larger_shards_take_the_place_of_smaller_ones(hub, run_folder, shards, toy_data, tmp_path, monkeypatch):
     push_dataset(run_folder, "tester/masks", licence="mit")
-    names = [name for name in hub.files("tester/masks", kind="dataset") if name.startswith("data/train")]
-    assert names == ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]
+    monkeypatch.setattr(module, "SHARD_BYTES", 2**30)
+    push_dataset(run_folder, "tester/masks", licence="mit")
+    names = [name for name in hub.files("tester/masks", kind="dataset") if name.startswith("data/")]
+    assert sorted(names) == ["data/train-00000-of-00001.parquet", "data/val-00000-of-00001.parquet"]
     rows = load_dataset("tester/masks", cache_dir=str(tmp_path / "cache"), token=TOKEN)
     assert rows["train"]["image_id"][:] == toy_data["train"]["image_id"][:]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from datasets import Image as ImageFeature
+from datasets.arrow_writer import ParquetWriter
 from datasets.table import embed_table_storage
 
 from .text import DataError
@@ -56,12 +57,15 @@ def num_bytes(rows: Dataset) -> int:
         raise DataError(f"data set: expected its image files, got no such file as {error.filename}") from error
 
 
-def with_embedded_images(rows: Dataset) -> Dataset:
-    """`rows`, in memory, with the contents of the image files that they name."""
-    embedded = rows.with_format("arrow").map(
-        embed_table_storage, batched=True, batch_size=_ROWS_AT_A_TIME, keep_in_memory=True
-    )
-    return embedded.with_format(None)
+def write_parquet(rows: Dataset, file: Path) -> None:
+    """Write rows with the contents of the image files that they name; the same rows give the same bytes.
+
+    Only the rows of one row group are in memory.
+    """
+    with ParquetWriter(features=rows.features, path=str(file), writer_batch_size=_ROWS_AT_A_TIME) as writer:
+        for table in rows.with_format("arrow").iter(_ROWS_AT_A_TIME):
+            writer.write_table(embed_table_storage(table))
+        writer.finalize()
 
 
 def _image_columns(rows: Dataset) -> list[str]:

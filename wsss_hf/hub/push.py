@@ -1,29 +1,28 @@
-"""Models and data sets → the Hub, in one commit each: a repository is whole, or it is what it was before.
-
-Large data sets are the exception: what has arrived is not sent again, and the card comes last.
-"""
+"""Models and data sets → the Hub, in one commit each: a repository is whole, or it is what it was before."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
-from datasets import load_from_disk
+from datasets import DatasetDict, load_from_disk
 from huggingface_hub import CommitInfo, HfApi
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from ..data.saving import num_bytes, with_embedded_images
+from ..data.saving import num_bytes, write_parquet
 from ..data.tagged import class_names
 from ..inference.weights import check_weights
 from ..models.image_processing_wsss import WsssImageProcessor
 from ..models.mask_classifiers import MASK_CLASSIFIERS, load_segmentation_model
 from ..models.modeling_affinity import AffinityNetwork
 from ..models.portable_model import PortableModel
+from ..progress import Progress
 from ..training.library_segmenter import of_one_shape
 from .cards import RUNS, CardSubject, affinity_card, dataset_card, model_card, short_card
 from .portable import portable_values
@@ -32,7 +31,6 @@ from .upload import HubError, Pushed, check_licence, checked_target, licence_the
 SEGMENTER_FOLDER, MASKS_FOLDER = "segmenter", "masks"  # inside a run's folder
 RESULTS_FILE, GALLERY_FILE, SETTINGS_FILE = "results.json", "gallery.png", "recipe.yaml"
 SHARD_BYTES = 500 * 2**20  # of a data set's Parquet files
-LARGE_BYTES = 5 * 2**30  # data sets above it go in several commits
 
 
 def push_model(
@@ -140,7 +138,8 @@ def push_dataset(
 ) -> Pushed:
     """Publish images with pseudo masks as Parquet files, which the Hub's viewer shows, with a card.
 
-    Image files that the data set names are read, and are in the Parquet files.
+    Image files that the data set names are read, and are in the Parquet files. These are made one by one, and each is
+    removed when it has arrived; what has arrived is not sent again after a push that broke off.
 
     Args:
         source: a run's folder (its `masks/` are meant), or the folder that `make-masks` wrote.
@@ -155,12 +154,7 @@ def push_dataset(
     with tempfile.TemporaryDirectory() as staging:
         staged = Path(staging)
         made, settings = _stage_results(folder, staged, pictures=False)
-        (staged / "data").mkdir()
-        for split, part in rows.items():
-            shards = max(1, -(-num_bytes(part) // SHARD_BYTES))
-            for index in range(shards):
-                name = f"{split}-{index:05d}-of-{shards:05d}.parquet"
-                with_embedded_images(part.shard(shards, index, contiguous=True)).to_parquet(staged / "data" / name)
+        counts = {split: max(1, -(-num_bytes(part) // SHARD_BYTES)) for split, part in rows.items()}
         licence = licence or licence_there(repo_id, "dataset", token)
         subject = CardSubject(
             repo_id=repo_id,
@@ -170,9 +164,21 @@ def push_dataset(
             licence=licence,
         )
         dataset_card(subject, rows, made).save(staged / "README.md")
-        is_large = sum(file.stat().st_size for file in (staged / "data").iterdir()) > LARGE_BYTES
-        first = "data/*" if is_large else None
-        return push_folder(staged, repo_id, "dataset", "Push pseudo masks", private, revision, token, first)
+        shards = _write_shards(rows, counts, staged / "data")
+        return push_folder(staged, repo_id, "dataset", "Push pseudo masks", private, revision, token, shards)
+
+
+def _write_shards(rows: DatasetDict, counts: dict[str, int], folder: Path) -> Iterator[Path]:
+    """Parquet files of the splits in `counts` shards, written when they are asked for."""
+    folder.mkdir()
+    with Progress("pushing", sum(map(len, rows.values())), unit="image") as progress:
+        for split, count in counts.items():
+            for index in range(count):
+                shard = rows[split].shard(count, index, contiguous=True)
+                file = folder / f"{split}-{index:05d}-of-{count:05d}.parquet"
+                write_parquet(shard, file)
+                yield file
+                progress.advance(len(shard))
 
 
 def _part_of(source: Path, part: str, mark: str) -> Path:

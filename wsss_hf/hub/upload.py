@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ def push_folder(
     private: bool = False,
     revision: str | None = None,
     token: str | None = None,
-    first: str | None = None,
+    large: Iterable[Path] = (),
     **create_options,
 ) -> Pushed:
     """Make the repository hold the files of `folder`, in one commit; files that it holds already are not sent.
@@ -66,12 +66,14 @@ def push_folder(
     Weights, code and data of ours that are no longer needed go in the same commit; foreign files stay.
 
     Args:
-        first: a pattern of files that go before the others, in as many commits as they need.
+        large: more files of the folder, which need not be there yet. Each goes to the Hub's storage, which takes
+            nothing twice and shows nothing before the commit, and is removed before the next one is asked for.
 
     Raises:
         HubError: a file that has no business there, or what the Hub said.
     """
-    files = _files_to_push(folder, token)
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    additions = [_addition(folder, path, token) for path in paths]
     api = HfApi(token=token)
     with _naming(repo_id):
         _check_card(folder / "README.md", repo_type)
@@ -83,21 +85,20 @@ def push_folder(
             raise HubError(f"{repo_id} is public already; --private makes new repositories private, no old ones")
         if revision is not None:
             api.create_branch(repo_id, branch=revision, repo_type=repo_type, exist_ok=True)
+    for path in large:
+        additions.append(_addition(folder, path, token))
+        with _naming(repo_id):
+            api.preupload_lfs_files(repo_id, additions[-1:], repo_type=repo_type, revision=revision)
+        if not additions[-1].path_or_fileobj:  # the Hub has it; a file of kilobytes it may want within the commit
+            path.unlink()
+    with _naming(repo_id):
         before: Any = api.repo_info(repo_id, repo_type=repo_type, revision=revision)
         held = [sibling.rfilename for sibling in before.siblings]
-        stale = [name for name in held if name not in files and _is_ours(name, repo_type)]
-        operations: list = [CommitOperationAdd(name, path) for name, path in files.items()]
-        operations += [CommitOperationDelete(name) for name in stale]
-        if first is not None:
-            api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                commit_message=f"{message}: files",
-                repo_type=repo_type,
-                revision=revision,
-                allow_patterns=first,
-            )
-        commit = api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type, revision=revision)
+        stale = set(held) - {addition.path_in_repo for addition in additions}
+        deletions = [CommitOperationDelete(name) for name in sorted(stale) if _is_ours(name, repo_type)]
+        commit = api.create_commit(
+            repo_id, [*additions, *deletions], commit_message=message, repo_type=repo_type, revision=revision
+        )
         url = f"{api.endpoint}/{'' if repo_type == 'model' else f'{repo_type}s/'}{repo_id}"
     return Pushed(url=url, commit=commit.oid, changed=commit.oid != before.sha)
 
@@ -156,23 +157,29 @@ def _reasons(answer: str) -> str:
     return found or " ".join(answer.split()) or "it gives no reason"
 
 
-def _files_to_push(folder: Path, token: str | None) -> dict[str, Path]:
-    """Name in the repository → file.
+def _addition(folder: Path, path: Path, token: str | None) -> CommitOperationAdd:
+    """A file of the folder, to push.
 
     Raises:
         HubError: a link, a file of a kind that has no business there, or one with the token in it.
     """
-    secret = token or get_token()
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_symlink() or not (path.is_dir() or path.suffix in _KINDS):
-            raise HubError(f"{name}: expected a file of a model ({', '.join(_KINDS)}), got a link or another file")
-        if path.is_file():
-            if secret and secret.encode() in path.read_bytes():
-                raise HubError(f"{name}: holds your Hub token; take it out first")
-            files[name] = path
-    return files
+    name, secret = path.relative_to(folder).as_posix(), token or get_token()
+    if path.is_symlink() or path.suffix not in _KINDS:
+        raise HubError(f"{name}: expected a file of a model ({', '.join(_KINDS)}), got a link or another file")
+    if secret and _holds(path, secret.encode()):
+        raise HubError(f"{name}: holds your Hub token; take it out first")
+    return CommitOperationAdd(name, path)
+
+
+def _holds(path: Path, secret: bytes) -> bool:
+    """Whether it is in the file, which may be larger than memory."""
+    before = b""
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            if secret in before + block:
+                return True
+            before = block[-len(secret) :]
+    return False
 
 
 def _is_ours(name: str, repo_type: str) -> bool:
@@ -185,7 +192,10 @@ def _is_ours(name: str, repo_type: str) -> bool:
 def _naming(repo_id: str) -> Iterator[None]:
     """What the Hub or the network say, in one line that names the repository."""
     try:
-        yield
+        try:
+            yield
+        except RuntimeError as error:  # the client's, about a large file; its cause is what happened
+            raise (error.__cause__ or error) from None
     except RevisionNotFoundError as error:
         raise HubError(f"{repo_id}: no such revision on the Hub") from error
     except RepositoryNotFoundError as error:
@@ -199,7 +209,7 @@ def _naming(repo_id: str) -> Iterator[None]:
                 f"{repo_id}: the Hub wants a token that may write there; `hf auth login`, or HF_TOKEN"
             ) from error
         raise HubError(f"{repo_id}: the Hub says: {str(error).strip().splitlines()[-1]}") from error
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # the last three: of Xet
         raise HubError(
             f"{repo_id}: the connection to the Hub broke ({error}); nothing was published, push once more"
         ) from error
