@@ -2,6 +2,7 @@
 
 import sys
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
@@ -9,4 +10,5 @@ from wsss_hf.cli.main import main
 
 # Any kind of several devices; ACCELERATE_TORCH_DEVICE says which.
 PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_HPU)
+torch.accelerator.is_available = lambda: True  # else processes meet as those of a CPU do, without DeepSpeed
 main(sys.argv[1:])
