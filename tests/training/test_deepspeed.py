@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
 
-SETTINGS = {"epochs": 6, "optimizer": "adamw", "lr": 1e-3, "warmup": 0, "freeze_batch_norm": True, "save_steps": 2}
+# AdamW would make much of rounding where gradients are small.
+SETTINGS = {"epochs": 6, "optimizer": "sgd", "lr": 0.01, "warmup": 0, "freeze_batch_norm": True, "save_steps": 2}
+ADAM = {"optimizer": "adamw", "lr": 1e-4}
 DATA = ["--data", "toy", "--recipe", "toy", "--set", "toy.num_train=32", "--set", "toy.num_val=4"]
 
 
@@ -60,12 +62,13 @@ def test_zero_trains_what_one_process_trains(name, stage, tmp_path, environment)
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize(("before", "after", "changes"), [(2, 1, {}), (1, 2, ADAM)], ids=["fewer", "more"])
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_a_killed_training_goes_on_with_as_many_processes(name, tmp_path, environment):
-    launch = launcher(name, tmp_path)
-    subprocess.run([*launch, *command("train-cam", tmp_path / "unbroken")], check=True)
+def test_a_killed_training_goes_on_with_any_number_of_processes(name, before, after, changes, tmp_path, environment):
+    launch = launcher(name, tmp_path, before)
+    subprocess.run([*launch, *command("train-cam", tmp_path / "unbroken", **changes)], check=True)
     killed = tmp_path / "killed"
-    run = subprocess.Popen([*launch, *command("train-cam", killed)], start_new_session=True)
+    run = subprocess.Popen([*launch, *command("train-cam", killed, **changes)], start_new_session=True)
     checkpoint = tmp_path / "killed.partial/checkpoints/step-00000004"
     while not checkpoint.is_dir() and run.poll() is None:
         time.sleep(0.1)
@@ -73,10 +76,12 @@ def test_a_killed_training_goes_on_with_as_many_processes(name, tmp_path, enviro
     run.wait()
     assert checkpoint.is_dir() and not killed.exists()
     shutil.copytree(tmp_path / "killed.partial", tmp_path / "other.partial")
-    alone = [*launcher(name, tmp_path, processes=1), *command("train-cam", tmp_path / "other")]
-    refused = subprocess.run(alone, capture_output=True, text=True)
-    assert refused.returncode != 0
-    assert "expected 2 processes, as DeepSpeed has written it, got 1" in refused.stderr
-    subprocess.run([*launch, *command("train-cam", killed)], check=True)
-    unbroken = weights(tmp_path / "unbroken")
-    assert all(torch.equal(value, unbroken[key]) for key, value in weights(killed).items())
+    (tmp_path / "other.partial/checkpoints/step-00000004.dealt").mkdir()  # of a run that was killed as it resumed
+    other = [*launcher(name, tmp_path, after), *command("train-cam", tmp_path / "other", **changes)]
+    said = subprocess.run(other, check=True, stderr=subprocess.PIPE, text=True).stderr
+    assert said.count(f" is dealt out to {after} processes\n") == 1
+    subprocess.run([*launch, *command("train-cam", killed, **changes)], check=True)
+    unbroken, other = weights(tmp_path / "unbroken"), weights(tmp_path / "other")
+    for key, value in weights(killed).items():
+        assert torch.equal(value, unbroken[key])
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5, msg=key)

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000400/   what `Accelerator.save_state` writes, progress.json, files.json
     checkpoints/step-00000600/
+    checkpoints/step-00000600.dealt/   while it is loaded: a copy of DeepSpeed's for another number of processes
 
 A checkpoint is written under another name, forced to disk and renamed; the one before stays beside it. `files.json`
 holds the size and digest of every file, so that a damaged checkpoint is recognised before anything of it is loaded.
@@ -28,6 +29,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from ..files import file_digest, sync, sync_tree
 from ..progress import say
+from .endings import is_of_the_group
+from .zero import deal_out
 
 _PROGRESS_FILE, _MANIFEST_FILE = "progress.json", "files.json"
 _UNREADABLE = (
@@ -92,8 +95,8 @@ def resume(accelerator: Accelerator, folder: Path, run: str = "") -> dict[str, A
         the `progress` that was saved with it; None where `folder` holds no whole checkpoint.
 
     Raises:
-        CheckpointError: it is whole, but of another network or optimiser, or of DeepSpeed with another number of
-            processes.
+        CheckpointError: it is whole, but of another network or optimiser, or can't be dealt out to this number of
+            processes, which DeepSpeed wants.
     """
     found: list[Path | None] = [newest(folder, run) if accelerator.is_main_process else None]
     broadcast_object_list(found)
@@ -104,24 +107,43 @@ def resume(accelerator: Accelerator, folder: Path, run: str = "") -> dict[str, A
     try:
         progress = json.loads((checkpoint / _PROGRESS_FILE).read_text())
         written_by = json.loads((checkpoint / _MANIFEST_FILE).read_text()).get("processes")
-        if deepspeed and written_by != accelerator.num_processes:
-            raise CheckpointError(
-                f"{checkpoint}: expected {written_by} processes, as DeepSpeed has written it, got "
-                f"{accelerator.num_processes}"
-            )
         for shards in checkpoint.rglob(".metadata"):  # which torch opens as any pickle
             with shards.open("rb") as file:
                 _ShardRecords(file).load()
         with _weights_only(deepspeed):
-            accelerator.load_state(str(checkpoint))
-    except CheckpointError:
-        raise
+            if deepspeed and written_by != accelerator.num_processes:
+                _load_dealt_out(accelerator, checkpoint)
+            else:
+                accelerator.load_state(str(checkpoint))
     except _UNREADABLE as error:
+        if isinstance(error, CheckpointError) or is_of_the_group(error):
+            raise
         raise CheckpointError(
             f"{checkpoint}: expected a checkpoint of this training, got another ({_words(error)}); "
             f"remove {folder} to begin anew"
         ) from error
     return progress
+
+
+def _load_dealt_out(accelerator: Accelerator, checkpoint: Path) -> None:
+    """Load what DeepSpeed takes from as many processes as have written it only, from a copy for those of now."""
+    processes, copy = accelerator.num_processes, checkpoint.with_suffix(".dealt")
+    if accelerator.is_main_process:
+        say(f"{checkpoint} is dealt out to {processes} processes")
+        try:
+            shutil.rmtree(copy, ignore_errors=True)  # of a run that was killed here
+            shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("*_states.pt"))
+            for path, content in deal_out(checkpoint, processes):
+                torch.save(content, copy / path)
+        except _UNREADABLE as error:
+            raise CheckpointError(
+                f"{checkpoint}: can't be dealt out to {processes} processes ({_words(error)})"
+            ) from error
+    accelerator.wait_for_everyone()
+    accelerator.load_state(str(copy))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(copy, ignore_errors=True)
 
 
 class _ShardRecords(pickle.Unpickler):

@@ -53,7 +53,7 @@ def ending_together(accelerator: Accelerator, folder: Path) -> Iterator[None]:
         raise TrainingError("another process has ended without an error; was it killed, for its memory?") from error
 
 
-def is_of_the_group(error: Exception) -> bool:
+def is_of_the_group(error: BaseException) -> bool:
     """Whether a process says that it can't reach another."""
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket closed")
     return isinstance(error, torch.distributed.DistError) or (
