@@ -52,10 +52,8 @@ def weights(folder):
 @pytest.mark.parametrize("stage", ["train-cam", "train-segmenter"])
 def test_zero_trains_what_one_process_trains(name, stage, tmp_path, environment):
     more = ["--supervised", "--set", "segmenter.from_cam=false"] if stage == "train-segmenter" else []
-    # With DeepSpeed processes count alike, whatever of their pixels is labelled; without padding all are.
-    changes = {"epochs": 2, "scale": [1.0, 1.4]}
-    subprocess.run([*launcher(name, tmp_path), *command(stage, tmp_path / "two", **changes), *more], check=True)
-    alone = [sys.executable, "-m", "wsss_hf", *command(stage, tmp_path / "one", **changes), *more]
+    subprocess.run([*launcher(name, tmp_path), *command(stage, tmp_path / "two", epochs=2), *more], check=True)
+    alone = [sys.executable, "-m", "wsss_hf", *command(stage, tmp_path / "one", epochs=2), *more]
     subprocess.run(alone, check=True)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key, value in one.items():

@@ -61,7 +61,8 @@ class Training:
     Random numbers depend on the seed, the step and the micro-batch alone, and the data on the seed and the epoch: a
     training that was broken off anywhere ends with what the unbroken one gives, as does one with N processes and one
     with N micro-batches, but for rounding. What compares images, or takes their statistics, does so within one
-    micro-batch. DeepSpeed keeps its gradients to itself: with it, `weight` changes nothing.
+    micro-batch. DeepSpeed keeps its gradients to itself: with it, `weight` counts where a step is one micro-batch in
+    each process.
 
     Args:
         model: `model(**example_batch)` gives an output with `loss` and, if it has several, a dict `losses`; where
@@ -255,7 +256,10 @@ class Training:
         weight = getattr(output, "weight", None) if self._weighs else None
         counted = images if weight is None else images * weight
         # Gradients are averaged over the parts; those with an image less count less.
-        self.accelerator.backward(output.loss * (counted * self.parts / self.batch_size))
+        share = counted * self.parts / self.batch_size
+        if weight is not None and self._hides_gradients:
+            share = share * self._weight_factor(counted)
+        self.accelerator.backward(output.loss * share)
         losses = getattr(output, "losses", None) or {"loss": output.loss}
         values = {name: loss.detach().float() for name, loss in losses.items()}
         for name, value in (values | {"images": torch.ones_like(output.loss.detach().float())}).items():
@@ -265,15 +269,25 @@ class Training:
     @property
     def _weighs(self) -> bool:
         """Whether there are several means in a step, and their gradients can be weighed."""
-        return self.parts > 1 and self.accelerator.distributed_type != DistributedType.DEEPSPEED
+        return self.parts > 1 and not (self._hides_gradients and self._micro_batches > 1)
+
+    @property
+    def _hides_gradients(self) -> bool:
+        """Whether a step's mean weight must be known before the backward pass, in which DeepSpeed updates weights."""
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def _weight_factor(self, counted: torch.Tensor) -> torch.Tensor:
+        """What a step is multiplied by for its mean weight, given images × weights of each process."""
+        return self.batch_size / self.accelerator.reduce(counted, "sum").clamp_min(_NO_WEIGHT)
 
     def _end_step(self) -> None:
-        """Divides the gradients and losses of a step by its mean weight; the losses join those of the epoch."""
+        """Divides losses and gradients of a step by its mean weight, unless that is done; losses join the epoch's."""
         sums, self._step_sums = self._step_sums, {}
         if self._is_weighed:
-            factor = self.batch_size / self.accelerator.reduce(sums["images"], "sum").clamp_min(_NO_WEIGHT)
-            gradients = (parameter.grad for parameter in self.model.parameters())
-            torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
+            factor = self._weight_factor(sums["images"])
+            if not self._hides_gradients:
+                gradients = (parameter.grad for parameter in self.model.parameters())
+                torch._foreach_mul_([gradient for gradient in gradients if gradient is not None], factor)
             sums = {name: value * factor for name, value in sums.items()}
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value
