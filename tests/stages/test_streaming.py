@@ -115,6 +115,14 @@ def test_a_stream_goes_on_where_it_was(shards, monkeypatch):
     assert list(itertools.islice(rest, 13)) == whole[17:]
 
 
+def test_the_first_items_of_a_stream_are_always_the_same(shards, toy_data):
+    found = streamed(shards).first(5)  # of two shards
+    assert [name for name, _ in found] == toy_data["train"]["image_id"][:5]
+    other = streamed(shards, process=1, processes=2)
+    other.start = 3
+    assert other.first(5) == other.first(5) == found and len(other.first(100)) == 12
+
+
 def test_an_empty_stream_ends_in_a_line(shards, tmp_path, toy_data):
     toy_data["train"].select([]).to_parquet(tmp_path / "empty.parquet")
     with pytest.raises(DataError, match="expected rows for each of 1 processes, got none"):

@@ -9,8 +9,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
+from datasets import config
 from test_loop import Line, Points, settings, tagged_examples
 
+from wsss_hf.data.streams import load_stream
 from wsss_hf.models.configuration_segmenter import SegmenterConfig
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
@@ -103,6 +105,57 @@ def test_pictures_change_nothing_of_the_training(tmp_path, tracked, cam_folder, 
         weights.append(model.state_dict())
     assert len(tracked[0].pictures) == 6
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.fixture
+def tracked_stages(tracked, monkeypatch):
+    """The notebook, into which the trainings of stages write."""
+    notebook, build = tracked
+    monkeypatch.setattr("wsss_hf.training.train.build_accelerator", lambda wanted, _: build(wanted))
+    monkeypatch.setattr(tracking, "get_available_trackers", lambda: ["wandb"])
+    return notebook
+
+
+@pytest.mark.slow
+def test_pictures_of_a_stream_are_those_of_its_first_images(
+    tmp_path, tracked_stages, toy_data, tiny_recipe, monkeypatch
+):
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.1)  # 5 s for each iterator that is left
+    toy_data["train"].to_parquet(tmp_path / "train.parquet")
+    data, original = load_stream(tmp_path / "train.parquet"), Training._update_weights
+    recipe = tiny_recipe.changed(*(f"cam.train.{name}" for name in ("steps=3", "save_steps=1", "track_steps=1")))
+    recipe.cam.train.track = "wandb"
+    train_cam(data, recipe, tmp_path / "whole")
+    wanted, tracked_stages.pictures = tracked_stages.pictures, {}
+    assert list(wanted) == [1, 2, 3] and wanted[1]["cam/maps"].shape == (4, 48, 48, 3)
+
+    def mortal(training):
+        original(training)
+        if training.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "_update_weights", mortal)
+    with pytest.raises(KeyboardInterrupt):
+        train_cam(data, recipe, tmp_path / "broken")
+    tracked_stages.pictures = {}
+    monkeypatch.setattr(Training, "_update_weights", original)
+    train_cam(data, recipe, tmp_path / "broken")
+    assert list(tracked_stages.pictures) == [2, 3]
+    for step, found in tracked_stages.pictures.items():
+        assert np.array_equal(found["cam/maps"], wanted[step]["cam/maps"])
+
+
+def test_a_training_whose_weights_are_shared_out_says_that_it_shows_no_maps(
+    tmp_path, tracked_stages, toy_data, tiny_recipe, monkeypatch, capsys
+):
+    """On its own, one process would wait for the others for ever."""
+    monkeypatch.setattr("wsss_hf.training.train.is_sharded", lambda _: True)
+    recipe = tiny_recipe.changed("cam.train.steps=1", "cam.train.track_steps=1")
+    recipe.cam.train.track = "wandb"
+    train_cam(toy_data, recipe, tmp_path / "cam")
+    assert "cam: wandb shows no maps where each process holds a part of the weights\n" in capsys.readouterr().err
+    assert tracked_stages.values and not tracked_stages.pictures
 
 
 def test_trackio_gets_its_own_kind_of_pictures(tmp_path, monkeypatch):

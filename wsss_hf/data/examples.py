@@ -94,6 +94,11 @@ class TaggedExamples(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.example(self.rows[index], np.random.default_rng((self.seed, int(self._epoch), index)))
 
+    def first(self, count: int) -> list[dict[str, Tensor]]:
+        """At most `count` items of the first rows, the same at every call and in every epoch."""
+        rows = enumerate(itertools.islice(self.rows, count))
+        return [self.example(row, np.random.default_rng((self.seed, 0, index))) for index, row in rows]
+
     def example(self, row: dict, rng: np.random.Generator) -> dict[str, Tensor]:
         """The item of a row."""
         where = f"row {row['image_id']!r}"
@@ -171,6 +176,10 @@ class StreamedExamples(TaggedExamples, torch.utils.data.IterableDataset):
                     done += 1
             if done == before:
                 raise DataError(f"stream: expected rows for each of {self.processes} processes, got none for one")
+
+    def first(self, count: int) -> list[dict[str, Tensor]]:
+        with whole_shards():
+            return super().first(count)
 
 
 def _with_masks(rows: Dataset | IterableDataset, column: str) -> Dataset | IterableDataset:

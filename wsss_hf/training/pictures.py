@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,11 @@ from ..models.label_colors import overlay
 class MapPictures:
     """Calling it gives the first training images, each with the model's label map for its tags drawn on it.
 
-    The model is left in evaluation mode.
+    The images and their crops are the same at every call. The model is left in evaluation mode.
 
     Args:
         model: a model with `segmentation_scores`, any segmenter, or a training objective that holds one as `model`.
-        examples: of [`TaggedExamples`].
+        examples: [`TaggedExamples`] or [`StreamedExamples`].
         image_mean, image_std, blue_first: how `pixel_values` came about.
         count: of images.
     """
@@ -36,7 +37,7 @@ class MapPictures:
         count: int = 4,
     ):
         self.model: Any = getattr(model, "model", model)
-        self.examples, self.count, self.blue_first = examples, min(count, len(examples)), blue_first
+        self.examples, self.count, self.blue_first = examples, count, blue_first
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (image_mean, image_std))
 
     @torch.no_grad()
@@ -44,8 +45,7 @@ class MapPictures:
         """{"maps": (N, H, W, 3) uint8}."""
         model = self.model.eval()
         weight = next(model.parameters())
-        chosen = [self.examples[index] for index in range(self.count)]
-        pixel_values, tags = (torch.stack([e[name] for e in chosen]) for name in ("pixel_values", "tags"))
+        pixel_values, tags = (torch.stack([e[name] for e in self._chosen]) for name in ("pixel_values", "tags"))
         size = tuple(pixel_values.shape[-2:])
         outputs = model(pixel_values=pixel_values.to(weight))
         if hasattr(model, "segmentation_scores"):
@@ -60,3 +60,8 @@ class MapPictures:
             for image, mask in zip(images, labels, strict=True)
         ]
         return {"maps": np.stack(drawn)}
+
+    @cached_property
+    def _chosen(self) -> list[dict[str, torch.Tensor]]:
+        """Read in the process that shows them, when it does."""
+        return self.examples.first(self.count)

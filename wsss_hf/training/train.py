@@ -99,10 +99,13 @@ def train_model(
     sharded = is_sharded(accelerator)
     trained = copy.deepcopy(model) if sharded and accelerator.is_main_process else model
     pictures = None
-    if settings.track is not None and not sharded and kind is not StreamedExamples:
-        from .pictures import MapPictures  # for trackers alone
+    if settings.track is not None and settings.track_steps:
+        if sharded:  # and no process can compute alone
+            say(f"{title}: {settings.track} shows no maps where each process holds a part of the weights")
+        else:
+            from .pictures import MapPictures  # for trackers alone
 
-        pictures = MapPictures(model, examples, **pixel_statistics(processor))
+            pictures = MapPictures(model, examples, **pixel_statistics(processor))
     training = Training(model, examples, settings, accelerator, folder, seed, title, pictures)
     history = training.run()
     if sharded:
