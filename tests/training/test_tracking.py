@@ -93,6 +93,19 @@ def test_a_tracker_gets_losses_rates_memory_and_pictures(tmp_path, tracked):
     assert [line["square"] for line in lines] == [values["cam/square"] for values in notebook.values.values()]
 
 
+@pytest.mark.slow
+def test_the_main_process_shows_pictures_and_the_processes_stay_together(tmp_path, tracked, in_processes):
+    notebook, build = tracked
+
+    def work():
+        wanted = settings(epochs=1, track="wandb", track_steps=1)
+        accelerator = build(wanted)
+        Training(Line(), Points(), wanted, accelerator, tmp_path, pictures=lambda: {"maps": np.zeros(0)}).run()
+        return len(notebook.pictures), torch.distributed.is_initialized()
+
+    assert in_processes(work) == [(3, True), (0, True)]
+
+
 def test_pictures_change_nothing_of_the_training(tmp_path, tracked, cam_folder, toy_data):
     weights = []
     for steps in (0, 1):

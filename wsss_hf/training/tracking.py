@@ -59,8 +59,8 @@ class TrainingLog:
         return self
 
     def __exit__(self, *_exception) -> None:
-        if self.settings.track is not None:
-            self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # `end_training` would also part the processes
+            tracker.finish()
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """What the main process measured up to `step`."""
