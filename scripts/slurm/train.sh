@@ -23,7 +23,8 @@ export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE OMP_NUM_
 # As `accelerate launch --mixed_precision bf16` would set it.
 export ACCELERATE_MIXED_PRECISION=${ACCELERATE_MIXED_PRECISION:-bf16}
 
-# Started by srun itself, each process gets the signals; when one fails, the others end with it.
+# Started by srun itself, each process gets the signals, and their highest status is srun's: torchrun and accelerate
+# launch would hide it, and end at SIGUSR1 before the checkpoint. When one process fails, the others end with it.
 srun --kill-on-bad-exit=1 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec wsss run "$@"' wsss "$@"
 status=$?
 case $status in
