@@ -106,7 +106,7 @@ def load_data(
         raise DataError(f"separator: expected a directory of tagged images, got {str(source)!r}")
     name = str(source)
     if not (is_built_in or was_saved or is_folder or is_sharded):
-        name, revision = _split_revision(name, revision)
+        name, revision = split_revision(name, revision)
     elif revision is not None:
         raise DataError(f"revision: expected a Hub data set, got {name!r}")
     maps = saliency if isinstance(saliency, str | Path) else None
@@ -173,7 +173,7 @@ def _recorded_saliency(folder: Path, name: str) -> dict[str, Any]:
     return dict(told) if isinstance(told, Mapping) else {"source": str(told), "learnt_from": None}
 
 
-def _split_revision(source: str, revision: str | None) -> tuple[str, str | None]:
+def split_revision(source: str, revision: str | None) -> tuple[str, str | None]:
     """`owner/name@revision` → the id and the revision."""
     name, _, found = source.partition("@")
     if found and revision not in (None, found):

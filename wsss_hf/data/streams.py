@@ -21,14 +21,24 @@ from datasets import (
     IterableDatasetDict,
     List,
     Value,
-    load_dataset,
+    load_dataset_builder,
     load_from_disk,
 )
 from datasets import Image as ImageFeature
 
 from .folder import SPLIT_NAMES, load_folder
 from .metadata import SEPARATOR
-from .sources import RECORD, as_list, check_shards, feature_at, is_index, is_saved, label_of, shard_loader
+from .sources import (
+    RECORD,
+    as_list,
+    check_shards,
+    feature_at,
+    is_index,
+    is_saved,
+    label_of,
+    shard_loader,
+    split_revision,
+)
 from .tagged import DataError, TaggedData, check_class_names, undecoded
 
 WINDOW = 256  # rows of a stream that are in memory, where no setting says how many
@@ -53,14 +63,15 @@ def load_stream(
     all image_ids are in memory.
 
     Args:
-        source: the shards, the directory, the id of a data set, or what `make_masks` wrote for one of these.
+        source: the shards, the directory, the id of a data set, also owner/name@revision, or what `make_masks` wrote
+            for one of these.
         classes: names in the order of their indices; needed where tags are names, multi-hot or one index.
         columns, revision, separator: as of [`load_data`]. What `make_masks` wrote knows them.
 
     Returns:
         splits "train" and, if there is one, "val": each an `IterableDataset` of image_id, image (not decoded), tags
         (class indices) and further maps. Without a column of image_ids they count rows; of a shard that is read alone,
-        its own.
+        its own. The `revision` in `source` is the commit that is read.
 
     Raises:
         DataError: no such data, no split "train", or columns that are not there or can't be tags and images.
@@ -77,9 +88,13 @@ def load_stream(
         raise DataError(f"separator: expected a directory of tagged images, got {str(source)!r}")
     check_shards(Path(source), (columns or {}).get("tags", "tags"))
     loader, name = shard_loader(Path(source)), str(source)
+    is_on_hub = not Path(source).exists()
+    if is_on_hub:
+        name, revision = split_revision(name, revision)
     options = {} if loader is None else {"data_files" if Path(source).is_file() else "data_dir": name}
     try:
-        found = load_dataset(loader or name, revision=revision, streaming=True, **options)
+        builder = load_dataset_builder(loader or name, revision=revision, **options)
+        found = builder.as_streaming_dataset()
     except (OSError, ValueError, tarfile.TarError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{name}: expected shards or the id of a data set to stream, got {reason}") from error
@@ -93,6 +108,8 @@ def load_stream(
         if theirs is not None
     }
     arguments = {"source": name, "streaming": True, "classes": classes and list(classes), "columns": columns}
+    if is_on_hub:  # its commit: later stages read the same rows, and know others by it
+        revision = builder.hash
     given = (arguments | {"revision": revision}).items()
     return TaggedData(rows, {key: value for key, value in given if value is not None})
 
