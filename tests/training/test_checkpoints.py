@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from kills import every_kill
 from safetensors import SafetensorError
 from torch import nn
@@ -212,6 +213,24 @@ def test_a_checkpoint_of_another_training_is_one_line(folder, other):
     message = str(caught.value)
     assert message.startswith(f"{folder}/step-00000003: expected a checkpoint of this training, got another (")
     assert message.endswith(f"; remove {folder} to begin anew") and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("FSDP", "NO", "with FSDP, which wrote it, got one with neither FSDP nor DeepSpeed; remove "),
+        ("MULTI_CPU", "FSDP", "with neither FSDP nor DeepSpeed, which wrote it, got one with FSDP; remove "),
+    ],
+    ids=["FSDP", "neither"],
+)
+def test_a_checkpoint_of_weights_shared_out_otherwise_is_one_line(tmp_path, monkeypatch, before, after, said):
+    accelerator, state = Accelerator(cpu=True), AcceleratorState._shared_state
+    monkeypatch.setattr(accelerator, "save_state", lambda folder: Path(folder).mkdir())
+    monkeypatch.setitem(state, "distributed_type", DistributedType[before])
+    save(accelerator, tmp_path, 1, {})
+    monkeypatch.setitem(state, "distributed_type", DistributedType[after])
+    with pytest.raises(CheckpointError, match=f"step-00000001: expected a training {said}"):
+        resume(accelerator, tmp_path)
 
 
 def test_a_checkpoint_of_another_run_is_not_taken(folder, capsys):

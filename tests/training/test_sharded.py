@@ -130,12 +130,12 @@ def test_all_methods_train_sharded_in_half_precision(toy_data, tmp_path, in_proc
 @shards_on_cpus
 @pytest.mark.slow
 def test_a_sharded_training_goes_on_from_its_checkpoint(toy_data, tmp_path, in_processes):
-    def work(folder, stop=False):
+    def work(folder, stop=False, build_accelerator=sharding):
         wanted = settings(**SHARED)
         examples = Mortal(tagged_examples(toy_data))
         if stop and os.environ["RANK"] == "0":
             examples = Interrupting(tagged_examples(toy_data), epoch=1, reads=4, number=signal.SIGTERM)
-        training = Training(build("cam"), examples, wanted, sharding(wanted), folder)
+        training = Training(build("cam"), examples, wanted, build_accelerator(wanted), folder)
         history = training.run()
         weights = training.accelerator.get_state_dict(training.model)
         return figures(history), {name: value.tolist() for name, value in weights.items()}, examples.epochs
@@ -143,7 +143,8 @@ def test_a_sharded_training_goes_on_from_its_checkpoint(toy_data, tmp_path, in_p
     unbroken, _ = in_processes(lambda: work(tmp_path / "unbroken"))
     stops = in_processes(lambda: work(tmp_path / "broken", stop=True))
     assert [stop.code for stop in stops] == [75, 75]
-    shutil.copytree(tmp_path / "broken", tmp_path / "other")
+    for name in ("other", "alone"):
+        shutil.copytree(tmp_path / "broken", tmp_path / name)
     assert len(list(newest(tmp_path / "other" / "checkpoints").glob("optimizer_0/*.distcp"))) == 2  # of each its own
     resumed, _ = in_processes(lambda: work(tmp_path / "broken"))
     assert resumed[2] == [1] and resumed[1] == unbroken[1]
@@ -151,6 +152,8 @@ def test_a_sharded_training_goes_on_from_its_checkpoint(toy_data, tmp_path, in_p
         assert record == pytest.approx(wanted, rel=1e-6)
     _, weights, epochs = in_processes(lambda: work(tmp_path / "other"), 3)[0]
     assert epochs == [1]
+    (error,) = in_processes(lambda: work(tmp_path / "alone", build_accelerator=build_accelerator), 1)
+    assert "expected a training with FSDP, which wrote it, got one with neither" in str(error)
     for name, value in unbroken[1].items():
         torch.testing.assert_close(torch.tensor(weights[name]), torch.tensor(value), rtol=0, atol=1e-5, msg=name)
 

@@ -33,6 +33,8 @@ from .endings import is_of_the_group
 from .zero import deal_out
 
 _PROGRESS_FILE, _MANIFEST_FILE = "progress.json", "files.json"
+_SHARDING = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+_NO_SHARDING = "neither FSDP nor DeepSpeed"
 _UNREADABLE = (
     *(OSError, ValueError, TypeError, KeyError, RuntimeError, EOFError, pickle.PickleError, SafetensorError),
     CheckpointException,  # of torch's shards, and no Exception
@@ -75,7 +77,8 @@ def save(
         raise ValueError("register_for_checkpointing: expected no object, its state would be a pickle")
     if accelerator.is_main_process:
         (fresh / _PROGRESS_FILE).write_text(json.dumps(progress))
-        manifest = {"run": run, "processes": accelerator.num_processes, "files": _contents(fresh)}
+        written_by = {"processes": accelerator.num_processes, "sharding": _sharding(accelerator)}
+        manifest = {"run": run, **written_by, "files": _contents(fresh)}
         (fresh / _MANIFEST_FILE).write_text(json.dumps(manifest))
         sync_tree(fresh)
         if checkpoint.exists():  # damaged: the training went on from the one before
@@ -95,8 +98,8 @@ def resume(accelerator: Accelerator, folder: Path, run: str = "") -> dict[str, A
         the `progress` that was saved with it; None where `folder` holds no whole checkpoint.
 
     Raises:
-        CheckpointError: it is whole, but of another network or optimiser, or can't be dealt out to this number of
-            processes, which DeepSpeed wants.
+        CheckpointError: it is whole, but of another network, optimiser or sharding, or can't be dealt out to this
+            number of processes, which DeepSpeed wants.
     """
     found: list[Path | None] = [newest(folder, run) if accelerator.is_main_process else None]
     broadcast_object_list(found)
@@ -106,12 +109,18 @@ def resume(accelerator: Accelerator, folder: Path, run: str = "") -> dict[str, A
     deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
     try:
         progress = json.loads((checkpoint / _PROGRESS_FILE).read_text())
-        written_by = json.loads((checkpoint / _MANIFEST_FILE).read_text()).get("processes")
+        manifest, sharding = json.loads((checkpoint / _MANIFEST_FILE).read_text()), _sharding(accelerator)
+        before = manifest.get("sharding", sharding)
+        if before != sharding:
+            raise CheckpointError(
+                f"{checkpoint}: expected a training with {before or _NO_SHARDING}, which wrote it, got one with "
+                f"{sharding or _NO_SHARDING}; remove {folder} to begin anew"
+            )
         for shards in checkpoint.rglob(".metadata"):  # which torch opens as any pickle
             with shards.open("rb") as file:
                 _ShardRecords(file).load()
         with _weights_only(deepspeed):
-            if deepspeed and written_by != accelerator.num_processes:
+            if deepspeed and manifest.get("processes") != accelerator.num_processes:
                 _load_dealt_out(accelerator, checkpoint)
             else:
                 accelerator.load_state(str(checkpoint))
@@ -123,6 +132,11 @@ def resume(accelerator: Accelerator, folder: Path, run: str = "") -> dict[str, A
             f"remove {folder} to begin anew"
         ) from error
     return progress
+
+
+def _sharding(accelerator: Accelerator) -> str:
+    """What shares the weights out over the processes, if anything does."""
+    return _SHARDING.get(accelerator.distributed_type, "")
 
 
 def _load_dealt_out(accelerator: Accelerator, checkpoint: Path) -> None:
