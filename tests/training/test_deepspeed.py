@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO on two CPU processes, with the packaged configuration files; where DeepSpeed is installed."""
 
+import json
 import os
 import shutil
 import signal
@@ -83,3 +84,20 @@ def test_a_killed_training_goes_on_with_any_number_of_processes(name, before, af
     for key, value in weights(killed).items():
         assert torch.equal(value, unbroken[key])
         torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_half_precision_is_near_to_whole(name, tmp_path, environment):
+    norms_of_layers = "{model_type: convnext, num_stages: 2, depths: [1, 1], hidden_sizes: [16, 32]}"
+    for precision in ("no", "bf16"):
+        changes = {"epochs": 2, "mixed_precision": precision}
+        train = [
+            *command("train-cam", tmp_path / precision, **changes),
+            "--set",
+            f"cam.backbone_config={norms_of_layers}",
+        ]
+        subprocess.run([*launcher(name, tmp_path), *train], check=True)
+    whole, half = (json.loads((tmp_path / name / "training_log.json").read_text()) for name in ("no", "bf16"))
+    losses = [[record["classification"] for record in log] for log in (whole, half)]
+    assert losses[1] != losses[0] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[0][-1] < 0.9 * losses[0][0]  # so that they say something

@@ -252,7 +252,9 @@ class Training:
         set_seed(int(np.random.SeedSequence((self.seed, epoch, place)).generate_state(1)[0]))
         if hasattr(self.inner, "progress"):
             self.inner.progress = self.step / self.total_steps
-        output = self.model(**batch)
+        # DeepSpeed holds the weights in the precision of the training, and casts no images.
+        precision = next(self.inner.parameters()).dtype
+        output = self.model(**{key: x.to(precision) if x.is_floating_point() else x for key, x in batch.items()})
         weight = getattr(output, "weight", None) if self._weighs else None
         counted = images if weight is None else images * weight
         # Gradients are averaged over the parts; those with an image less count less.
