@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets
 from datasets import Image as ImageFeature
@@ -14,7 +16,7 @@ from datasets.table import embed_table_storage
 from .text import DataError
 
 _STORED = {"bytes": Value("binary"), "path": Value("string")}  # what an image column holds
-_ROWS_AT_A_TIME = 100
+_ROWS_AT_A_TIME, _PATHS_AT_A_TIME = 100, 1000
 
 
 def save_data(data: DatasetDict, folder: Path, embed_images: bool = False) -> None:
@@ -36,11 +38,23 @@ def save_data(data: DatasetDict, folder: Path, embed_images: bool = False) -> No
 
 def names_other_files(held: DatasetDict, data: DatasetDict) -> bool:
     """Whether a saved data set names image files of `data` by other paths than these have now."""
-    for split in held.keys() & data.keys():
-        for name in _image_columns(held[split]):
-            paths = _file_paths(held[split], name)
-            if paths is not None and name in data[split].features and paths != _file_paths(data[split], name):
-                return True
+    return any(
+        _names_others(held[split], data[split], name)
+        for split in held.keys() & data.keys()
+        for name in _image_columns(held[split])
+        if name in data[split].features
+    )
+
+
+def _names_others(held: Dataset, rows: Dataset, column: str) -> bool:
+    if _has_bytes(held, column):
+        return False
+    if len(held) != len(rows) or _has_bytes(rows, column):
+        return True
+    for batches in zip(_batches(held, column), _batches(rows, column), strict=True):
+        before, now = (pc.struct_field(values, "path") for values in batches)
+        if not before.equals(now) and _absolute(before) != _absolute(now):
+            return True
     return False
 
 
@@ -87,10 +101,19 @@ def _with_paths(rows: Dataset) -> Dataset:
 
 def _file_paths(rows: Dataset, column: str) -> list[str | None] | None:
     """The absolute paths in an image column, None for no image; None where it holds the bytes of any."""
-    found: list[str | None] = []
-    for table in rows.select_columns([column]).with_format("arrow").iter(_ROWS_AT_A_TIME):
-        values = table[column]
-        if pc.any(pc.struct_field(values, "bytes").is_valid()).as_py():
-            return None
-        found += pc.struct_field(values, "path").to_pylist()
-    return [path if path is None or "://" in path else os.path.abspath(path) for path in found]
+    if _has_bytes(rows, column):
+        return None
+    return [path for values in _batches(rows, column) for path in _absolute(pc.struct_field(values, "path"))]
+
+
+def _has_bytes(rows: Dataset, column: str) -> bool:
+    return any(pc.any(pc.struct_field(values, "bytes").is_valid()).as_py() for values in _batches(rows, column))
+
+
+def _batches(rows: Dataset, column: str) -> Iterator[pa.ChunkedArray]:
+    for table in rows.select_columns([column]).with_format("arrow").iter(_PATHS_AT_A_TIME):
+        yield table[column]
+
+
+def _absolute(paths: pa.ChunkedArray) -> list[str | None]:
+    return [path if path is None or "://" in path else os.path.abspath(path) for path in paths.to_pylist()]
