@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..models.backbone import Backbone
 from ..progress import say
 
-_LEAST_FREE = 0.1  # of the disk
+_LEAST_SHARE, _LEAST_BYTES = 0.1, 10 * 2**30  # of the disk that stay free, whichever is less
 _DIGEST_SIZE = 16  # bytes; it stands before the values
 
 
@@ -27,8 +27,8 @@ def kept_features(model: nn.Module, folder: Path) -> Iterator[None]:
     Nothing is kept where the backbone learns, or a method needs more of it than stage maps.
 
     Args:
-        folder: gets a file for each image, of the size of its stage maps. Nothing more is kept where less than a tenth
-            of the disk is free.
+        folder: gets a file for each image, of the size of its stage maps. Nothing more is kept where neither 10 GiB nor
+            a tenth of the disk are free.
     """
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, Backbone) or not _stages_suffice(model, backbone):
@@ -94,7 +94,7 @@ class KeptFeatures:
         values = save({str(index): values.contiguous() for index, values in enumerate(stages)})
         try:
             disk = shutil.disk_usage(self.folder)
-            self.has_room = disk.free > _LEAST_FREE * disk.total
+            self.has_room = disk.free > min(_LEAST_SHARE * disk.total, _LEAST_BYTES)
             if self.has_room:
                 file.write_bytes(hashlib.blake2b(values, digest_size=_DIGEST_SIZE).digest() + values)
         except OSError:  # a quota
