@@ -38,7 +38,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
-from pymatting import estimate_alpha_cf
 from scipy import ndimage
 from torch.nn import functional as F
 
@@ -56,7 +55,7 @@ from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.tta import resize_images
 from wsss_hf.recipes import Recipe
 from wsss_hf.refinement.crf import require_densecrf
-from wsss_hf.refinement.matting import closed_form_alphas
+from wsss_hf.refinement.matting import closed_form_alphas, load_pymatting
 from wsss_hf.refinement.steps import Note, build_refinement
 from wsss_hf.refinement.trimap import BACKGROUND, FOREGROUND, UNKNOWN
 from wsss_hf.training.build import build_on_backbone, build_processor
@@ -241,7 +240,9 @@ def compare_mattes(image: np.ndarray, trimaps: np.ndarray) -> list[dict]:
     rows = []
     for alpha, trimap in zip(fast, trimaps, strict=True):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints performance warnings
-            plain_seconds, plain = timed(lambda trimap=trimap: estimate_alpha_cf(image / 255, trimap / 255))
+            plain_seconds, plain = timed(
+                lambda trimap=trimap: load_pymatting().estimate_alpha_cf(image / 255, trimap / 255)
+            )
         difference = np.full(trimap.shape, np.nan) if alpha is None else np.abs(alpha - plain)
         rows.append(
             {

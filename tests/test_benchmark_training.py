@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -92,3 +94,12 @@ def test_a_table_needs_what_it_is_made_of(benchmark, tmp_path, capsys):
     with pytest.raises(SystemExit):
         benchmark("loop", more=["--table", str(tmp_path / "costs.md")])
     assert "--table: expected the parts loop and labelling, got loop" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_its_imports_leave_the_number_of_threads():
+    """Else processes side by side have a thread for each core, and wait for each other."""
+    program = "import torch, benchmark_training; print(torch.get_num_threads())"
+    one = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, text=True, env=one)
+    assert done.stdout.split()[-1] == "1"

@@ -148,7 +148,7 @@ def _alphas(trimaps: np.ndarray, expected: np.ndarray | None, solve: Callable) -
 
 
 @cache
-def _pymatting():
+def load_pymatting():
     """The library, imported when it is needed: loading numba's functions takes seconds.
 
     Its import would let torch have a thread per core from then on, whatever OMP_NUM_THREADS says.
@@ -168,7 +168,7 @@ def _closed_form(
     colours, factor = image[box] / 255.0, _reduction(unknown.sum(axis=(1, 2)).max())
     small = _at_least_3x3(_block_mean(colours, factor))
     known = np.stack([_at_least_3x3(_reduced_trimap(trimap[box], factor)) for trimap in trimaps])
-    laplacian = _pymatting().cf_laplacian(small, is_known=~np.isnan(known).any(axis=0))
+    laplacian = load_pymatting().cf_laplacian(small, is_known=~np.isnan(known).any(axis=0))
     results = []
     for values, own in zip(known, expected, strict=True):
         solution = _solve_known(laplacian, values, _at_least_3x3(_block_mean(own[box], factor)), prior)
@@ -193,7 +193,7 @@ def _solve_known(
         right = prior * expected.ravel()[unknown] - rows[:, ~unknown].dot(solution[~unknown])
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints when it has to try again
-                preconditioner = _pymatting().ichol(system, discard_threshold=1e-3)
+                preconditioner = load_pymatting().ichol(system, discard_threshold=1e-3)
         except ValueError:
             return None
         solved = _conjugate_gradients(system, right, preconditioner)
@@ -207,7 +207,7 @@ def _knn(image: np.ndarray, trimaps: np.ndarray, expected: np.ndarray, prior: fl
     colours, factor = image / 255.0, _reduction(image.shape[0] * image.shape[1])
     small = _block_mean(colours, factor)
     pixels = small.shape[0] * small.shape[1]
-    laplacian = _pymatting().knn_laplacian(small, n_neighbors=[min(20, pixels), min(10, pixels)])
+    laplacian = load_pymatting().knn_laplacian(small, n_neighbors=[min(20, pixels), min(10, pixels)])
     results = []
     for trimap, own in zip(trimaps, expected, strict=True):
         values = _reduced_trimap(trimap, factor).ravel()
@@ -215,7 +215,7 @@ def _knn(image: np.ndarray, trimaps: np.ndarray, expected: np.ndarray, prior: fl
         weights = np.where(unknown, prior, 100.0)  # pymatting's own of the known pixels
         wanted = np.where(unknown, _block_mean(own, factor).ravel(), values)
         system = laplacian + sparse.diags(weights)
-        solution = _conjugate_gradients(system, weights * wanted, _pymatting().jacobi(system))
+        solution = _conjugate_gradients(system, weights * wanted, load_pymatting().jacobi(system))
         if solution is not None:
             solution = np.clip(solution, 0, 1).reshape(small.shape[:2])
             solution = _upsampled(solution, small, colours, factor)

@@ -27,8 +27,8 @@ def kept_features(model: nn.Module, folder: Path) -> Iterator[None]:
     Nothing is kept where the backbone learns, or a method needs more of it than stage maps.
 
     Args:
-        folder: gets a file for each image, of the size of its stage maps. Nothing more is kept where neither 10 GiB nor
-            a tenth of the disk are free.
+        folder: gets a file for each image, of the size of its stage maps. Nothing more is kept where neither 10 GiB
+            nor a tenth of the disk are free.
     """
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, Backbone) or not _stages_suffice(model, backbone):
