@@ -2,7 +2,6 @@ import dataclasses
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from wsss_hf.data.examples import TaggedExamples
 from wsss_hf.data.transforms import TrainTransform
@@ -25,13 +24,6 @@ VIT = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 3, "num_atte
 VIT |= {"intermediate_size": 32, "image_size": 32, "patch_size": 8}
 NAMES = {index: f"class {index}" for index in range(8)}
 SEAM = {"stages": [0], "projections": [8], "scale": 0.5}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,6 @@ from wsss_hf.training.launcher import build_accelerator, with_launcher
 from wsss_hf.training.loop import Training
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
-
-
 @pytest.fixture
 def launched(monkeypatch):
     """As `accelerate launch` leaves the environment of a process without options, and with these."""

@@ -16,13 +16,6 @@ from wsss_hf.training.launcher import build_accelerator
 from wsss_hf.training.loop import Training, TrainingError
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
-
-
 def settings(**changes):
     plain = {"optimizer": "sgd", "lr": 0.1, "head_lr_factor": 1.0, "weight_decay": 0.0, "momentum": 0.0}
     return TrainSettings(**plain | {"epochs": 3, "batch_size": 4} | changes)

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from test_loop import Killed, Line, Mortal, Points, assert_same_weights, figures, settings, tagged_examples
 from torch import nn
 
@@ -26,13 +25,6 @@ from wsss_hf.training import checkpoints, loop
 from wsss_hf.training.launcher import build_accelerator
 from wsss_hf.training.loop import Training, TrainingError
 from wsss_hf.training.losses import SegmentationObjective, build_loss
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 def train(model, examples, folder, seed=0, **changes):

@@ -27,13 +27,6 @@ from wsss_hf.training.pictures import MapPictures
 from wsss_hf.training.tracking import TrainingLog
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
-
-
 class Notebook(GeneralTracker):
     """Keeps what it is given."""
 
