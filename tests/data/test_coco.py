@@ -234,7 +234,7 @@ def test_bad_options_are_named(coco, options, message):
 def test_data_options_are_those_of_voc(coco):
     with pytest.raises(DataError, match="root: expected the folder of annotations, .* for 'coco', got none"):
         load_data("coco")
-    with pytest.raises(DataError, match="columns: expected a saved or Hub data set, got 'coco'"):
+    with pytest.raises(DataError, match="columns: expected a directory or a data set on the Hub, got 'coco'"):
         load_data("coco", root=coco, columns={"image": "img"})
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 
@@ -161,7 +162,7 @@ def test_bad_csv_is_named(photos, text, message):
         ('{"file_name": ["a.jpg"], "tags": []}', "line 2: file_name: expected the name of a file, got .'a.jpg'"),
         ('{"file_name": "a.jpg", "tags": [], "mask": 3}', "line 2: mask: expected the name of a file, got 3"),
         ('{"file_name": "a.jpg", "tags": null}', "line 2: expected file_name and tags, got file_name"),
-        (r'{"file_name": "a.jpg", "tags": ["\ud800"]}', "classes: expected names in one line of text, got .*ud800"),
+        (r'{"file_name": "a.jpg", "tags": ["\ud800"]}', "line 2: expected names of text in UTF-8, got .*ud800"),
         ('{"file_name": "a.jpg", "tags": [1]}', r"line 2: tags: expected a list of class names, .* got \[1\]"),
     ],
 )
@@ -169,6 +170,12 @@ def test_bad_jsonl_is_named(photos, line, message):
     (photos / "metadata.jsonl").write_text('{"file_name": "c.JPG", "tags": "cat"}\n' + line)
     with pytest.raises(DataError, match=message):
         load_folder(photos)
+
+
+def test_a_file_whose_name_is_no_text_is_named(tmp_path):
+    draw(tmp_path / "cat" / os.fsdecode(b"\xff.png"), kind="PNG")
+    with pytest.raises(DataError, match=r"/cat: expected names of text in UTF-8, got .*ff.png"):
+        load_folder(tmp_path)
 
 
 def test_unknown_class_is_named_with_its_row(photos):

@@ -183,7 +183,7 @@ def test_a_source_that_is_nothing_gets_the_five_forms_in_one_line(hub, source):
         (
             "toy",
             {"columns": {"image": "img"}},
-            "columns: expected a saved or Hub data set, got 'toy'",
+            "columns: expected a directory or a data set on the Hub, got 'toy'",
         ),
         ("toy", {"separator": ","}, "separator: expected a directory of tagged images, got 'toy'"),
         ("owner/pets@v1", {"revision": "v2"}, "revision: expected one, got 'v1' in 'owner/pets@v1' and 'v2'"),

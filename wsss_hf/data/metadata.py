@@ -1,15 +1,19 @@
-"""metadata.csv and metadata.jsonl: the rows of a folder of tagged images, as people and their programs write them."""
+"""metadata.csv, .jsonl and .parquet: rows of a folder of tagged images, as people and their programs write them."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ..models.pictures import FORMATS
 from .text import DataError, brief, is_line, read_text
@@ -20,6 +24,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".g
 SEPARATOR = ";"
 _SEPARATORS = ";,|"
 _DELIMITERS = ",;\t"  # of the columns of a csv
+_ROWS_AT_A_TIME = 1000  # of Parquet
 _NEEDED = ("file_name", "tags")
 _OPTIONAL = ("mask", "saliency")
 _NO_VALUES = {"nan", "none", "null", "n/a", "na", "<na>", "#n/a"}  # what programs write where there is nothing
@@ -30,16 +35,20 @@ def read_metadata(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a metadata file.
 
     A csv has a header; its columns are separated by commas, semicolons (as Excel does in many countries) or tabs.
-    A jsonl has an object in each line.
+    A jsonl has an object in each line. Masks and saliency may be called mask_file_name and saliency_file_name, as the
+    `imagefolder` of datasets has them.
 
     Yields:
-        (where, row): `where` names file and line; a row has file_name (a name), tags (not read yet: a text or a list),
-        and mask and saliency (a name or None). Blank lines are left out.
+        (where, row): `where` names file and line, or row; a row has file_name (a name), tags (not read yet: a text or
+        a list), and mask and saliency (a name or None). Blank lines are left out.
 
     Raises:
         DataError: names file and line.
     """
-    for where, row in _csv_rows(path) if path.suffix == ".csv" else _jsonl_rows(path):
+    read = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}[path.suffix]
+    for where, row in read(path):
+        for name in _OPTIONAL:
+            row.setdefault(name, row.get(f"{name}_file_name"))
         if row.get("tags") is None or row.get("file_name") is None:
             got = ", ".join(name for name, value in row.items() if value is not None)
             raise DataError(f"{where}: expected file_name and tags, got {got or 'neither'}")
@@ -125,6 +134,17 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected an object with file_name and tags, got {brief(row)}")
         yield where, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        with pq.ParquetFile(path) as file:
+            batches = (batch.to_pylist() for batch in file.iter_batches(_ROWS_AT_A_TIME))
+            for number, row in enumerate(itertools.chain.from_iterable(batches), start=1):
+                yield f"{path}, row {number}", row
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: expected a Parquet file, got one that can't be read ({reason})") from error
 
 
 def find_file(folder: Path, name: str) -> str | None:

@@ -108,22 +108,22 @@ def tree_state(folder: str | Path) -> str:
         found = os.stat(folder)
         state.update(f"{found.st_size}\0{found.st_mtime_ns}".encode())
     elif os.path.isdir(folder):
-        lines = sorted(_file_states(os.fspath(folder)))
-        state.update("".join(lines).encode(errors="surrogateescape"))
+        for line in _file_states(os.fspath(folder)):
+            state.update(line.encode(errors="surrogateescape"))
     return state.hexdigest()
 
 
 def _file_states(folder: str) -> Iterator[str]:
-    """A line for each file in a folder and those below it: unordered, but sorting them sorts the paths."""
-    folders = [folder]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    folders.append(entry.path)
-                else:
-                    found = entry.stat()
-                    yield f"{entry.path}\0{found.st_size}\0{found.st_mtime_ns}\n"
+    """A line for each file in a folder and those below it, in the order of their paths."""
+    with os.scandir(folder) as entries:
+        names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
+    for name in names:
+        path = os.path.join(folder, name)
+        if name.endswith("/"):
+            yield from _file_states(path)
+        else:
+            found = os.stat(path)
+            yield f"{path}\0{found.st_size}\0{found.st_mtime_ns}\n"
 
 
 @contextmanager

@@ -64,7 +64,8 @@ def num_bytes(rows: Dataset) -> int:
     Raises:
         DataError: one of these is missing.
     """
-    paths = (path for name in _image_columns(rows) for path in _file_paths(rows, name) or ())
+    files = (name for name in _image_columns(rows) if not _has_bytes(rows, name))
+    paths = (path for name in files for some in _absolute_paths(rows, name) for path in some)
     try:
         return rows.data.nbytes + sum(os.path.getsize(path) for path in paths if path is not None)
     except FileNotFoundError as error:
@@ -88,22 +89,27 @@ def _image_columns(rows: Dataset) -> list[str]:
 
 def _with_paths(rows: Dataset) -> Dataset:
     """`rows` with the paths of image columns of files as plain columns."""
-    named = {}
-    for name in _image_columns(rows):
-        paths = _file_paths(rows, name)
-        if paths is not None:
-            named[name] = [path and {"bytes": None, "path": path} for path in paths]
-    if not named:
+    plain = [_plain_paths(rows, name) for name in _image_columns(rows) if not _has_bytes(rows, name)]
+    if not plain or not len(rows):
         return rows
-    plain = Dataset.from_dict(named, features=Features({name: _STORED for name in named}))
-    return concatenate_datasets([rows.remove_columns(list(named)), plain], axis=1).select_columns(rows.column_names)
+    named = [name for column in plain for name in column.features]
+    return concatenate_datasets([rows.remove_columns(named), *plain], axis=1).select_columns(rows.column_names)
 
 
-def _file_paths(rows: Dataset, column: str) -> list[str | None] | None:
-    """The absolute paths in an image column, None for no image; None where it holds the bytes of any."""
-    if _has_bytes(rows, column):
-        return None
-    return [path for values in _batches(rows, column) for path in _absolute(pc.struct_field(values, "path"))]
+def _plain_paths(rows: Dataset, column: str) -> Dataset:
+    parts = [
+        Dataset.from_dict(
+            {column: [path and {"bytes": None, "path": path} for path in paths]}, features=Features({column: _STORED})
+        )
+        for paths in _absolute_paths(rows, column)
+    ]
+    return concatenate_datasets(parts)
+
+
+def _absolute_paths(rows: Dataset, column: str) -> Iterator[list[str | None]]:
+    """The absolute paths in an image column of files, None for no image; some at a time."""
+    for values in _batches(rows, column):
+        yield _absolute(pc.struct_field(values, "path"))
 
 
 def _has_bytes(rows: Dataset, column: str) -> bool:

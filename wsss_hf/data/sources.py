@@ -29,7 +29,7 @@ from pyarrow.parquet import read_schema
 
 from .coco import load_coco
 from .folder import METADATA_NAMES, SPLIT_NAMES, load_folder
-from .metadata import SEPARATOR
+from .metadata import SEPARATOR, read_tags
 from .prepared import check_once, once, read_once
 from .saliency import with_saliency
 from .tagged import DataError, TaggedData, class_names, has_value
@@ -42,6 +42,7 @@ _SOURCES = (
 )
 _SAVED_MARKS = ("dataset_dict.json", "dataset_info.json")
 _SHARDS = {".parquet": "parquet", ".tar": "webdataset"}  # suffix → loader of datasets
+IMAGE_FOLDER = "imagefolder"  # also a loader of datasets
 RECORD = "recipe.yaml"  # of a stage that has saved the data
 _COLUMNS = ("image_id", "image", "tags", "mask", "saliency", "superpixels", "pseudo_mask")
 
@@ -67,15 +68,17 @@ def load_data(
     Args:
         source: "toy", "voc" (`root` = a devkit's VOC2012 folder), "coco" (`root` = the folder of annotations,
             train2017 and val2017), a directory saved by save_to_disk, a directory of tagged images (see
-            [`load_folder`]), a file or directory of Parquet or WebDataset shards (splits by their names, train-*,
-            validation-*; of tar files the columns are the suffixes of the members), or the id of a data set on the
-            Hub, also with a revision: owner/name@revision.
+            [`load_folder`]) or, with `columns`, as the `imagefolder` of datasets has it, a file or
+            directory of Parquet or WebDataset shards (splits by their names, train-*, validation-*; of tar files the
+            columns are the suffixes of the members), or the id of a data set on the Hub, also with a revision:
+            owner/name@revision.
         root: where VOC or COCO is.
         classes: names in the order of their indices. VOC and COCO are restricted to them; elsewhere they must cover
             every tag and, where the data bring class names, be the same. Multi-hot tags, and those that are one class
             index (WebDataset's .cls), get their names from them.
-        columns: column here → its name in the source, for shards, saved and Hub data sets: {"image": "img", "tags":
-            "objects.category"}; a dot leads into a column of structures or of lists of them.
+        columns: column here → its name in the source, for all but "toy", "voc" and "coco": {"image": "img", "tags":
+            "objects.category"}; a dot leads into a column of structures or of lists of them. Class folders are the
+            column `label` of an `imagefolder`, and files of masks that mask_file_name names the column `mask`.
         limit: at most so many rows per split, drawn by `seed`: some for every class if possible, then rows with masks.
         seed: of `limit`.
         masks: "evaluation" or "all", see [`load_voc`] and [`load_coco`].
@@ -98,11 +101,12 @@ def load_data(
         raise DataError(f"limit: expected at least 1 row, got {limit}")
     was_saved = is_saved(path)
     is_built_in = source in ("toy", "voc", "coco")
-    is_sharded = not is_built_in and not was_saved and shard_loader(path) is not None
+    loader = None if is_built_in or was_saved else loader_of(path, columns)
+    is_sharded = loader is not None
     is_folder = not is_built_in and not was_saved and not is_sharded and path.is_dir()
-    if columns and (is_built_in or is_folder):
-        raise DataError(f"columns: expected a saved or Hub data set, got {str(source)!r}")
-    if separator != SEPARATOR and not is_folder:
+    if columns and is_built_in:
+        raise DataError(f"columns: expected a directory or a data set on the Hub, got {str(source)!r}")
+    if separator != SEPARATOR and not (is_folder or loader == IMAGE_FOLDER):
         raise DataError(f"separator: expected a directory of tagged images, got {str(source)!r}")
     name = str(source)
     if not (is_built_in or was_saved or is_folder or is_sharded):
@@ -142,10 +146,10 @@ def load_data(
             if was_saved:
                 found = _load_saved(name)
             elif is_sharded:
-                found = _load_shards(name, (columns or {}).get("tags", "tags"))
+                found = _load_shards(name, columns or {})
             else:
                 found = _load_from_hub(name, revision)
-            dataset = _unify(found, name, classes, columns or {})
+            dataset = _unify(found, name, classes, columns or {}, separator if loader == IMAGE_FOLDER else None)
         if maps is not None:
             dataset = with_saliency(dataset, maps, count_others=limit is None)
         return DatasetDict({split: limited(rows) for split, rows in dataset.items()})
@@ -194,14 +198,16 @@ def is_saved(path: Path) -> bool:
     return any((path / mark).is_file() for mark in _SAVED_MARKS)
 
 
-def shard_loader(path: Path) -> str | None:
-    """The loader of datasets for a file, or for the files of a directory and those below it."""
+def loader_of(path: Path, columns: Mapping[str, str] | None = None) -> str | None:
+    """The loader of datasets for a file, or for the files of a directory and those below it; None for a directory of
+    tagged images whose `columns` need no other names: it is read here, with messages that name the row."""
     if path.is_file():
         return _SHARDS.get(path.suffix)
-    if any((path / name).is_file() for name in METADATA_NAMES):
-        return None
-    found = (suffix for suffix in _SHARDS for _ in (*path.glob(f"*{suffix}"), *path.glob(f"*/*{suffix}")))
-    return _SHARDS.get(next(found, ""))
+    if not any((path / name).is_file() for name in METADATA_NAMES):
+        found = (suffix for suffix in _SHARDS for _ in (*path.glob(f"*{suffix}"), *path.glob(f"*/*{suffix}")))
+        if suffix := next(found, ""):
+            return _SHARDS[suffix]
+    return IMAGE_FOLDER if columns and path.is_dir() else None
 
 
 def check_shards(path: Path, tags: str) -> None:
@@ -216,7 +222,7 @@ def check_shards(path: Path, tags: str) -> None:
     Raises:
         DataError: names the file that can't be read or differs.
     """
-    loader = shard_loader(path)
+    loader = loader_of(path)
     suffix = next((suffix for suffix, name in _SHARDS.items() if name == loader), None)
     if suffix is None:
         return
@@ -275,16 +281,16 @@ def feature_at(features: Mapping[str, Any], place: str) -> Any:
     return feature.get(field) if isinstance(feature, dict) else None
 
 
-def _load_shards(name: str, tags: str) -> DatasetDict:
+def _load_shards(name: str, columns: Mapping[str, str]) -> DatasetDict:
     path = Path(name)
-    check_shards(path, tags)
+    check_shards(path, columns.get("tags", "tags"))
     files = {"data_files": name} if path.is_file() else {"data_dir": name}
     try:
-        return load_dataset(str(shard_loader(path)), **files)
+        return load_dataset(str(loader_of(path, columns)), **files)
     except (OSError, ValueError, DatasetsError) as error:  # a damaged file
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(
-            f"{name}: expected Parquet or WebDataset shards, got some that can't be read ({reason})"
+            f"{name}: expected Parquet or WebDataset shards or a folder of images, got what can't be read ({reason})"
         ) from error
 
 
@@ -299,15 +305,19 @@ def _load_from_hub(source: str, revision: str | None) -> DatasetDict:
 
 
 def _unify(
-    dataset: Dataset | DatasetDict, source: str, classes: Sequence[str] | None, columns: Mapping[str, str]
+    dataset: Dataset | DatasetDict,
+    source: str,
+    classes: Sequence[str] | None,
+    columns: Mapping[str, str],
+    separator: str | None = None,
 ) -> DatasetDict:
-    """Splits and columns with the names used here, tags as class indices."""
+    """Splits and columns with the names used here, tags as class indices; names in one text are cut at `separator`."""
     found = dataset if isinstance(dataset, DatasetDict) else {"train": dataset}
     names = {split: next((name for name in known if name in found), None) for split, known in SPLIT_NAMES.items()}
     if names["train"] is None:
         raise DataError(f"{source!r}: expected a split 'train', got {', '.join(found)}")
     splits = {split: _map_columns(found[name], source, columns) for split, name in names.items() if name}
-    splits = _index_tags(splits, source, classes)
+    splits = _index_tags(splits, source, classes, separator)
     return _with_classes(DatasetDict({split: _with_ids(rows, split) for split, rows in splits.items()}), classes)
 
 
@@ -347,7 +357,9 @@ def _with_nested(rows: Dataset, name: str) -> Dataset:
     return concatenate_datasets([rows, found.select_columns([name])], axis=1)
 
 
-def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] | None) -> dict[str, Dataset]:
+def _index_tags(
+    splits: dict[str, Dataset], source: str, classes: Sequence[str] | None, separator: str | None
+) -> dict[str, Dataset]:
     """Tags as names, a name, ClassLabels, a ClassLabel or, with `classes`, multi-hot or one index → lists of
     ClassLabels, the same in every split."""
     feature = splits["train"].features["tags"]
@@ -358,7 +370,16 @@ def _index_tags(splits: dict[str, Dataset], source: str, classes: Sequence[str] 
             raise DataError(f"{source!r}, split {split!r}: tags: expected {label} as in 'train', got {theirs}")
     if isinstance(label, ClassLabel) and all(rows.features["tags"] == List(label) for rows in splits.values()):
         return splits
-    tags = {split: [as_list(value) for value in rows["tags"]] for split, rows in splits.items()}
+    cut = separator if _kind(label) == "names" and not isinstance(feature, List) else None
+    tags = {
+        split: [
+            as_list(value)
+            if cut is None
+            else read_tags(value or "", cut, classes or (), f"{source}, {split} row {row}")
+            for row, value in enumerate(rows["tags"], start=1)
+        ]
+        for split, rows in splits.items()
+    }
     if isinstance(label, ClassLabel):
         names = label.names
     elif _kind(label) == "names":

@@ -27,8 +27,9 @@ from datasets import (
 from datasets import Image as ImageFeature
 
 from .folder import SPLIT_NAMES, load_folder
-from .metadata import SEPARATOR
+from .metadata import SEPARATOR, read_tags
 from .sources import (
+    IMAGE_FOLDER,
     RECORD,
     as_list,
     check_shards,
@@ -36,7 +37,7 @@ from .sources import (
     is_index,
     is_saved,
     label_of,
-    shard_loader,
+    loader_of,
     split_revision,
 )
 from .tagged import DataError, TaggedData, check_class_names, undecoded
@@ -81,13 +82,13 @@ def load_stream(
         if classes or columns or separator != SEPARATOR:
             raise DataError(f"{source}: expected no classes, columns or separator beside the masks of a stream")
         return _with_pseudo_masks(load_stream(**labelled), Path(source))
-    is_of_datasets = is_saved(Path(source)) or shard_loader(Path(source)) is not None or bool(columns)
-    if Path(source).is_dir() and not is_of_datasets:
+    was_saved, name = is_saved(Path(source)), str(source)
+    loader = None if was_saved else loader_of(Path(source), columns)
+    if Path(source).is_dir() and not was_saved and loader is None:
         return _folder_stream(source, classes, revision, separator)
-    if separator != SEPARATOR:
+    if separator != SEPARATOR and loader != IMAGE_FOLDER:
         raise DataError(f"separator: expected a directory of tagged images, got {str(source)!r}")
     check_shards(Path(source), (columns or {}).get("tags", "tags"))
-    loader, name = shard_loader(Path(source)), str(source)
     is_on_hub = not Path(source).exists()
     if is_on_hub:
         name, revision = split_revision(name, revision)
@@ -103,11 +104,14 @@ def load_stream(
         raise DataError(f"{name}: expected a split 'train', got {', '.join(map(str, found))}")
     _check_columns([found[theirs] for theirs in splits.values() if theirs is not None], name, columns or {})
     rows = {
-        split: _with_our_columns(found[theirs], name, classes, columns or {}, split)
+        split: _with_our_columns(
+            found[theirs], name, classes, columns or {}, split, separator if loader == IMAGE_FOLDER else None
+        )
         for split, theirs in splits.items()
         if theirs is not None
     }
     arguments = {"source": name, "streaming": True, "classes": classes and list(classes), "columns": columns}
+    arguments["separator"] = None if separator == SEPARATOR else separator
     if is_on_hub:  # its commit: later stages read the same rows, and know others by it
         revision = builder.hash
     given = (arguments | {"revision": revision}).items()
@@ -247,7 +251,12 @@ def _check_columns(splits: Sequence[IterableDataset], source: str, columns: Mapp
 
 
 def _with_our_columns(
-    rows: IterableDataset, source: str, classes: Sequence[str] | None, columns: Mapping[str, str], split: str
+    rows: IterableDataset,
+    source: str,
+    classes: Sequence[str] | None,
+    columns: Mapping[str, str],
+    split: str,
+    separator: str | None,
 ) -> IterableDataset:
     rows = undecoded(rows)
     places = {name: columns.get(name, name) for name in ("image_id", "image", "tags", *_MAPS)}
@@ -276,6 +285,8 @@ def _with_our_columns(
         found = {"image_id": f"{split}_{index:06d}" if identity is None else str(identity)}
         value, where = _value(row, places["tags"]), f"{source}: row {found['image_id']!r}"
         tags = as_list(value)
+        if separator is not None and isinstance(value, str):
+            tags = read_tags(value, separator, names, where)
         if not are_indices:
             tags = _indices(tags, numbers, where)
         elif (value is None and isinstance(features["tags"], List)) or not set(tags) <= indices:
