@@ -88,7 +88,7 @@ def test_quiet_prints_nothing_until_it_is_over(clock, capsys):
 
 @pytest.mark.slow
 def test_child_processes_inherit_quietness():
-    program = "from wsss_hf.progress import is_quiet; print(is_quiet())"
+    program = f"import runpy; print(runpy.run_path({module.__file__!r})['is_quiet']())"  # without the package
     for quiet in (True, False):
         set_quiet(quiet)
         child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
