@@ -4,7 +4,8 @@
     python scripts/benchmark_size.py --images 100000 --stages make-masks --steps 2
     python scripts/benchmark_size.py --images 2000 10000 --stages evaluate-stream --steps 2
 
-For every number of images and stage: peak resident memory of the process, its CPU and wall-clock seconds; of labelling
+For every number of images and stage: peak resident memory of the process (on Linux also without the pages of mapped
+files, which the system takes back when it needs them), its CPU and wall-clock seconds; of labelling
 also those until it starts, with rows read, checked and compared with earlier results, and those of the finished
 command given once more. Some seconds of each are the imports. Images and masks are a few pictures under many names;
 networks are tiny. What the chosen stages need runs before them; evaluate-stream measures classifier and segmenter on
@@ -21,6 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -105,10 +107,13 @@ def command(stage: str, data: Path, out: Path, side: int, steps: int) -> list[st
 
 def measure(arguments: list[str], appears: Path | None = None) -> dict[str, float]:
     """Run a command → MiB of peak resident memory, CPU and wall-clock seconds, and those until a file appears."""
-    begun = time.monotonic()
+    begun, own = time.monotonic(), 0
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     found: dict[str, float] = {}
     while True:
+        with suppress(psutil.Error, AttributeError):
+            memory = psutil.Process(process.pid).memory_info()
+            own = max(own, memory.rss - memory.shared)
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         if appears is not None and not ended and not found and appears.exists():
             times = psutil.Process(process.pid).cpu_times()
@@ -120,7 +125,8 @@ def measure(arguments: list[str], appears: Path | None = None) -> dict[str, floa
         raise SystemExit(f"{' '.join(arguments)}: ended with {os.waitstatus_to_exitcode(status)}")
     unit = 2**20 if sys.platform == "darwin" else 2**10
     cpu = usage.ru_utime + usage.ru_stime
-    return {"peak MiB": usage.ru_maxrss / unit, "CPU s": cpu, "s": time.monotonic() - begun} | found
+    peak = {"peak MiB": usage.ru_maxrss / unit} | ({"own MiB": own / 2**20} if own else {})
+    return peak | {"CPU s": cpu, "s": time.monotonic() - begun} | found
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from wsss_hf.data.sources import load_data
@@ -38,6 +39,7 @@ def test_a_process_is_measured_until_a_file_appears_and_to_its_end(script, tmp_p
     done = subprocess.run([sys.executable, "-c", fresh], cwd=SCRIPT.parent, capture_output=True, text=True, check=True)
     figures = json.loads(done.stdout)
     assert 95 < figures["peak MiB"] < 1000 and figures["s"] > 0.5
+    assert not hasattr(psutil.Process().memory_info(), "shared") or 95 < figures["own MiB"] < figures["peak MiB"]
     assert figures["s until then"] < figures["s"] and figures["starts after CPU s"] <= figures["CPU s"] + 0.02
     with pytest.raises(SystemExit, match="ended with 3"):
         script.measure([sys.executable, "-c", "raise SystemExit(3)"])

@@ -118,7 +118,7 @@ class TrainSettings(Options):
     save_minutes: float = speed(10.0, "Minutes between checkpoints, likewise.", at_least=0)
     keep: int = speed(2, "Newest checkpoints that stay on disk.", at_least=1)
     track: Literal["tensorboard", "trackio", "wandb"] | None = speed(None, "tensorboard | trackio | wandb, or null.")
-    track_steps: int = speed(500, "Steps between pictures of maps, without FSDP and DeepSpeed; 0: none.", at_least=0)
+    track_steps: int = speed(500, "Steps between pictures of maps; 0: none.", at_least=0)
 
 
 @dataclass

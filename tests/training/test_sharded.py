@@ -6,6 +6,7 @@ import signal
 from importlib import resources
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from test_loop import Mortal, figures, settings, tagged_examples
 from test_scale import Interrupting
+from test_tracking import Notebook
 
 from wsss_hf.models.configuration_cam import CamConfig
 from wsss_hf.models.configuration_segmenter import SegmenterConfig
@@ -25,6 +27,7 @@ from wsss_hf.training.checkpoints import newest
 from wsss_hf.training.launcher import build_accelerator
 from wsss_hf.training.loop import Training
 from wsss_hf.training.losses import SegmentationObjective, build_loss
+from wsss_hf.training.pictures import MapPictures
 from wsss_hf.training.train import train_model
 
 TINY = {
@@ -90,6 +93,30 @@ def test_sharded_training_saves_whole_weights(kind, toy_data, tmp_path, in_proce
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+@shards_on_cpus
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cam", "segmenter"])
+def test_a_tracker_gets_the_maps_of_sharded_weights(kind, toy_data, tmp_path, in_processes):
+    options = {"seed": 0, "size": 48, "title": kind, "mask_column": "mask" if kind == "segmenter" else None}
+
+    def work(folder=tmp_path / "two", build_accelerator=sharding):
+        wanted = settings(**SHARED | {"epochs": 1, "lr": 1e-2, "track_steps": 1})
+        accelerator = build_accelerator(wanted)
+        accelerator.trackers, wanted.track = [Notebook()], "wandb"
+        train_model(
+            accelerator, build(kind), WsssImageProcessor(), toy_data["train"], wanted, folder=folder, **options
+        )
+        return accelerator.trackers[0].pictures
+
+    main, other = in_processes(work)
+    AcceleratorState._reset_state()
+    alone = work(tmp_path / "one", build_accelerator)
+    assert list(main) == list(alone) == [1, 2, 3] and not other
+    for step, found in alone.items():
+        (name,) = found
+        assert name == f"{kind}/maps" and np.mean(main[step][name] != found[name]) < 0.01  # a pixel on an edge
+
+
 METHODS = {
     "attention": {"learn_heads": True},
     "contrast": {"embedding": 8},
@@ -116,12 +143,16 @@ def test_all_methods_train_sharded_in_half_precision(toy_data, tmp_path, in_proc
     def work():
         torch.manual_seed(0)
         config = CamConfig(backbone_config=dict(VIT), id2label=dict(enumerate("abcdefgh")), drs={}, **METHODS)
-        wanted = settings(**SHARED, mixed_precision="bf16")
-        training = Training(CamClassifier(config), tagged_examples(toy_data), wanted, sharding(wanted), tmp_path)
-        return figures(training.run())
+        wanted, examples = settings(**SHARED, mixed_precision="bf16", track_steps=3), tagged_examples(toy_data)
+        accelerator = sharding(wanted)
+        accelerator.trackers, wanted.track = [Notebook()], "wandb"
+        pictures = MapPictures(examples, [0.5] * 3, [0.25] * 3)
+        training = Training(CamClassifier(config), examples, wanted, accelerator, tmp_path, pictures=pictures)
+        return figures(training.run()), list(accelerator.trackers[0].pictures)
 
-    for history in in_processes(work):
-        assert not isinstance(history, Exception), history
+    results = in_processes(work)
+    assert [shown for _, shown in results] == [[3, 6], []]
+    for history, _ in results:
         for record in history:
             assert all(any(name.startswith(method) for name in record) for method in METHODS), record
             assert torch.tensor(list(record.values())).isfinite().all(), record

@@ -75,7 +75,7 @@ def test_a_tracker_gets_losses_rates_memory_and_pictures(tmp_path, tracked):
     notebook, build = tracked
     wanted = settings(epochs=2, track="wandb", track_steps=4)
     shown = np.zeros((2, 3, 3, 3), np.uint8)
-    training = Training(Line(), Points(), wanted, build(wanted), tmp_path, 0, "cam", lambda: {"maps": shown})
+    training = Training(Line(), Points(), wanted, build(wanted), tmp_path, 0, "cam", lambda _: {"maps": shown})
     training.run()
     assert notebook.finished and notebook.configuration["track_steps"] == 4
     assert list(notebook.values) == [1, 3, 4, 6]
@@ -93,7 +93,7 @@ def test_the_main_process_shows_pictures_and_the_processes_stay_together(tmp_pat
     def work():
         wanted = settings(epochs=1, track="wandb", track_steps=1)
         accelerator = build(wanted)
-        Training(Line(), Points(), wanted, accelerator, tmp_path, pictures=lambda: {"maps": np.zeros(0)}).run()
+        Training(Line(), Points(), wanted, accelerator, tmp_path, pictures=lambda _: {"maps": np.zeros(0)}).run()
         return len(notebook.pictures), torch.distributed.is_initialized()
 
     assert in_processes(work) == [(3, True), (0, True)]
@@ -106,7 +106,7 @@ def test_pictures_change_nothing_of_the_training(tmp_path, tracked, cam_folder, 
         model = CamClassifier.from_pretrained(cam_folder)
         examples = tagged_examples(toy_data)
         wanted = settings(epochs=2, lr=1e-2, freeze_batch_norm=False, track="wandb", track_steps=steps)
-        pictures = MapPictures(model, examples, [0.5] * 3, [0.25] * 3)
+        pictures = MapPictures(examples, [0.5] * 3, [0.25] * 3)
         Training(model, examples, wanted, tracked[1](wanted), tmp_path / str(steps), pictures=pictures).run()
         weights.append(model.state_dict())
     assert len(tracked[0].pictures) == 6
@@ -152,18 +152,6 @@ def test_pictures_of_a_stream_are_those_of_its_first_images(
         assert np.array_equal(found["cam/maps"], wanted[step]["cam/maps"])
 
 
-def test_a_training_whose_weights_are_shared_out_says_that_it_shows_no_maps(
-    tmp_path, tracked_stages, toy_data, tiny_recipe, monkeypatch, capsys
-):
-    """On its own, one process would wait for the others for ever."""
-    monkeypatch.setattr("wsss_hf.training.train.is_sharded", lambda _: True)
-    recipe = tiny_recipe.changed("cam.train.steps=1", "cam.train.track_steps=1")
-    recipe.cam.train.track = "wandb"
-    train_cam(toy_data, recipe, tmp_path / "cam")
-    assert "cam: wandb shows no maps where each process holds a part of the weights\n" in capsys.readouterr().err
-    assert tracked_stages.values and not tracked_stages.pictures
-
-
 def test_trackio_gets_its_own_kind_of_pictures(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda pixels: ("picture", pixels.shape)))
     notebook = Notebook()
@@ -187,7 +175,7 @@ def test_pictures_show_images_with_their_maps(kind, cam_folder, toy_data):
     if kind == "objective":
         model = SegmentationObjective(model, build_loss("cross_entropy"))
     statistics = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    stack = MapPictures(model, examples, **statistics)()["maps"]
+    stack = MapPictures(examples, **statistics)(model)["maps"]
     assert stack.shape == (4, 48, 48, 3) and stack.dtype == np.uint8
     plain = examples[0]["pixel_values"] * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     plain = (plain + torch.tensor([0.485, 0.456, 0.406])[:, None, None]).clamp(0, 1) * 255

@@ -74,7 +74,7 @@ class Training:
         settings: a recipe's `train` section.
         accelerator: of `build_accelerator`.
         folder: keeps `checkpoints/` and `log.jsonl`.
-        pictures: gives named pictures, arrays (N, H, W, 3) uint8, for the tracker.
+        pictures: makes named pictures, arrays (N, H, W, 3) uint8, of the model for the tracker.
 
     Raises:
         RecipeError: there are fewer images in a batch, or in all, than processes and micro-batches, or a setting does
@@ -90,7 +90,7 @@ class Training:
         folder: Path,
         seed: int = 0,
         title: str = "training",
-        pictures: Callable[[], dict[str, np.ndarray]] | None = None,
+        pictures: Callable[[nn.Module], dict[str, np.ndarray]] | None = None,
     ):
         self.examples, self.settings, self.accelerator = examples, settings, accelerator
         self.folder, self.seed, self.title, self.pictures = folder, seed, title, pictures
@@ -209,8 +209,7 @@ class Training:
                 rate = (self.step - begin) * self.batch_size / (time.perf_counter() - started)
                 log.write(self.step, means | {"lr": self.scheduler.get_last_lr()[0], "images_per_second": rate})
             if self.pictures is not None and log.wants_pictures(self.step):
-                log.show_pictures(self.step, self.pictures())
-                self._train_mode()
+                self._show_pictures(log, self.pictures)
             progress.advance(1)
             if done < steps:
                 self._save_if_due(preemption)
@@ -222,6 +221,15 @@ class Training:
             self._save()
             if any(self._agreed(preemption.signal is not None)):
                 preemption.stop(self.title, self.step)
+
+    def _show_pictures(self, log: TrainingLog, pictures: Callable[[nn.Module], dict[str, np.ndarray]]) -> None:
+        """The main process makes them alone, but where each has a part of the weights."""
+        sharded = is_sharded(self.accelerator)
+        if sharded or self.accelerator.is_main_process:
+            made = pictures(self.model if sharded else self.inner)
+            if self.accelerator.is_main_process:
+                log.show_pictures(self.step, made)
+            self._train_mode()
 
     @property
     def _micro_batches(self) -> int:

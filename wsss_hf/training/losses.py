@@ -125,7 +125,11 @@ class SegmentationObjective(nn.Module):
         self.new_parameters = {f"model.{name}" for name in names if name in new_parameters}
 
     def forward(
-        self, pixel_values: Tensor, labels: Tensor, confidence: Tensor | None = None, tags: Tensor | None = None
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        confidence: Tensor | None = None,
+        tags: Tensor | None = None,
     ) -> ModelOutput:
         """
         Args:
@@ -136,8 +140,11 @@ class SegmentationObjective(nn.Module):
 
         Returns:
             `loss`, the weighted mean over the pixels that are not ignored, 0 where there is none; `weight`, the mean
-            weight of all pixels, by which the loss counts beside those of other images.
+            weight of all pixels, by which the loss counts beside those of other images. Without labels, what the
+            segmenter gives.
         """
+        if labels is None:
+            return self.model(pixel_values)
         weights = (labels != IGNORE_INDEX).float()
         if confidence is not None:
             weights = weights * (confidence >= self.min_confidence)

@@ -16,12 +16,13 @@ from ..models.label_colors import overlay
 
 
 class MapPictures:
-    """Calling it gives the first training images, each with the model's label map for its tags drawn on it.
+    """Calling it with a model gives the first training images, each with the model's label map for its tags drawn on
+    it.
 
-    The images and their crops are the same at every call. The model is left in evaluation mode.
+    The model is one with `segmentation_scores`, any segmenter, or a training objective that holds one as `model`. It
+    is left in evaluation mode. The images and their crops are the same at every call.
 
     Args:
-        model: a model with `segmentation_scores`, any segmenter, or a training objective that holds one as `model`.
         examples: [`TaggedExamples`] or [`StreamedExamples`].
         image_mean, image_std, blue_first: how `pixel_values` came about.
         count: of images.
@@ -29,27 +30,26 @@ class MapPictures:
 
     def __init__(
         self,
-        model: nn.Module,
         examples: Any,
         image_mean: Sequence[float],
         image_std: Sequence[float],
         blue_first: bool = False,
         count: int = 4,
     ):
-        self.model: Any = getattr(model, "model", model)
         self.examples, self.count, self.blue_first = examples, count, blue_first
         self.mean, self.std = (torch.tensor(values)[:, None, None] for values in (image_mean, image_std))
 
     @torch.no_grad()
-    def __call__(self) -> dict[str, np.ndarray]:
+    def __call__(self, model: nn.Module) -> dict[str, np.ndarray]:
         """{"maps": (N, H, W, 3) uint8}."""
-        model = self.model.eval()
+        model.eval()
         weight = next(model.parameters())
         pixel_values, tags = (torch.stack([e[name] for e in self._chosen]) for name in ("pixel_values", "tags"))
         size = tuple(pixel_values.shape[-2:])
-        outputs = model(pixel_values=pixel_values.to(weight))
-        if hasattr(model, "segmentation_scores"):
-            scores = model.segmentation_scores(outputs, size, tags.to(weight.device))
+        outputs = model(pixel_values=pixel_values.to(weight.device, weight.dtype))
+        network: Any = getattr(model, "model", model)
+        if hasattr(network, "segmentation_scores"):
+            scores = network.segmentation_scores(outputs, size, tags.to(weight.device))
         else:
             scores = F.interpolate(outputs.logits.float(), size=size, mode="bilinear", align_corners=False)
         labels = scores.argmax(dim=1).to(torch.uint8).cpu().numpy()

@@ -77,9 +77,9 @@ class TrainingLog:
             self.file.unlink(missing_ok=True)
 
     def wants_pictures(self, step: int) -> bool:
-        """Whether it is time for pictures, in this process."""
+        """Whether it is time for pictures."""
         every = self.settings.track_steps
-        return bool(self.settings.track and every and step % every == 0 and self.accelerator.is_main_process)
+        return bool(self.settings.track and every and step % every == 0)
 
     def show_pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         """Named stacks of pictures (N, H, W, 3) uint8."""

@@ -100,12 +100,9 @@ def train_model(
     trained = copy.deepcopy(model) if sharded and accelerator.is_main_process else model
     pictures = None
     if settings.track is not None and settings.track_steps:
-        if sharded:  # and no process can compute alone
-            say(f"{title}: {settings.track} shows no maps where each process holds a part of the weights")
-        else:
-            from .pictures import MapPictures  # for trackers alone
+        from .pictures import MapPictures  # for trackers alone
 
-            pictures = MapPictures(model, examples, **pixel_statistics(processor))
+        pictures = MapPictures(examples, **pixel_statistics(processor))
     training = Training(model, examples, settings, accelerator, folder, seed, title, pictures)
     history = training.run()
     if sharded:
