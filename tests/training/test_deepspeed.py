@@ -49,6 +49,17 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.parametrize(("name", "stage"), [("zero2", "train-cam"), ("zero3", "train-segmenter")])
+def test_a_tracker_gets_the_maps_of_shared_weights(name, stage, tmp_path, environment):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    more = ["--supervised", "--set", "segmenter.from_cam=false"] if stage == "train-segmenter" else []
+    train = command(stage, tmp_path / "two", epochs=2, track="tensorboard", track_steps=2)
+    subprocess.run([*launcher(name, tmp_path), *train, *more], check=True)
+    files = [events.EventAccumulator(str(file)).Reload() for file in (tmp_path / "two").rglob("events.*")]
+    shown = {name: file.Images(name) for file in files for name in file.Tags()["images"]}
+    assert shown and all([picture.step for picture in pictures] == [2, 4] for pictures in shown.values())
+
+
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
 @pytest.mark.parametrize("stage", ["train-cam", "train-segmenter"])
 def test_zero_trains_what_one_process_trains(name, stage, tmp_path, environment):

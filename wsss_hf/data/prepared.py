@@ -117,8 +117,9 @@ def _file_states(folder: str) -> Iterator[str]:
     """A line for each file in a folder and those below it, in the order of their paths."""
     with os.scandir(folder) as entries:
         names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in entries)
+    prefix = os.path.join(folder, "")
     for name in names:
-        path = os.path.join(folder, name)
+        path = prefix + name
         if name.endswith("/"):
             yield from _file_states(path)
         else:
