@@ -67,6 +67,7 @@ def test_named_columns_are_those_of_the_library(photos, separator):
     rows = load_data(photos, **wanted)["train"]
     stream = list(load_stream(photos, classes=["cat", "dog"], **wanted)["train"])
     assert class_names(rows) == ["cat", "dog"]
+    assert rows["image_id"][:] == [row["image_id"] for row in stream] == list(TAGS)
     assert [sorted(tags) for tags in rows["tags"]] == [row["tags"] for row in stream] == [[0], [0, 1], []]
     assert rows.cache_files  # and not in memory
     for number, row in enumerate(rows):
@@ -96,4 +97,5 @@ def test_class_folders_are_labels_of_the_library(tmp_path):
     for split in ("train", "val"):
         assert found[split]["tags"][:] == own[split]["tags"][:]
         assert all(map(np.array_equal, found[split]["image"], own[split]["image"]))
+    assert found["train"]["image_id"][:] == [f"train/{name}" for name in own["train"]["image_id"]]
     assert class_names(found) == class_names(own) == ["cat", "dog"]

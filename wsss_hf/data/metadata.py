@@ -104,8 +104,10 @@ def _header(line: str, where: str) -> tuple[list[str], str]:
             if twice:
                 raise DataError(f"{where}: expected each column once, got {twice[0]} {names.count(twice[0])} times")
             return names, mark
-    got = ", ".join(map(brief, max(found.values(), key=len)[:10])) or "an empty file"
-    raise DataError(f"{where}: expected a header with file_name and tags, got {got}")
+    names = max(found.values(), key=len)[:10]
+    advice = " (name your column of tags in `columns`)" if "file_name" in names else ""
+    got = ", ".join(map(brief, names)) or "an empty file"
+    raise DataError(f"{where}: expected a header with file_name and tags, got {got}{advice}")
 
 
 def _check_line_breaks(row: dict[str, str | None], delimiter: str, folder: Path, where: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tarfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetsError
 from pyarrow.parquet import read_schema
 
@@ -32,7 +34,7 @@ from .folder import METADATA_NAMES, SPLIT_NAMES, load_folder
 from .metadata import SEPARATOR, read_tags
 from .prepared import check_once, once, read_once
 from .saliency import with_saliency
-from .tagged import DataError, TaggedData, class_names, has_value
+from .tagged import DataError, TaggedData, class_names, has_value, undecoded
 from .toy import make_toy
 from .voc import load_voc
 
@@ -285,13 +287,25 @@ def _load_shards(name: str, columns: Mapping[str, str]) -> DatasetDict:
     path = Path(name)
     check_shards(path, columns.get("tags", "tags"))
     files = {"data_files": name} if path.is_file() else {"data_dir": name}
+    loader = str(loader_of(path, columns))
     try:
-        return load_dataset(str(loader_of(path, columns)), **files)
+        found = load_dataset(loader, **files)
     except (OSError, ValueError, DatasetsError) as error:  # a damaged file
         reason = " ".join(str(error.__cause__ or error).split())
         raise DataError(
             f"{name}: expected Parquet or WebDataset shards or a folder of images, got what can't be read ({reason})"
         ) from error
+    image = columns.get("image", "image")
+    if loader == IMAGE_FOLDER and "image_id" not in columns:
+        return DatasetDict({split: _with_file_ids(rows, image, name) for split, rows in found.items()})
+    return found
+
+
+def _with_file_ids(rows: Dataset, column: str, folder: str) -> Dataset:
+    if "image_id" in rows.features or not isinstance(rows.features.get(column), ImageFeature):
+        return rows
+    images = undecoded(rows.select_columns([column]))[column]
+    return rows.add_column("image_id", [file_id(image, folder) for image in images])
 
 
 def _load_from_hub(source: str, revision: str | None) -> DatasetDict:
@@ -436,6 +450,11 @@ def _kind(label: Any) -> Any:
 def as_list(value: object) -> list:
     """One tag, a list of tags or none → a list."""
     return [] if value is None else list(value) if isinstance(value, list) else [value]
+
+
+def file_id(image: Mapping[str, Any] | None, folder: str) -> str | None:
+    """The image_id of a file in a folder of tagged images: its name there."""
+    return Path(os.path.relpath(image["path"], folder)).as_posix() if image else None
 
 
 def _with_ids(rows: Dataset, split: str) -> Dataset:

@@ -34,6 +34,7 @@ from .sources import (
     as_list,
     check_shards,
     feature_at,
+    file_id,
     is_index,
     is_saved,
     label_of,
@@ -71,8 +72,8 @@ def load_stream(
 
     Returns:
         splits "train" and, if there is one, "val": each an `IterableDataset` of image_id, image (not decoded), tags
-        (class indices) and further maps. Without a column of image_ids they count rows; of a shard that is read alone,
-        its own. The `revision` in `source` is the commit that is read.
+        (class indices) and further maps. Without a column of image_ids they count rows (of a shard that is read alone,
+        its own) or, of an `imagefolder`, are names of files. The `revision` in `source` is the commit that is read.
 
     Raises:
         DataError: no such data, no split "train", or columns that are not there or can't be tags and images.
@@ -282,6 +283,8 @@ def _with_our_columns(
 
     def convert(row: dict, index: int) -> dict:
         identity = None if features["image_id"] is None else _value(row, places["image_id"])
+        if identity is None and separator is not None:
+            identity = file_id(_value(row, places["image"]), source)
         found = {"image_id": f"{split}_{index:06d}" if identity is None else str(identity)}
         value, where = _value(row, places["tags"]), f"{source}: row {found['image_id']!r}"
         tags = as_list(value)
