@@ -46,8 +46,7 @@ from wsss_hf.progress import Progress, set_quiet
 from wsss_hf.pseudo_labels.label_images import label_images
 from wsss_hf.recipes import Recipe
 from wsss_hf.saliency.spectral import SpectralSettings, SpectralSource
-from wsss_hf.training.build import build_on_backbone, build_processor
-from wsss_hf.training.loop import build_optimizer, freeze_batch_norm
+from wsss_hf.training.build import build_on_backbone, build_optimizer, build_processor, freeze_batch_norm
 
 GROUPS = ("methods", "labelling", "vit")
 ANYWHERE = [name for name in METHODS if name != "attention"]  # which wants a vision transformer

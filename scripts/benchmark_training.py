@@ -62,8 +62,14 @@ from wsss_hf.refinement.steps import build_refinement
 from wsss_hf.reporting.costs import cost_rows
 from wsss_hf.reporting.tables import markdown_table, print_table
 from wsss_hf.settings import TrainSettings
-from wsss_hf.training.build import build_on_backbone, build_processor
-from wsss_hf.training.loop import Training, build_optimizer, build_scheduler, freeze_batch_norm
+from wsss_hf.training.build import (
+    build_on_backbone,
+    build_optimizer,
+    build_processor,
+    build_scheduler,
+    freeze_batch_norm,
+)
+from wsss_hf.training.loop import Training
 from wsss_hf.training.losses import SegmentationObjective, build_loss
 from wsss_hf.training.train import begin_training, train_transform
 

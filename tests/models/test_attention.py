@@ -11,7 +11,7 @@ from wsss_hf import AttentionConfig, CamClassifier, CamConfig
 from wsss_hf.models.attention import HeadWeights, doubly_normalize, fuse_heads, spread
 from wsss_hf.models.backbone import Backbone
 from wsss_hf.models.patch_attentions import AttendedMaps, PatchAttentions
-from wsss_hf.training.loop import enable_checkpointing
+from wsss_hf.training.build import enable_checkpointing
 
 NAMES = {0: "a", 1: "b", 2: "c"}
 TAGS = torch.tensor([[1.0, 0, 0], [0, 1, 1]])

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSemanticSegmentation
 
 from wsss_hf import CamClassifier, CamConfig, MapRefiner, MapRefinerConfig, Segmenter, SegmenterConfig
 from wsss_hf.models.vgg import Vgg16Config
-from wsss_hf.training.loop import enable_checkpointing
+from wsss_hf.training.build import enable_checkpointing
 
 TOKENS = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 CONVOLUTIONS = {"depths": [1, 1], "hidden_sizes": [8, 16]}

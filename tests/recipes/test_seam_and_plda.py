@@ -8,7 +8,7 @@ from wsss_hf.models.modeling_affinity import AffinityNetwork
 from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.recipes import load_recipe
 from wsss_hf.stages.run import run
-from wsss_hf.training.loop import build_optimizer
+from wsss_hf.training.build import build_optimizer
 
 SMALL = [
     "image.size=48",

@@ -9,8 +9,7 @@ from torch import nn
 from wsss_hf import CamClassifier, CamConfig, MapRefiner, MapRefinerConfig
 from wsss_hf.recipes import load_recipe
 from wsss_hf.settings import RecipeError
-from wsss_hf.training.build import build_processor, start_layers
-from wsss_hf.training.loop import parameter_groups
+from wsss_hf.training.build import build_processor, parameter_groups, start_layers
 
 VGG = {"model_type": "wsss_vgg16", "widths": [4, 4, 4, 4, 4], "extra_channels": [64, 64, 64]}
 

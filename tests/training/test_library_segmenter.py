@@ -47,8 +47,8 @@ from wsss_hf.stages.evaluate import evaluate_segmenter, segmenter_gap
 from wsss_hf.stages.relabel import relabel
 from wsss_hf.stages.run import run
 from wsss_hf.stages.train_segmenter import train_segmenter
+from wsss_hf.training.build import freeze_batch_norm, parameter_groups
 from wsss_hf.training.library_segmenter import build_library_segmenter, of_one_shape
-from wsss_hf.training.loop import freeze_batch_norm, parameter_groups
 from wsss_hf.training.losses import SegmentationObjective, build_loss
 from wsss_hf.training.train import pixel_statistics
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from wsss_hf.settings import RecipeError, TrainSettings
-from wsss_hf.training.loop import (
+from wsss_hf.training.build import (
     build_optimizer,
     build_scheduler,
     freeze_batch_norm,

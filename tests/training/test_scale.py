@@ -22,6 +22,7 @@ from wsss_hf.models.modeling_cam import CamClassifier
 from wsss_hf.models.modeling_segmenter import Segmenter
 from wsss_hf.settings import RecipeError
 from wsss_hf.training import checkpoints, loop
+from wsss_hf.training.build import freeze_batch_norm
 from wsss_hf.training.launcher import build_accelerator
 from wsss_hf.training.loop import Training, TrainingError
 from wsss_hf.training.losses import SegmentationObjective, build_loss
@@ -196,7 +197,7 @@ def test_processes_on_gpus_share_the_statistics_of_norms_that_learn(cam_folder):
     synced = loop._with_synced_norms(model, gpus)
     norms = [module for module in synced.modules() if isinstance(module, nn.SyncBatchNorm)]
     assert len(norms) == count > 0
-    loop.freeze_batch_norm(synced.train())  # what is kept waits for nobody
+    freeze_batch_norm(synced.train())  # what is kept waits for nobody
     assert not any(norm.training for norm in norms)
 
 

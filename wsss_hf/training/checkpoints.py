@@ -25,11 +25,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
+from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from ..files import file_digest, sync, sync_tree
 from ..progress import say
 from .endings import is_of_the_group
+from .launcher import is_sharded
 from .zero import deal_out
 
 _PROGRESS_FILE, _MANIFEST_FILE = "progress.json", "files.json"
@@ -251,3 +253,18 @@ def _damage(checkpoint: Path, run: str | None) -> str | None:
         if held[name] != listed.get(name):
             return f"{name} is not as it was written"
     return None
+
+
+def save_without_wrappers(accelerator: Accelerator) -> None:
+    """Let checkpoints name weights as the model does, whether it is compiled and distributed or not."""
+    if is_sharded(accelerator):
+        return
+
+    def without(models: list[nn.Module], weights: list[dict], _folder: str) -> None:
+        weights[:] = [accelerator.unwrap_model(model, keep_torch_compile=False).state_dict() for model in models]
+
+    def load(models: list[nn.Module], _folder: str) -> None:
+        models[:] = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
+
+    accelerator.register_save_state_pre_hook(without)
+    accelerator.register_load_state_pre_hook(load)

@@ -20,7 +20,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from accelerate.utils import DistributedType, find_batch_size, send_to_device, set_seed
 from accelerate.utils.memory import should_reduce_batch_size
 from safetensors import SafetensorError
-from torch import nn, optim
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
@@ -28,6 +28,7 @@ from ..data.examples import StreamedExamples
 from ..progress import Progress, say
 from ..settings import RecipeError, TrainSettings
 from . import checkpoints
+from .build import build_optimizer, build_scheduler, freeze
 from .endings import DIVERGED_ADVICE, Preemption, TrainingError, ending_together, is_of_the_group
 from .launcher import is_sharded
 from .tracking import TrainingLog
@@ -112,7 +113,7 @@ class Training:
         self._identity = _identity(model, count, settings, seed)
 
         set_seed(seed)  # identical on all processes, whatever was drawn before
-        _freeze(model, settings)
+        freeze(model, settings)
         if settings.sync_batch_norm:
             model = _with_synced_norms(model, accelerator)
         if settings.channels_last and not is_sharded(accelerator):  # which wants contiguous weights
@@ -144,7 +145,7 @@ class Training:
                 model, optimizer, loader, scheduler
             )
         self.average: Any = average and accelerator.prepare_model(average, evaluation_mode=True)
-        _save_without_wrappers(accelerator)
+        checkpoints.save_without_wrappers(accelerator)
 
     def run(self) -> list[dict]:
         """Train to the end.
@@ -238,7 +239,7 @@ class Training:
 
     def _train_mode(self) -> None:
         self.model.train()
-        _freeze(self.inner, self.settings)  # whose parameters have their own names, also in distributed training
+        freeze(self.inner, self.settings)  # whose parameters have their own names, also in distributed training
 
     def _batches(self, epoch: int, first: int, steps: int) -> Iterator[dict]:
         """The micro-batches of an epoch's steps from `first` to `steps`."""
@@ -250,7 +251,7 @@ class Training:
         if hasattr(self.examples, "set_epoch"):
             self.examples.set_epoch(epoch)
         loader = skip_first_batches(self.loader, first * self._micro_batches) if first else self.loader
-        loader.set_epoch(epoch)  # else it starts with epoch 0 where Accelerate 1.10 skips batches
+        loader.set_epoch(epoch)  # else it starts with epoch 0
         return itertools.islice(loader, (steps - first) * self._micro_batches)
 
     def _add_gradients(self, batch: dict, epoch: int, number: int) -> None:
@@ -473,131 +474,9 @@ def _tell_deepspeed(accelerator: Accelerator, micro_batch: int, settings: TrainS
         }
 
 
-def _save_without_wrappers(accelerator: Accelerator) -> None:
-    """Let checkpoints name weights as the model does, whether it is compiled and distributed or not."""
-    if is_sharded(accelerator):
-        return
-
-    def save(models: list[nn.Module], weights: list[dict], _folder: str) -> None:
-        weights[:] = [accelerator.unwrap_model(model, keep_torch_compile=False).state_dict() for model in models]
-
-    def load(models: list[nn.Module], _folder: str) -> None:
-        models[:] = [accelerator.unwrap_model(model, keep_torch_compile=False) for model in models]
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
 def _check_finite(means: dict[str, float], epoch: int, step: int) -> None:
     for name, value in means.items():
         if not math.isfinite(value):
             raise TrainingError(
                 f"the loss {name!r} became {value} in epoch {epoch + 1}, step {step + 1}; {DIVERGED_ADVICE}"
             )
-
-
-# Optimiser and learning-rate schedule
-
-
-def is_new(model: nn.Module, name: str) -> bool:
-    """Whether the parameter starts from random values: it is in `model.new_parameters` or, where there is no such set,
-    outside the backbone.
-    """
-    new_parameters = getattr(model, "new_parameters", None)
-    return not name.startswith("backbone.") if new_parameters is None else name in new_parameters
-
-
-def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict]:
-    """Groups by where a parameter comes from and what it is: pretrained or new, weight or bias.
-
-    Pretrained layers learn `backbone_lr_factor` times as fast as `lr`, new ones `head_lr_factor` times, biases
-    `bias_lr_factor` times their layer; biases and norms do not decay unless `decay_biases`.
-    """
-    groups: dict[tuple[float, bool], list] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        factor = settings.head_lr_factor if is_new(model, name) else settings.backbone_lr_factor
-        if name.endswith(".bias"):
-            factor *= settings.bias_lr_factor
-        groups.setdefault((factor, parameter.ndim > 1 or settings.decay_biases), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": settings.lr * factor,
-            "weight_decay": settings.weight_decay if decays else 0.0,
-        }
-        for (factor, decays), parameters in groups.items()
-    ]
-
-
-def build_optimizer(model: nn.Module, settings: TrainSettings) -> optim.Optimizer:
-    """The optimiser of a `train` section."""
-    groups = parameter_groups(model, settings)
-    if settings.optimizer == "adamw":
-        return optim.AdamW(groups, fused=settings.fused or None)
-    nesterov = settings.nesterov and settings.momentum > 0
-    return optim.SGD(
-        groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov, fused=settings.fused or None
-    )
-
-
-def build_scheduler(
-    optimizer: optim.Optimizer, settings: TrainSettings, total_steps: int
-) -> optim.lr_scheduler.LambdaLR:
-    """The learning-rate schedule of a `train` section over `total_steps` optimiser steps."""
-
-    def factor(done: float) -> float:
-        if settings.schedule == "poly":
-            return (1 - done) ** settings.power
-        return 0.1 ** sum(done >= milestone for milestone in settings.milestones)
-
-    def rate(step: int) -> float:
-        done = min(step / total_steps, 1.0)
-        warm = min(1.0, (step + 1) / (settings.warmup * total_steps)) if settings.warmup else 1.0
-        return warm * factor(done)
-
-    return optim.lr_scheduler.LambdaLR(optimizer, rate)
-
-
-def _freeze(model: nn.Module, settings: TrainSettings) -> None:
-    """What a `train` section keeps as it is."""
-    if settings.freeze_batch_norm:
-        freeze_batch_norm(model)
-    if settings.backbone_lr_factor == 0:
-        freeze_pretrained(model)
-
-
-def freeze_pretrained(model: nn.Module) -> None:
-    """Keep all pretrained parameters and statistics; call again after each `model.train()`.
-
-    Modules without a new parameter do not drop anything either, and keep nothing for a backward pass.
-
-    Raises:
-        RecipeError: there are no others.
-    """
-    for name, parameter in model.named_parameters():
-        if not is_new(model, name):
-            parameter.requires_grad_(False)
-    for name, module in model.named_modules():
-        own = [parameter for parameter, _ in module.named_parameters(prefix=name)]
-        if own and not any(is_new(model, parameter) for parameter in own):
-            module.eval()
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise RecipeError("backbone_lr_factor: expected more than 0 for a model without new layers, got 0")
-
-
-def freeze_batch_norm(model: nn.Module) -> None:
-    """Keep statistics and affine parameters of every pretrained batch norm; call again after each `model.train()`."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and not is_new(model, f"{name}.weight"):
-            module.eval()
-            module.requires_grad_(False)
-
-
-def enable_checkpointing(model) -> None:
-    """Compute activations anew in the backward pass instead of keeping them.
-
-    Before 5.21, the first version without Python 3.10, transformers called that gradient checkpointing.
-    """
-    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from ..models.maps import IGNORE_INDEX
 from ..models.options import OptionError, Options, option, unknown_name
-from .loop import enable_checkpointing
+from .build import enable_checkpointing
 
 
 class PixelLoss(Options):

@@ -28,9 +28,10 @@ from ..inference.cam_maps import padded_images
 from ..inference.weights import diverged
 from ..progress import Progress, say
 from ..settings import FelzenszwalbSettings, RecipeError, TrainSettings
+from .build import enable_checkpointing
 from .endings import DIVERGED_ADVICE, TrainingError
 from .launcher import build_accelerator, is_sharded
-from .loop import Training, enable_checkpointing
+from .loop import Training
 from .tracking import STEP_LOG_FILE, TRACKER_FOLDER, check_tracker
 
 LOG_FILE = "training_log.json"
