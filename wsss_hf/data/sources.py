@@ -70,10 +70,9 @@ def load_data(
     Args:
         source: "toy", "voc" (`root` = a devkit's VOC2012 folder), "coco" (`root` = the folder of annotations,
             train2017 and val2017), a directory saved by save_to_disk, a directory of tagged images (see
-            [`load_folder`]) or, with `columns`, as the `imagefolder` of datasets has it, a file or
-            directory of Parquet or WebDataset shards (splits by their names, train-*, validation-*; of tar files the
-            columns are the suffixes of the members), or the id of a data set on the Hub, also with a revision:
-            owner/name@revision.
+            [`load_folder`]) or, with `columns`, as the `imagefolder` of datasets has it, a file or directory of
+            Parquet or WebDataset shards (splits by their names, train-*, validation-*; of tar files the columns are
+            the suffixes of the members), or the id of a data set on the Hub, also with its revision: owner/name@main.
         root: where VOC or COCO is.
         classes: names in the order of their indices. VOC and COCO are restricted to them; elsewhere they must cover
             every tag and, where the data bring class names, be the same. Multi-hot tags, and those that are one class
@@ -148,7 +147,7 @@ def load_data(
             if was_saved:
                 found = _load_saved(name)
             elif is_sharded:
-                found = _load_shards(name, columns or {})
+                found = _load_files(name, columns or {})
             else:
                 found = _load_from_hub(name, revision)
             dataset = _unify(found, name, classes, columns or {}, separator if loader == IMAGE_FOLDER else None)
@@ -283,7 +282,7 @@ def feature_at(features: Mapping[str, Any], place: str) -> Any:
     return feature.get(field) if isinstance(feature, dict) else None
 
 
-def _load_shards(name: str, columns: Mapping[str, str]) -> DatasetDict:
+def _load_files(name: str, columns: Mapping[str, str]) -> DatasetDict:
     path = Path(name)
     check_shards(path, columns.get("tags", "tags"))
     files = {"data_files": name} if path.is_file() else {"data_dir": name}
