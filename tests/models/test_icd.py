@@ -272,6 +272,16 @@ def test_the_classification_of_a_model_with_icd_is_a_sum_over_classes(resnet_con
     torch.testing.assert_close(outputs.losses["classification"] + outputs.losses["icd_classification"], entropy)
 
 
+def test_means_over_classes_are_the_sums_on_another_scale(resnet_config):
+    losses, tags = [], torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 1]])
+    for average in (False, True):
+        torch.manual_seed(0)
+        config = CamConfig(backbone_config=resnet_config, num_labels=4, icd=IcdConfig(average_classes=average))
+        model = CamClassifier(config).train()
+        losses.append(model(torch.randn(2, 3, 64, 64), tags=tags, progress=1.0).loss)
+    torch.testing.assert_close(losses[1], losses[0] / 4)
+
+
 def test_gradients_reach_the_directions_or_the_backbone_never_the_cams():
     method, step = make_method(), make_step([[1, 0, 0], [0, 1, 0]])
     losses = method.losses(step)

@@ -52,6 +52,11 @@ class IcdConfig(Options):
         "the backbone's, at least 64, so that a small backbone isn't outweighed by its classifier.",
         at_least=1,
     )
+    average_classes: bool = option(
+        False,
+        "Its losses and the classification are means over classes, not the published sums: where method_warmup lets "
+        "ICD begin late, the classification then keeps its size.",
+    )
     stage: int = option(-1, "Stage of the backbone that ICD works on, from either end; 4 is conv5 of a VGG-16.")
     hidden_from: list[str] = option(
         [],
@@ -313,7 +318,8 @@ class Icd(Method):
 
     Losses are averaged over the images of the batch, as the authors' optimiser does. The bottom-up loss trains the
     directions only; the top-down loss trains its classifier and the backbone; neither reaches the CAMs. The
-    classification is a sum over classes, too: `icd_classification` adds what the model's mean lacks of it.
+    classification is a sum over classes, too: `icd_classification` adds what the model's mean lacks of it, unless the
+    other losses become means as well (`average_classes`).
     """
 
     scheduled = True  # the top-down weight ramps up
@@ -375,12 +381,14 @@ class Icd(Method):
             superpixels = _superpixels_at(step.superpixels, scores)
             refined = superpixel_refine(resign(scores, self.running_means), superpixels, tags)
             weight = config.top_down_weight * top_down_weight(step.progress, config.top_down_ramp)
-            classification = F.multilabel_soft_margin_loss(step.cams.float().mean(dim=(2, 3)), tags)
-            return {
-                "icd_classification": (tags.shape[1] - 1) * classification,
+            losses = {
                 "icd_bottom_up": bottom_up_loss(scores, tags, config.bottom_up_weight) / len(tags),
                 "icd_top_down": weight * top_down_loss(logits.float(), refined, tags, config.margin) / len(tags),
             }
+            if config.average_classes:
+                return {name: loss / tags.shape[1] for name, loss in losses.items()}
+            classification = F.multilabel_soft_margin_loss(step.cams.float().mean(dim=(2, 3)), tags)
+            return {"icd_classification": (tags.shape[1] - 1) * classification} | losses
 
     def scores(self, step: TrainingStep) -> Tensor:
         """(B, C, h, w) float32 top-down scores, positive on the object; what [`icd_seeds`] reads."""
