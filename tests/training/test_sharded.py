@@ -70,18 +70,19 @@ shards_on_cpus = pytest.mark.skipif(
 SHARED = {"epochs": 2, "optimizer": "adamw", "lr": 1e-3, "save_minutes": 0}
 
 
+def train_whole(kind, toy_data, folder, wanted, accelerator):
+    mask_column = "mask" if kind == "segmenter" else None
+    options = {"seed": 0, "size": 48, "title": kind, "mask_column": mask_column, "folder": folder}
+    train_model(accelerator, build(kind), WsssImageProcessor(), toy_data["train"], wanted, **options)
+
+
 @shards_on_cpus
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cam", "segmenter"])
 def test_sharded_training_saves_whole_weights(kind, toy_data, tmp_path, in_processes):
-    options = {"seed": 0, "size": 48, "title": kind, "mask_column": "mask" if kind == "segmenter" else None}
-
     def work(folder=tmp_path / "two", build_accelerator=sharding):
         wanted = settings(**SHARED | {"optimizer": "sgd", "lr": 1e-2})
-        accelerator = build_accelerator(wanted)
-        train_model(
-            accelerator, build(kind), WsssImageProcessor(), toy_data["train"], wanted, folder=folder, **options
-        )
+        train_whole(kind, toy_data, folder, wanted, build_accelerator(wanted))
 
     assert in_processes(work) == [None, None]
     AcceleratorState._reset_state()
@@ -97,15 +98,11 @@ def test_sharded_training_saves_whole_weights(kind, toy_data, tmp_path, in_proce
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cam", "segmenter"])
 def test_a_tracker_gets_the_maps_of_sharded_weights(kind, toy_data, tmp_path, in_processes):
-    options = {"seed": 0, "size": 48, "title": kind, "mask_column": "mask" if kind == "segmenter" else None}
-
     def work(folder=tmp_path / "two", build_accelerator=sharding):
         wanted = settings(**SHARED | {"epochs": 1, "lr": 1e-2, "track_steps": 1})
         accelerator = build_accelerator(wanted)
         accelerator.trackers, wanted.track = [Notebook()], "wandb"
-        train_model(
-            accelerator, build(kind), WsssImageProcessor(), toy_data["train"], wanted, folder=folder, **options
-        )
+        train_whole(kind, toy_data, folder, wanted, accelerator)
         return accelerator.trackers[0].pictures
 
     main, other = in_processes(work)

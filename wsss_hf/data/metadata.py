@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 import json
 import os
@@ -90,9 +89,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, str | None]]]:
         ) from error
 
 
-def _lines(text: str) -> Iterator[str]:
-    """With their ends, whatever these are; a StringIO would hold them in four times the memory."""
-    return (found.group() for found in re.finditer(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text))
+def _lines(text: str, line: str = r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+") -> Iterator[str]:
+    """With their ends, by default whatever these are; a StringIO would hold them in four times the memory."""
+    return (found.group() for found in re.finditer(line, text))
 
 
 def _header(line: str, where: str) -> tuple[list[str], str]:
@@ -131,7 +130,7 @@ def _is_file(folder: Path, name: str) -> bool:
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(io.StringIO(read_text(path)), start=1):
+    for number, line in enumerate(_lines(read_text(path), r"[^\n]*\n|[^\n]+"), start=1):
         where = f"{path}, line {number}"
         if not line.strip():
             continue
